@@ -1,0 +1,101 @@
+"""The bridge between blocking storages and ``async`` functions, in both directions.
+
+The recipe's functions are written once, as coroutines over two awaitable verbs. ``asyncio`` awaits
+them with the verbs sent to a thread; ``syncio`` runs them to their end on the spot, with verbs that
+never wait.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Sequence
+
+    from usermetadata.changes import Change
+    from usermetadata.json import Metadata
+    from usermetadata.storage import Storage
+
+T = TypeVar("T")
+
+
+class AwaitableStorage(Protocol):
+    """The two verbs of a storage, to be awaited."""
+
+    async def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        """See ``Storage.read``."""
+        ...
+
+    async def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        """See ``Storage.write``."""
+        ...
+
+
+class OnTheSpot:
+    """The verbs executed in the calling thread: awaiting them never suspends."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    async def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        """Read, blocking."""
+        return self._storage.read(user_ids)
+
+    async def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        """Write, blocking."""
+        return self._storage.write(changes)
+
+
+class InThread:
+    """The verbs executed in a worker thread, so that the event loop goes on."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    async def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        """Read in a thread."""
+        import asyncio
+
+        return await asyncio.to_thread(self._storage.read, user_ids)
+
+    async def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        """Write in a thread."""
+        import asyncio
+
+        return await asyncio.to_thread(self._storage.write, changes)
+
+
+def run_on_the_spot(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that never suspends; no event loop takes part."""
+    try:
+        coroutine.send(None)
+    except StopIteration as finished:
+        result: T = finished.value
+        return result
+    coroutine.close()
+    raise AssertionError("a coroutine over OnTheSpot suspended")
+
+
+def run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run any coroutine in an event loop of its own, in a thread of its own.
+
+    The calling thread may have an event loop running, and two loops cannot run in one thread. The
+    caller's context variables are seen, as ``asyncio`` would have it.
+    """
+    import asyncio
+    import contextvars
+
+    in_context = contextvars.copy_context().run
+    gevent_monkey = sys.modules.get("gevent.monkey")
+    if gevent_monkey is not None and gevent_monkey.is_module_patched("threading"):
+        # There a thread is a greenlet, and all greenlets share the one running loop of their real
+        # thread. gevent's own pool has real threads, for which a greenlet waits as it should.
+        pool = sys.modules["gevent"].get_hub().threadpool
+        in_gevent: T = pool.apply(in_context, (asyncio.run, coroutine))
+        return in_gevent
+
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1, thread_name_prefix="usermetadata") as executor:
+        return executor.submit(in_context, asyncio.run, coroutine).result()

@@ -1,0 +1,27 @@
+"""The errors this library raises: all are ``UserMetadataError``."""
+
+from __future__ import annotations
+
+
+class UserMetadataError(Exception):
+    """Base of every error that the library itself raises."""
+
+
+class InvalidInputError(UserMetadataError, ValueError):
+    """An argument cannot be stored; nothing was written. The message says where the fault is."""
+
+
+class UsageError(UserMetadataError, RuntimeError):
+    """The library was called at the wrong time: before ``init``, after ``close``, twice."""
+
+
+class StorageError(UserMetadataError):
+    """The storage failed and nothing was written; ``__cause__`` is the driver's own error."""
+
+
+class StorageBusyError(StorageError, TimeoutError):
+    """Other writers held the storage for longer than its timeout; the call may be repeated."""
+
+
+class DamagedMetadataError(StorageError, ValueError):
+    """A stored row is not a JSON object; ``set_user_metadata`` or ``clear_user_metadata`` mends it."""

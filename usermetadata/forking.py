@@ -1,0 +1,66 @@
+"""Keeping ``fork`` from splitting what two processes must not share.
+
+A lock that another thread holds at the moment of a fork stays locked in the child for ever, and an
+SQLite connection must not cross a fork at all (https://sqlite.org/howtocorrupt.html, 2.6). So
+whoever owns such a thing is told before each fork, and again afterwards on both sides.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Protocol
+from weakref import WeakSet
+
+
+class ForkAware(Protocol):
+    """Owns something that must not be in use while the process forks."""
+
+    def before_fork(self) -> None:
+        """Wait until nothing is in use, and keep it so."""
+        ...
+
+    def after_fork_in_parent(self) -> None:
+        """Go on as before."""
+        ...
+
+    def after_fork_in_child(self) -> None:
+        """Go on in the new process, in which only the forking thread exists."""
+        ...
+
+
+def watch(owner: ForkAware) -> None:
+    """Tell ``owner`` of every fork for as long as it lives."""
+    _owners.add(owner)
+
+
+_owners: WeakSet[ForkAware] = WeakSet()
+_told: list[ForkAware] = []
+_one_fork_at_a_time = threading.Lock()
+
+
+def _before() -> None:
+    _one_fork_at_a_time.acquire()
+    _told.extend(_owners)
+    for owner in _told:
+        owner.before_fork()
+
+
+def _after_in_parent() -> None:
+    for owner in _told:
+        owner.after_fork_in_parent()
+    _told.clear()
+    _one_fork_at_a_time.release()
+
+
+def _after_in_child() -> None:
+    for owner in _told:
+        owner.after_fork_in_child()
+    _told.clear()
+    _one_fork_at_a_time.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child
+    )

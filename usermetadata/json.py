@@ -1,0 +1,219 @@
+"""JSON as this library stores it: checking and copying input, encoding, decoding.
+
+JSON is that of `RFC 8259 <https://www.rfc-editor.org/rfc/rfc8259>`_: no NaN, no infinities, keys
+are strings, text is Unicode. Whatever passes :func:`copy_metadata` comes back from
+``decode_metadata(encode_metadata(...))`` equal, in type and to the last bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from usermetadata.exceptions import InvalidInputError
+
+Metadata = dict[str, Any]
+"""A JSON object as Python has it: ``str`` keys; values ``None``, ``bool``, ``int``, ``float``,
+``str``, ``list`` or ``dict``."""
+
+MAX_DEPTH = 200
+"""How deep objects and arrays may nest, the root object counted. Python's own JSON decoder recurses
+and stops near 1000 levels less the caller's stack; 200 can be read back from anywhere."""
+
+# Python may refuse to write longer integers as text, at the earliest from 640 digits on.
+_ALWAYS_WRITABLE = 10**640
+
+
+def copy_metadata(value: object, name: str) -> Metadata:
+    """Return a checked deep copy of ``value``, a JSON object that a caller passed in.
+
+    Subclasses of ``str``, ``int`` and ``float`` become the plain type, any mapping becomes a
+    ``dict``, a tuple becomes a ``list``.
+
+    Args:
+        value: what the caller gave; it is only read.
+        name: what the caller calls it, for the error message.
+
+    Returns:
+        The copy, which shares nothing mutable with ``value``.
+
+    Raises:
+        InvalidInputError: something in it cannot be stored as JSON; the message says where.
+
+    Example:
+        >>> copy_metadata({"a": (1, 2)}, "metadata_update")
+        {'a': [1, 2]}
+        >>> copy_metadata({"a": [0, 1, 2, float("nan")]}, "metadata_update")
+        Traceback (most recent call last):
+            ...
+        usermetadata.exceptions.InvalidInputError: metadata_update["a"][3]: nan is not JSON
+    """
+    if not isinstance(value, Mapping):
+        raise InvalidInputError(
+            f"{name}: a {type(value).__name__} is not a mapping; it must be a dict of properties"
+        )
+    try:
+        copied: Metadata = _copy(value, 1)
+    except _FaultError as fault:
+        raise InvalidInputError(f"{name}{fault.place()}: {fault.reason}") from None
+    for key in copied:
+        if "\0" in key:
+            raise InvalidInputError(f"{name}[{_show(key)}]: a root-level key cannot hold U+0000")
+    return copied
+
+
+def encode_metadata(metadata: Metadata) -> str:
+    """Return checked ``metadata`` as compact JSON text, non-ASCII characters as themselves.
+
+    Args:
+        metadata: an object that :func:`copy_metadata` or :func:`decode_metadata` returned.
+
+    Returns:
+        The text. It holds neither U+0000 nor a lone surrogate, so every database can store it.
+
+    Example:
+        >>> encode_metadata({"name": "Zoë", "n": -0.0})
+        '{"name":"Zoë","n":-0.0}'
+    """
+    text = _encode(metadata)
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            # Only a row written by another program can hold one; as an escape it survives.
+            return _encode_ascii(metadata)
+    return text
+
+
+def decode_metadata(text: str) -> Metadata:
+    """Return the object that ``text`` holds, fresh at every call.
+
+    Args:
+        text: JSON text, as :func:`encode_metadata` or another program wrote it.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: ``text`` is not JSON, or is not an object, or Python cannot hold it.
+
+    Example:
+        >>> decode_metadata('{"n": 12345678901234567890}')
+        {'n': 12345678901234567890}
+    """
+    try:
+        decoded = _decode(text)
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+    if not isinstance(decoded, dict):
+        raise ValueError(f"it holds {_KINDS[type(decoded)]}, not an object")
+    return decoded
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+_encode = json.JSONEncoder(
+    ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":")
+).encode
+_encode_ascii = json.JSONEncoder(
+    check_circular=False, allow_nan=False, separators=(",", ":")
+).encode
+_decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
+_KINDS = {
+    list: "an array",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "a boolean",
+    type(None): "null",
+}
+
+
+class _FaultError(Exception):
+    """What cannot be stored; the frames it unwinds through add where it is, innermost first."""
+
+    def __init__(self, reason: str, culprit: object) -> None:
+        self.reason = reason
+        self.culprit = culprit
+        self.path: list[object] = []
+
+    def place(self) -> str:
+        parts = [f"[{_show(part)}]" for part in reversed(self.path)]
+        return "".join(parts if len(parts) <= 10 else [*parts[:9], "…", parts[-1]])
+
+
+def _copy(value: Any, depth: int) -> Any:
+    kind = type(value)
+    if kind is str:
+        return value if value.isascii() else _copy_text(value)
+    if value is None or kind is bool:
+        return value
+    if kind is int:
+        return value if -_ALWAYS_WRITABLE < value < _ALWAYS_WRITABLE else _copy_long_integer(value)
+    if kind is float:
+        if math.isfinite(value):
+            return value
+        raise _FaultError(f"{value} is not JSON", value)
+    if isinstance(value, (Mapping, list, tuple)):
+        return _copy_container(value, depth)
+    # A subclass (an enum's member, numpy's float64) may have overridden str() or int().
+    for plain, convert in ((str, str.__str__), (int, int.__int__), (float, float.__float__)):
+        if isinstance(value, plain):
+            return _copy(convert(value), depth)
+    raise _FaultError(f"a {kind.__name__} is not JSON: convert it first, to a str say", value)
+
+
+def _copy_container(container: Mapping[Any, Any] | list[Any] | tuple[Any, ...], depth: int) -> Any:
+    if depth > MAX_DEPTH:
+        raise _FaultError(f"nests deeper than {MAX_DEPTH} levels: store it flatter", container)
+    place: object = None
+    try:
+        if isinstance(container, Mapping):
+            copied = {}
+            for place, item in container.items():
+                copied[_copy_key(place)] = _copy(item, depth + 1)
+            return copied
+        items = []
+        for place, item in enumerate(container):
+            items.append(_copy(item, depth + 1))
+        return items
+    except _FaultError as fault:
+        if fault.culprit is container:
+            fault.reason = "contains itself"
+            fault.path.clear()
+        fault.path.append(place)
+        raise
+
+
+def _copy_key(key: object) -> str:
+    if isinstance(key, str):
+        return key if type(key) is str and key.isascii() else _copy_text(str.__str__(key))
+    raise _FaultError(f"a key is a str in JSON, not a {type(key).__name__}", key)
+
+
+def _copy_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _FaultError("a lone surrogate is not Unicode text", text) from None
+    return text
+
+
+def _copy_long_integer(value: int) -> int:
+    try:
+        str(value)
+    except ValueError:
+        raise _FaultError(
+            "an integer too long for Python to write as text; "
+            "sys.set_int_max_str_digits() raises the limit",
+            value,
+        ) from None
+    return value
+
+
+def _show(part: object) -> str:
+    return json.dumps(part) if isinstance(part, str) else repr(part)

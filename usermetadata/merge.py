@@ -1,0 +1,39 @@
+"""The merge: what an update does to a stored object."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def merge_metadata(old: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``old`` with the root-level properties of ``update`` laid over it.
+
+    Properties of ``update`` replace those of the same name, whole: a nested object is not merged
+    into the stored one. Then every root-level property whose value is ``None`` is removed, also
+    one that was already in ``old``. A ``None`` deeper down is data and stays.
+
+    The function is pure: neither argument is changed. Values are not copied, so the result shares
+    its nested objects with the arguments.
+
+    Args:
+        old: the stored metadata; ``{}`` if there is none.
+        update: the properties to set, and with the value ``None`` those to remove.
+
+    Returns:
+        A new ``dict``: the properties kept from ``old`` in their order, then the new ones.
+
+    Example:
+        >>> merge_metadata(
+        ...     {"preferences": {"theme": "dark"}, "notifications": {"email": True}, "todos": ["a"]},
+        ...     {"notifications": {"sms": True}, "todos": None},
+        ... )
+        {'preferences': {'theme': 'dark'}, 'notifications': {'sms': True}}
+
+    The rule is that of SuperTokens, "Storing data about a user": `updating metadata
+    <https://supertokens.com/docs/post-authentication/user-management/user-metadata>`_.
+    """
+    merged = {**old, **update}
+    return {name: value for name, value in merged.items() if value is not None}

@@ -1,0 +1,370 @@
+"""The recipe: ``init``, overrides, and the functions that both facades call.
+
+This is the one place where input is checked and copied.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from usermetadata.bridge import InThread, OnTheSpot, run_in_thread, run_on_the_spot
+from usermetadata.changes import Clear, Merge, Modify, Replace
+from usermetadata.exceptions import InvalidInputError, UsageError
+from usermetadata.identifiers import check_user_id
+from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult, RecipeInterface
+from usermetadata.json import copy_metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Sequence
+
+    from usermetadata.bridge import AwaitableStorage
+    from usermetadata.changes import Change
+    from usermetadata.json import Metadata
+    from usermetadata.storage import Storage
+
+
+T = TypeVar("T")
+
+
+class UserMetadataOverrideConfig:
+    """What ``init`` takes to replace or wrap the recipe's functions.
+
+    Args:
+        functions: takes the original implementation and returns the one to use: the original with
+            methods replaced by ``async`` functions, or an instance of a subclass of
+            ``RecipeInterface`` that calls the original.
+
+    Example:
+        >>> def functions(original: RecipeInterface) -> RecipeInterface:
+        ...     get_original = original.get_user_metadata
+        ...     async def get_user_metadata(user_id, user_context):
+        ...         return await get_original(user_id.lower(), user_context)
+        ...     original.get_user_metadata = get_user_metadata
+        ...     return original
+        >>> override = UserMetadataOverrideConfig(functions=functions)
+
+    The pattern is that of SuperTokens' SDKs, whose older name for it is ``InputOverrideConfig``.
+    """
+
+    def __init__(
+        self, functions: Callable[[RecipeInterface], RecipeInterface] | None = None
+    ) -> None:
+        self.functions = functions
+
+
+InputOverrideConfig = UserMetadataOverrideConfig
+
+
+def init(
+    storage: Storage | str | os.PathLike[str] | None = None,
+    override: UserMetadataOverrideConfig | None = None,
+) -> None:
+    """Say where metadata is kept; to be called once, before any other function.
+
+    Nothing is opened yet: the first call does that, so ``init`` may stand at the top of a program
+    that forks its workers later.
+
+    Args:
+        storage: a storage; or a URL, ``memory://`` or ``sqlite:///users.db`` (four slashes before
+            an absolute path); or the path of an SQLite file. ``None`` means the URL or path in the
+            environment variable ``USERMETADATA_URL``, and ``sqlite:///usermetadata.db`` if that is
+            not set.
+        override: replaces or wraps the functions, for both facades.
+
+    Raises:
+        UsageError: ``init`` was called before, and ``UserMetadataRecipe.reset()`` not since.
+        InvalidInputError: ``storage`` or ``override`` is none of the above.
+
+    Example:
+        >>> init("memory://")
+        >>> UserMetadataRecipe.get_instance()
+        UserMetadataRecipe(InMemoryStorage(app_id='public'))
+        >>> UserMetadataRecipe.reset()
+    """
+    UserMetadataRecipe.init(storage, override)
+
+
+class UserMetadataRecipe:
+    """What ``init`` set up; the facades find it by ``get_instance()``.
+
+    Args:
+        storage: where the metadata is kept.
+        override: replaces or wraps the functions.
+
+    Attributes:
+        recipe_id: ``"usermetadata"``, as in the SDK.
+        storage: where the metadata is kept.
+        override: what ``init`` got.
+        recipe_implementation: the functions that ``usermetadata.asyncio`` calls.
+        blocking_implementation: those that ``usermetadata.syncio`` calls and runs by ``run``: the
+            same if there is an override, else ones that go straight to the storage.
+    """
+
+    recipe_id: ClassVar[str] = "usermetadata"
+    _instance: ClassVar[UserMetadataRecipe | None] = None
+
+    def __init__(
+        self, storage: Storage, override: UserMetadataOverrideConfig | None = None
+    ) -> None:
+        self.storage = storage
+        self.override = override
+        self._opened_storage = False
+        original = RecipeImplementation(InThread(storage))
+        if override is None or override.functions is None:
+            self.recipe_implementation: RecipeInterface = original
+            self.blocking_implementation: RecipeInterface = RecipeImplementation(
+                OnTheSpot(storage)
+            )
+        else:
+            self.recipe_implementation = _complete(override.functions(original), original)
+            self.blocking_implementation = self.recipe_implementation
+
+    def __repr__(self) -> str:
+        return f"UserMetadataRecipe({self.storage!r})"
+
+    @staticmethod
+    def init(
+        storage: Storage | str | os.PathLike[str] | None = None,
+        override: UserMetadataOverrideConfig | None = None,
+    ) -> None:
+        """See :func:`usermetadata.init`."""
+        if UserMetadataRecipe._instance is not None:
+            raise UsageError(
+                "usermetadata.init() was called before: call it once, where the program starts;"
+                " a test that needs another storage calls UserMetadataRecipe.reset() first"
+            )
+        if not isinstance(override, (UserMetadataOverrideConfig, type(None))):
+            raise InvalidInputError(
+                f"override: a {type(override).__name__} is not an override:"
+                " pass UserMetadataOverrideConfig(functions=...)"
+            )
+        if storage is None:
+            storage = os.environ.get("USERMETADATA_URL") or "sqlite:///usermetadata.db"
+        opened = isinstance(storage, (str, os.PathLike))
+        recipe = UserMetadataRecipe(_open_storage(storage), override)
+        recipe._opened_storage = opened
+        UserMetadataRecipe._instance = recipe
+
+    @staticmethod
+    def get_instance() -> UserMetadataRecipe:
+        """Return what ``init`` set up.
+
+        Returns:
+            The one instance of this process.
+
+        Raises:
+            UsageError: ``init`` was not called.
+        """
+        if UserMetadataRecipe._instance is None:
+            raise UsageError(
+                "usermetadata is not initialised: where the program starts, call"
+                ' usermetadata.init("sqlite:///users.db")'
+            )
+        return UserMetadataRecipe._instance
+
+    @staticmethod
+    def reset() -> None:
+        """Undo ``init``, which may then be called again; closes the storage if ``init`` opened it.
+
+        A storage that the caller made and passed to ``init`` is the caller's to close. Without
+        ``init`` before, nothing happens.
+        """
+        recipe, UserMetadataRecipe._instance = UserMetadataRecipe._instance, None
+        if recipe is not None and recipe._opened_storage:
+            recipe.storage.close()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run what a function of ``blocking_implementation`` returned to its end.
+
+        Works in any thread, also in one whose event loop is running.
+
+        Args:
+            coroutine: what the function returned.
+
+        Returns:
+            Its result; what it raises is raised.
+        """
+        if self.blocking_implementation is self.recipe_implementation:
+            return run_in_thread(coroutine)
+        return run_on_the_spot(coroutine)
+
+
+class RecipeImplementation(RecipeInterface):
+    """The functions as they are without an override.
+
+    Each checks and copies its arguments when it is called, and returns the coroutine that does the
+    rest; what happens to the arguments before that is awaited is of no consequence.
+
+    Args:
+        storage: the two verbs to do it with.
+    """
+
+    def __init__(self, storage: AwaitableStorage) -> None:
+        self._storage = storage
+
+    def get_user_metadata(
+        self, user_id: str, user_context: dict[str, Any]
+    ) -> Coroutine[Any, Any, MetadataResult]:
+        """Read one row."""
+        return self._read_one(check_user_id(user_id))
+
+    def update_user_metadata(
+        self, user_id: str, metadata_update: Mapping[str, Any], user_context: dict[str, Any]
+    ) -> Coroutine[Any, Any, MetadataResult]:
+        """Merge into one row."""
+        change = Merge(copy_metadata(metadata_update, "metadata_update"))
+        return self._write_one(check_user_id(user_id), change)
+
+    def clear_user_metadata(
+        self, user_id: str, user_context: dict[str, Any]
+    ) -> Coroutine[Any, Any, ClearUserMetadataResult]:
+        """Remove one row."""
+        return self._clear(check_user_id(user_id))
+
+    def set_user_metadata(
+        self, user_id: str, metadata: Mapping[str, Any], user_context: dict[str, Any]
+    ) -> Coroutine[Any, Any, MetadataResult]:
+        """Replace one row."""
+        change = Replace(copy_metadata(metadata, "metadata"))
+        return self._write_one(check_user_id(user_id), change)
+
+    def modify_user_metadata(
+        self,
+        user_id: str,
+        function: Callable[[dict[str, Any]], Mapping[str, Any]],
+        user_context: dict[str, Any],
+    ) -> Coroutine[Any, Any, MetadataResult]:
+        """Pass one row through a function."""
+        return self._write_one(check_user_id(user_id), Modify(_checked(function)))
+
+    def get_bulk_user_metadata(
+        self, user_ids: Iterable[str], user_context: dict[str, Any]
+    ) -> Coroutine[Any, Any, dict[str, MetadataResult]]:
+        """Read many rows at once."""
+        if isinstance(user_ids, (str, bytes)) or not isinstance(user_ids, Iterable):
+            raise InvalidInputError(
+                f"user_ids: a {type(user_ids).__name__} is not a list of user ids"
+            )
+        return self._read_many([check_user_id(user_id) for user_id in user_ids])
+
+    def update_bulk_user_metadata(
+        self, metadata_updates: Mapping[str, Mapping[str, Any]], user_context: dict[str, Any]
+    ) -> Coroutine[Any, Any, dict[str, MetadataResult]]:
+        """Merge into many rows at once."""
+        if not isinstance(metadata_updates, Mapping):
+            raise InvalidInputError(
+                f"metadata_updates: a {type(metadata_updates).__name__} is not a mapping:"
+                " pass {user_id: update}"
+            )
+        changes = [
+            (
+                check_user_id(user_id),
+                Merge(copy_metadata(update, f"metadata_updates[{user_id!r}]")),
+            )
+            for user_id, update in metadata_updates.items()
+        ]
+        return self._write_many(changes)
+
+    async def _read_many(self, user_ids: Sequence[str]) -> dict[str, MetadataResult]:
+        _refuse_inside_function()
+        found = await self._storage.read(user_ids)
+        return {user_id: MetadataResult(found.get(user_id, {})) for user_id in user_ids}
+
+    async def _read_one(self, user_id: str) -> MetadataResult:
+        return (await self._read_many([user_id]))[user_id]
+
+    async def _write_many(self, changes: Sequence[tuple[str, Change]]) -> dict[str, MetadataResult]:
+        _refuse_inside_function()
+        written = await self._storage.write(changes)
+        return {
+            user_id: MetadataResult(metadata or {})
+            for (user_id, _), metadata in zip(changes, written, strict=True)
+        }
+
+    async def _write_one(self, user_id: str, change: Change) -> MetadataResult:
+        return (await self._write_many([(user_id, change)]))[user_id]
+
+    async def _clear(self, user_id: str) -> ClearUserMetadataResult:
+        await self._write_one(user_id, Clear())
+        return ClearUserMetadataResult()
+
+
+def _open_storage(storage: Storage | str | os.PathLike[str]) -> Storage:
+    if isinstance(storage, str):
+        scheme, separator, rest = storage.partition("://")
+        if not separator:
+            return _open_sqlite(storage)
+        if storage == "memory://":
+            from usermetadata.storage.memory import InMemoryStorage
+
+            return InMemoryStorage()
+        if scheme == "sqlite" and rest[:1] in ("", "/"):
+            return _open_sqlite(rest[1:] or ":memory:")
+        raise InvalidInputError(
+            f'storage: {storage!r} is not a URL that is known: pass "memory://",'
+            ' "sqlite:///users.db" or "sqlite:////absolute/path/users.db"'
+        )
+    if isinstance(storage, os.PathLike):
+        return _open_sqlite(storage)
+    if all(hasattr(storage, verb) for verb in ("read", "write", "for_app", "close")):
+        return storage
+    raise InvalidInputError(
+        f"storage: a {type(storage).__name__} is neither a storage nor a URL nor a path:"
+        ' pass "sqlite:///users.db"'
+    )
+
+
+def _open_sqlite(path: str | os.PathLike[str]) -> Storage:
+    from usermetadata.storage.sqlite import SQLiteStorage
+
+    return SQLiteStorage(path)
+
+
+def _complete(overridden: RecipeInterface, original: RecipeInterface) -> RecipeInterface:
+    """Let functions that the override does not have be the original's."""
+    if not isinstance(overridden, RecipeInterface):
+        raise InvalidInputError(
+            f"override: functions returned a {type(overridden).__name__}, not a RecipeInterface:"
+            " return the original, or an instance of a subclass"
+        )
+    for name in (
+        "set_user_metadata",
+        "modify_user_metadata",
+        "get_bulk_user_metadata",
+        "update_bulk_user_metadata",
+    ):
+        function = getattr(overridden, name)
+        if getattr(function, "__func__", None) is getattr(RecipeInterface, name):
+            setattr(overridden, name, getattr(original, name))
+    return overridden
+
+
+_inside_function: ContextVar[bool] = ContextVar("inside_modify_function", default=False)
+
+
+def _checked(
+    function: Callable[[dict[str, Any]], Mapping[str, Any]],
+) -> Callable[[Metadata], Metadata]:
+    if not callable(function):
+        raise InvalidInputError(f"function: a {type(function).__name__} cannot be called")
+
+    def checked(old: Metadata) -> Metadata:
+        token = _inside_function.set(True)
+        try:
+            new = function(old)
+        finally:
+            _inside_function.reset(token)
+        return copy_metadata(new, "the function's result")
+
+    return checked
+
+
+def _refuse_inside_function() -> None:
+    if _inside_function.get():
+        raise UsageError(
+            "usermetadata was called by a function given to modify_user_metadata, which runs inside"
+            " the storage's lock: read what the function needs before, and write the rest after"
+        )

@@ -1,0 +1,117 @@
+"""The in-memory storage: for tests, and for state that may die with the process."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import TYPE_CHECKING
+
+from usermetadata.exceptions import UsageError
+from usermetadata.forking import watch
+from usermetadata.identifiers import check_app_id
+from usermetadata.json import decode_metadata, encode_metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from typing_extensions import Self
+
+    from usermetadata.changes import Change
+    from usermetadata.json import Metadata
+
+
+class InMemoryStorage:
+    """Keeps metadata in this process's memory.
+
+    Rows are JSON text, as in a database, so that what works on it works on the others. Every
+    ``InMemoryStorage()`` is a store of its own; after ``fork`` each process has its own copy.
+
+    Args:
+        app_id: the app whose rows these are.
+
+    Raises:
+        InvalidInputError: the app id is not valid.
+
+    Example:
+        >>> from usermetadata.changes import Merge
+        >>> storage = InMemoryStorage()
+        >>> storage.write([("alice", Merge({"theme": "dark"}))])
+        [{'theme': 'dark'}]
+        >>> storage.read(["alice", "bob"])
+        {'alice': {'theme': 'dark'}}
+    """
+
+    def __init__(self, *, app_id: str = "public") -> None:
+        self._app_id = check_app_id(app_id)
+        self._rows = _Rows()
+
+    def __repr__(self) -> str:
+        return f"InMemoryStorage(app_id={self._app_id!r})"
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        """Return the metadata of those users that have a row."""
+        with self._rows as texts:
+            found = {user_id: texts.get((self._app_id, user_id)) for user_id in user_ids}
+        return {
+            user_id: decode_metadata(text) for user_id, text in found.items() if text is not None
+        }
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        """Apply the changes in order, all or none."""
+        with self._rows as texts:
+            staged: dict[tuple[str, str], str | None] = {}
+            results: list[Metadata | None] = []
+            for user_id, change in changes:
+                key = (self._app_id, user_id)
+                old = staged[key] if key in staged else texts.get(key)
+                new = change(None if old is None else decode_metadata(old))
+                staged[key] = None if new is None else encode_metadata(new)
+                results.append(new)
+            for key, text in staged.items():
+                if text is None:
+                    texts.pop(key, None)
+                else:
+                    texts[key] = text
+        return results
+
+    def for_app(self, app_id: str) -> Self:
+        """Return the same storage, seen from another app."""
+        other = copy.copy(self)
+        other._app_id = check_app_id(app_id)
+        return other
+
+    def close(self) -> None:
+        """Forget every row."""
+        self._rows.close()
+
+
+class _Rows:
+    """The rows of all apps, to be used inside ``with``: one thread at a time."""
+
+    def __init__(self) -> None:
+        self._texts: dict[tuple[str, str], str] | None = {}
+        self._lock = threading.RLock()
+        watch(self)
+
+    def __enter__(self) -> dict[tuple[str, str], str]:
+        self._lock.acquire()
+        if self._texts is None:
+            self._lock.release()
+            raise UsageError("this InMemoryStorage is closed: make a new one")
+        return self._texts
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def close(self) -> None:
+        with self._lock:
+            self._texts = None
+
+    def before_fork(self) -> None:
+        self._lock.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        self._lock.release()
+
+    def after_fork_in_child(self) -> None:
+        self._lock.release()
