@@ -24,4 +24,4 @@ class StorageBusyError(StorageError, TimeoutError):
 
 
 class DamagedMetadataError(StorageError, ValueError):
-    """A stored row is not a JSON object; ``set_user_metadata`` or ``clear_user_metadata`` mends it."""
+    """A stored row is not a JSON object; ``set_user_metadata`` and ``clear_user_metadata`` help."""

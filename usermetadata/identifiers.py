@@ -55,7 +55,7 @@ def check_app_id(app_id: object) -> str:
 
 def _check_identifier(value: object, name: str, max_length: int, remedy: str) -> str:
     if not isinstance(value, str):
-        raise InvalidInputError(f"{name}: a {type(value).__name__} is not a str: {remedy}")
+        raise InvalidInputError(f"{name}: {type(value).__name__} is not str: {remedy}")
     if not value:
         raise InvalidInputError(f"{name}: is empty: {remedy}")
     if len(value) > max_length:

@@ -1,4 +1,4 @@
-"""What the functions return, and the interface that overrides wrap: the names of SuperTokens' SDK."""
+"""What the functions return, and the interface that overrides wrap, named as in the SDK."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Coroutine, Iterable, Mapping
 
 
 class MetadataResult:
@@ -39,53 +39,55 @@ class RecipeInterface(ABC):
     """The functions behind both facades; an override wraps one of these.
 
     The first three are abstract, as in the SDK. An override class need not define the other four:
-    where it does not, the recipe calls the original's.
+    where it does not, the recipe calls the original's. Overrides are ``async def`` functions; the
+    signatures here say ``Coroutine`` because the original's check their arguments when they are
+    called, not when they are awaited.
 
     Every method is called with the arguments that the facade got, by position, not yet checked;
     ``user_context`` is never ``None``. What a method returns, the facade returns.
     """
 
     @abstractmethod
-    async def get_user_metadata(
+    def get_user_metadata(
         self, user_id: str, user_context: dict[str, Any]
-    ) -> MetadataResult:
+    ) -> Coroutine[Any, Any, MetadataResult]:
         """See :func:`usermetadata.syncio.get_user_metadata`."""
 
     @abstractmethod
-    async def update_user_metadata(
+    def update_user_metadata(
         self, user_id: str, metadata_update: dict[str, Any], user_context: dict[str, Any]
-    ) -> MetadataResult:
+    ) -> Coroutine[Any, Any, MetadataResult]:
         """See :func:`usermetadata.syncio.update_user_metadata`."""
 
     @abstractmethod
-    async def clear_user_metadata(
+    def clear_user_metadata(
         self, user_id: str, user_context: dict[str, Any]
-    ) -> ClearUserMetadataResult:
+    ) -> Coroutine[Any, Any, ClearUserMetadataResult]:
         """See :func:`usermetadata.syncio.clear_user_metadata`."""
 
-    async def set_user_metadata(
+    def set_user_metadata(
         self, user_id: str, metadata: dict[str, Any], user_context: dict[str, Any]
-    ) -> MetadataResult:
+    ) -> Coroutine[Any, Any, MetadataResult]:
         """See :func:`usermetadata.syncio.set_user_metadata`."""
         raise NotImplementedError
 
-    async def modify_user_metadata(
+    def modify_user_metadata(
         self,
         user_id: str,
         function: Callable[[dict[str, Any]], Mapping[str, Any]],
         user_context: dict[str, Any],
-    ) -> MetadataResult:
+    ) -> Coroutine[Any, Any, MetadataResult]:
         """See :func:`usermetadata.syncio.modify_user_metadata`."""
         raise NotImplementedError
 
-    async def get_bulk_user_metadata(
+    def get_bulk_user_metadata(
         self, user_ids: Iterable[str], user_context: dict[str, Any]
-    ) -> dict[str, MetadataResult]:
+    ) -> Coroutine[Any, Any, dict[str, MetadataResult]]:
         """See :func:`usermetadata.syncio.get_bulk_user_metadata`."""
         raise NotImplementedError
 
-    async def update_bulk_user_metadata(
+    def update_bulk_user_metadata(
         self, metadata_updates: Mapping[str, Mapping[str, Any]], user_context: dict[str, Any]
-    ) -> dict[str, MetadataResult]:
+    ) -> Coroutine[Any, Any, dict[str, MetadataResult]]:
         """See :func:`usermetadata.syncio.update_bulk_user_metadata`."""
         raise NotImplementedError

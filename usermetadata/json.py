@@ -22,6 +22,7 @@ MAX_DEPTH = 200
 """How deep objects and arrays may nest, the root object counted. Python's own JSON decoder recurses
 and stops near 1000 levels less the caller's stack; 200 can be read back from anywhere."""
 
+_SHOWN_PARTS = 10
 # Python may refuse to write longer integers as text, at the earliest from 640 digits on.
 _ALWAYS_WRITABLE = 10**640
 
@@ -52,10 +53,10 @@ def copy_metadata(value: object, name: str) -> Metadata:
     """
     if not isinstance(value, Mapping):
         raise InvalidInputError(
-            f"{name}: a {type(value).__name__} is not a mapping; it must be a dict of properties"
+            f"{name}: {type(value).__name__} is not a mapping: it must be a dict of properties"
         )
     try:
-        copied: Metadata = _copy(value, 1)
+        copied = _copy_object(value, 1)
     except _FaultError as fault:
         raise InvalidInputError(f"{name}{fault.place()}: {fault.reason}") from None
     for key in copied:
@@ -141,12 +142,21 @@ class _FaultError(Exception):
         self.culprit = culprit
         self.path: list[object] = []
 
+    def pass_through(self, container: object, place: object) -> None:
+        """Note where in ``container`` the fault is; it may turn out to be the container itself."""
+        if self.culprit is container:
+            self.reason = "contains itself"
+            self.path.clear()
+        self.path.append(place)
+
     def place(self) -> str:
         parts = [f"[{_show(part)}]" for part in reversed(self.path)]
-        return "".join(parts if len(parts) <= 10 else [*parts[:9], "…", parts[-1]])
+        if len(parts) > _SHOWN_PARTS:
+            parts[_SHOWN_PARTS:] = ["…"]
+        return "".join(parts)
 
 
-def _copy(value: Any, depth: int) -> Any:
+def _copy(value: Any, depth: int) -> Any:  # noqa: C901, PLR0911 - one case per type
     kind = type(value)
     if kind is str:
         return value if value.isascii() else _copy_text(value)
@@ -158,41 +168,54 @@ def _copy(value: Any, depth: int) -> Any:
         if math.isfinite(value):
             return value
         raise _FaultError(f"{value} is not JSON", value)
-    if isinstance(value, (Mapping, list, tuple)):
-        return _copy_container(value, depth)
+    if isinstance(value, Mapping):
+        return _copy_object(value, depth)
+    if isinstance(value, (list, tuple)):
+        return _copy_array(value, depth)
     # A subclass (an enum's member, numpy's float64) may have overridden str() or int().
-    for plain, convert in ((str, str.__str__), (int, int.__int__), (float, float.__float__)):
-        if isinstance(value, plain):
-            return _copy(convert(value), depth)
-    raise _FaultError(f"a {kind.__name__} is not JSON: convert it first, to a str say", value)
+    if isinstance(value, str):
+        return _copy(str.__str__(value), depth)
+    if isinstance(value, int):
+        return _copy(int.__int__(value), depth)
+    if isinstance(value, float):
+        return _copy(float.__float__(value), depth)
+    raise _FaultError(f"{kind.__name__} is not JSON: convert it first, to a str say", value)
 
 
-def _copy_container(container: Mapping[Any, Any] | list[Any] | tuple[Any, ...], depth: int) -> Any:
+def _copy_object(mapping: Mapping[Any, Any], depth: int) -> Metadata:
+    _check_depth(mapping, depth)
+    copied: Metadata = {}
+    key: Any = None
+    try:
+        for key, value in mapping.items():
+            copied[_copy_key(key)] = _copy(value, depth + 1)
+    except _FaultError as fault:
+        fault.pass_through(mapping, key)
+        raise
+    return copied
+
+
+def _copy_array(array: list[Any] | tuple[Any, ...], depth: int) -> list[Any]:
+    _check_depth(array, depth)
+    copied: list[Any] = []
+    try:
+        for value in array:
+            copied.append(_copy(value, depth + 1))  # noqa: PERF401 - its length is the place
+    except _FaultError as fault:
+        fault.pass_through(array, len(copied))
+        raise
+    return copied
+
+
+def _check_depth(container: object, depth: int) -> None:
     if depth > MAX_DEPTH:
         raise _FaultError(f"nests deeper than {MAX_DEPTH} levels: store it flatter", container)
-    place: object = None
-    try:
-        if isinstance(container, Mapping):
-            copied = {}
-            for place, item in container.items():
-                copied[_copy_key(place)] = _copy(item, depth + 1)
-            return copied
-        items = []
-        for place, item in enumerate(container):
-            items.append(_copy(item, depth + 1))
-        return items
-    except _FaultError as fault:
-        if fault.culprit is container:
-            fault.reason = "contains itself"
-            fault.path.clear()
-        fault.path.append(place)
-        raise
 
 
 def _copy_key(key: object) -> str:
     if isinstance(key, str):
         return key if type(key) is str and key.isascii() else _copy_text(str.__str__(key))
-    raise _FaultError(f"a key is a str in JSON, not a {type(key).__name__}", key)
+    raise _FaultError(f"a key in JSON is a str, this one is of type {type(key).__name__}", key)
 
 
 def _copy_text(text: str) -> str:

@@ -27,10 +27,10 @@ def merge_metadata(old: Mapping[str, Any], update: Mapping[str, Any]) -> dict[st
 
     Example:
         >>> merge_metadata(
-        ...     {"preferences": {"theme": "dark"}, "notifications": {"email": True}, "todos": ["a"]},
+        ...     {"theme": "dark", "notifications": {"email": True}, "todos": ["use-text-notifs"]},
         ...     {"notifications": {"sms": True}, "todos": None},
         ... )
-        {'preferences': {'theme': 'dark'}, 'notifications': {'sms': True}}
+        {'theme': 'dark', 'notifications': {'sms': True}}
 
     The rule is that of SuperTokens, "Storing data about a user": `updating metadata
     <https://supertokens.com/docs/post-authentication/user-management/user-metadata>`_.

@@ -93,6 +93,7 @@ class UserMetadataRecipe:
     Args:
         storage: where the metadata is kept.
         override: replaces or wraps the functions.
+        owns_storage: whether ``reset`` closes the storage.
 
     Attributes:
         recipe_id: ``"usermetadata"``, as in the SDK.
@@ -107,17 +108,19 @@ class UserMetadataRecipe:
     _instance: ClassVar[UserMetadataRecipe | None] = None
 
     def __init__(
-        self, storage: Storage, override: UserMetadataOverrideConfig | None = None
+        self,
+        storage: Storage,
+        override: UserMetadataOverrideConfig | None = None,
+        *,
+        owns_storage: bool = False,
     ) -> None:
         self.storage = storage
         self.override = override
-        self._opened_storage = False
+        self._owns_storage = owns_storage
         original = RecipeImplementation(InThread(storage))
         if override is None or override.functions is None:
             self.recipe_implementation: RecipeInterface = original
-            self.blocking_implementation: RecipeInterface = RecipeImplementation(
-                OnTheSpot(storage)
-            )
+            self.blocking_implementation: RecipeInterface = RecipeImplementation(OnTheSpot(storage))
         else:
             self.recipe_implementation = _complete(override.functions(original), original)
             self.blocking_implementation = self.recipe_implementation
@@ -138,15 +141,15 @@ class UserMetadataRecipe:
             )
         if not isinstance(override, (UserMetadataOverrideConfig, type(None))):
             raise InvalidInputError(
-                f"override: a {type(override).__name__} is not an override:"
+                f"override: {type(override).__name__} is not an override:"
                 " pass UserMetadataOverrideConfig(functions=...)"
             )
         if storage is None:
             storage = os.environ.get("USERMETADATA_URL") or "sqlite:///usermetadata.db"
         opened = isinstance(storage, (str, os.PathLike))
-        recipe = UserMetadataRecipe(_open_storage(storage), override)
-        recipe._opened_storage = opened
-        UserMetadataRecipe._instance = recipe
+        UserMetadataRecipe._instance = UserMetadataRecipe(
+            _open_storage(storage), override, owns_storage=opened
+        )
 
     @staticmethod
     def get_instance() -> UserMetadataRecipe:
@@ -173,7 +176,7 @@ class UserMetadataRecipe:
         ``init`` before, nothing happens.
         """
         recipe, UserMetadataRecipe._instance = UserMetadataRecipe._instance, None
-        if recipe is not None and recipe._opened_storage:
+        if recipe is not None and recipe._owns_storage:
             recipe.storage.close()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -246,7 +249,7 @@ class RecipeImplementation(RecipeInterface):
         """Read many rows at once."""
         if isinstance(user_ids, (str, bytes)) or not isinstance(user_ids, Iterable):
             raise InvalidInputError(
-                f"user_ids: a {type(user_ids).__name__} is not a list of user ids"
+                f"user_ids: {type(user_ids).__name__} is not a list of user ids"
             )
         return self._read_many([check_user_id(user_id) for user_id in user_ids])
 
@@ -256,7 +259,7 @@ class RecipeImplementation(RecipeInterface):
         """Merge into many rows at once."""
         if not isinstance(metadata_updates, Mapping):
             raise InvalidInputError(
-                f"metadata_updates: a {type(metadata_updates).__name__} is not a mapping:"
+                f"metadata_updates: {type(metadata_updates).__name__} is not a mapping:"
                 " pass {user_id: update}"
             )
         changes = [
@@ -312,7 +315,7 @@ def _open_storage(storage: Storage | str | os.PathLike[str]) -> Storage:
     if all(hasattr(storage, verb) for verb in ("read", "write", "for_app", "close")):
         return storage
     raise InvalidInputError(
-        f"storage: a {type(storage).__name__} is neither a storage nor a URL nor a path:"
+        f"storage: {type(storage).__name__} is neither a storage nor a URL nor a path:"
         ' pass "sqlite:///users.db"'
     )
 
@@ -327,7 +330,7 @@ def _complete(overridden: RecipeInterface, original: RecipeInterface) -> RecipeI
     """Let functions that the override does not have be the original's."""
     if not isinstance(overridden, RecipeInterface):
         raise InvalidInputError(
-            f"override: functions returned a {type(overridden).__name__}, not a RecipeInterface:"
+            f"override: functions returned {type(overridden).__name__}, not a RecipeInterface:"
             " return the original, or an instance of a subclass"
         )
     for name in (
@@ -349,7 +352,7 @@ def _checked(
     function: Callable[[dict[str, Any]], Mapping[str, Any]],
 ) -> Callable[[Metadata], Metadata]:
     if not callable(function):
-        raise InvalidInputError(f"function: a {type(function).__name__} cannot be called")
+        raise InvalidInputError(f"function: {type(function).__name__} cannot be called")
 
     def checked(old: Metadata) -> Metadata:
         token = _inside_function.set(True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import sqlite3
 import threading
 import time
 import weakref
@@ -12,7 +13,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from sqlite_utils import Database, Migrations
-from sqlite_utils.utils import sqlite3
 
 from usermetadata.changes import Clear, Replace
 from usermetadata.exceptions import (
@@ -27,7 +27,7 @@ from usermetadata.identifiers import check_app_id
 from usermetadata.json import decode_metadata, encode_metadata
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Sequence
 
     from typing_extensions import Self
 
@@ -44,6 +44,8 @@ _STORE = (
     " ON CONFLICT (app_id, user_id) DO UPDATE SET user_metadata = excluded.user_metadata"
 )
 _REMOVE = "DELETE FROM user_metadata WHERE app_id = ? AND user_id = ?"
+
+_MAX_TIMEOUT = 1_000_000  # seconds; SQLite counts milliseconds in 31 bits
 
 _migrations = Migrations("usermetadata")
 
@@ -106,7 +108,7 @@ class SQLiteStorage:
         self._app_id = check_app_id(app_id)
         if synchronous not in ("FULL", "NORMAL"):
             raise InvalidInputError(f'synchronous: {synchronous!r} is neither "FULL" nor "NORMAL"')
-        if not isinstance(timeout, (int, float)) or not 0 <= timeout <= 1_000_000:
+        if not isinstance(timeout, (int, float)) or not 0 <= timeout <= _MAX_TIMEOUT:
             raise InvalidInputError(f"timeout: {timeout!r} is not a number of seconds from 0 on")
         self._connections: _OneConnection | _OwnConnections
         if isinstance(database, Database):
@@ -190,12 +192,12 @@ class _Connection:
         """Execute one statement and return all its rows."""
         try:
             return self._driver.execute(statement, parameters).fetchall()
-        except sqlite3.Error as error:
+        except self._driver.Error as error:
             raise _translate(error, self._name) from error
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Commit what the block does, or undo it all; a borrowed connection's transaction is joined."""
+    def transaction(self) -> Generator[None]:
+        """Commit what the block does or undo it all; join a transaction of the lender's."""
         begin, commit, undo = "BEGIN IMMEDIATE", "COMMIT", ["ROLLBACK"]
         if self.in_transaction:
             if self._borrowed:
@@ -223,7 +225,7 @@ class _Connection:
             if _migrations.pending(self._database):
                 with self.transaction():
                     _migrations.apply(self._database)
-        except sqlite3.Error as error:
+        except self._driver.Error as error:
             raise _translate(error, self._name) from error
 
     def abandon(self) -> None:
@@ -259,7 +261,7 @@ class _OwnConnections:
         weakref.finalize(self, _close_all, self._writers, self._idle_readers)
 
     @contextmanager
-    def reading(self) -> Iterator[_Connection]:
+    def reading(self) -> Generator[_Connection]:
         """Lend a connection for one query, whatever the writer is doing."""
         with self._read_lock:
             self._check_open()
@@ -288,7 +290,7 @@ class _OwnConnections:
                         _close_all(self._idle_readers)
 
     @contextmanager
-    def writing(self) -> Iterator[_Connection]:
+    def writing(self) -> Generator[_Connection]:
         """Lend the writer, inside a transaction."""
         with self._lend_writer() as writer, writer.transaction():
             yield writer
@@ -321,7 +323,7 @@ class _OwnConnections:
             raise UsageError(f"this SQLiteStorage of {self.name} is closed: make a new one")
 
     @contextmanager
-    def _lend_writer(self) -> Iterator[_Connection]:
+    def _lend_writer(self) -> Generator[_Connection]:
         lock = self._write_lock
         if not lock.acquire(timeout=self._timeout):
             raise _busy(self.name)
@@ -387,7 +389,7 @@ class _OneConnection:
         watch(self)
 
     @contextmanager
-    def reading(self) -> Iterator[_Connection]:
+    def reading(self) -> Generator[_Connection]:
         with self._lock:
             if self._closed:
                 raise UsageError(f"this SQLiteStorage of {self.name} is closed: make a new one")
@@ -398,7 +400,7 @@ class _OneConnection:
             yield self._connection
 
     @contextmanager
-    def writing(self) -> Iterator[_Connection]:
+    def writing(self) -> Generator[_Connection]:
         with self.reading() as connection, connection.transaction():
             yield connection
 
@@ -429,7 +431,7 @@ def _close_all(*groups: list[_Connection]) -> None:
             group.pop().close()
 
 
-def _translate(error: sqlite3.Error, name: str) -> StorageError:
+def _translate(error: Exception, name: str) -> StorageError:
     message = str(error)
     if "locked" in message:
         return _busy(name)

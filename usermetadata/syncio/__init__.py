@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult
 
 
-def get_user_metadata(
-    user_id: str, user_context: dict[str, Any] | None = None
-) -> MetadataResult:
+def get_user_metadata(user_id: str, user_context: dict[str, Any] | None = None) -> MetadataResult:
     """Return the metadata of a user.
 
     Nobody checks that the user exists: of an unknown user the metadata is ``{}``.

@@ -1,0 +1,91 @@
+"""What several test files share: every storage, and both facades behind one face."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+from sqlite_utils import Database
+
+import usermetadata
+import usermetadata.asyncio
+import usermetadata.syncio
+from usermetadata import InMemoryStorage, SQLiteStorage, UserMetadataRecipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from pathlib import Path
+    from types import ModuleType
+
+    from usermetadata import Storage
+
+pytest_plugins = ["pytester"]
+
+
+def pytest_report_header() -> str:
+    """Say which SQLite the run is about."""
+    return f"sqlite: {sqlite3.sqlite_version}"
+
+
+def open_borrowed_storage() -> SQLiteStorage:
+    """Borrow a connection that any thread may use."""
+    return SQLiteStorage(Database(sqlite3.connect(":memory:", check_same_thread=False)))
+
+
+STORAGES: dict[str, Callable[[Path], Storage]] = {
+    "memory": lambda _: InMemoryStorage(),
+    "sqlite file": lambda folder: SQLiteStorage(folder / "users.db"),
+    "sqlite memory": lambda _: SQLiteStorage(":memory:"),
+    "sqlite borrowed": lambda _: open_borrowed_storage(),
+}
+
+
+@pytest.fixture(params=STORAGES)
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Storage, None, None]:
+    """Every storage in turn, empty."""
+    storage = STORAGES[request.param](tmp_path)
+    yield storage
+    storage.close()
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    """Where a test may keep an SQLite file."""
+    return tmp_path / "users.db"
+
+
+@pytest.fixture(autouse=True)
+def reset() -> Generator[None, None, None]:
+    """Leave no test initialised."""
+    yield
+    UserMetadataRecipe.reset()
+
+
+class Blocking:
+    """The functions of ``usermetadata.asyncio``, each in an ``asyncio.run`` of its own."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Return the function to be called without ``await``."""
+        function = getattr(usermetadata.asyncio, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            async def main() -> Any:
+                return await function(*args, **kwargs)
+
+            return asyncio.run(main())
+
+        return call
+
+
+FACADES: dict[str, ModuleType] = {
+    "syncio": usermetadata.syncio,
+    "asyncio": cast("ModuleType", Blocking()),
+}
+
+
+@pytest.fixture(params=FACADES)
+def facade(request: pytest.FixtureRequest) -> ModuleType:
+    """Both facades in turn, called without ``await``."""
+    return FACADES[request.param]

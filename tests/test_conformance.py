@@ -1,0 +1,377 @@
+"""The conformance suite: every storage passes it, and every planted fault fails it."""
+
+from __future__ import annotations
+
+import threading
+import unicodedata
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from usermetadata import InMemoryStorage
+from usermetadata.changes import Clear, Merge, Modify, Replace
+from usermetadata.json import decode_metadata, encode_metadata
+from usermetadata.testing import StorageConformance
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from typing_extensions import Self
+
+    from usermetadata import Storage
+    from usermetadata.changes import Change
+    from usermetadata.json import Metadata
+
+
+class TestEveryStorage(StorageConformance):
+    """All storages keep all promises; ``conftest.storage`` is each in turn."""
+
+
+class AbsentIsEmpty(InMemoryStorage):
+    """Returns ``{}`` for a user without a row."""
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        found = super().read(user_ids)
+        return {user_id: found.get(user_id, {}) for user_id in user_ids}
+
+
+class EmptyIsAbsent(InMemoryStorage):
+    """Takes ``{}`` for no row."""
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        return {user_id: found for user_id, found in super().read(user_ids).items() if found}
+
+
+class ClearsToEmpty(InMemoryStorage):
+    """Stores ``{}`` where a row should go."""
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        return super().write(
+            [(user, lambda old, c=change: c(old) or {}) for user, change in changes]
+        )
+
+
+class ReadsFewUsers(InMemoryStorage):
+    """Stops reading after 500 users."""
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        return super().read(user_ids[:500])
+
+
+class MergesDeeply(InMemoryStorage):
+    """Does its own merge natively, and wrongly: as RFC 7396 has it."""
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        def patched(change: Change) -> Change:
+            if isinstance(change, Merge):
+                return lambda old: self._patch(old or {}, change.update)
+            return change
+
+        return super().write([(user_id, patched(change)) for user_id, change in changes])
+
+    def _patch(self, old: Any, update: Any) -> Any:
+        if not isinstance(update, dict):
+            return update
+        patched = dict(old) if isinstance(old, dict) else {}
+        for name, value in update.items():
+            patched[name] = self._patch(patched.get(name), value)
+        return {name: value for name, value in patched.items() if value is not None}
+
+
+class ReplaceMerges(InMemoryStorage):
+    """Takes ``Replace`` for ``Merge``."""
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        return super().write(
+            [
+                (user_id, Merge(change.metadata) if isinstance(change, Replace) else change)
+                for user_id, change in changes
+            ]
+        )
+
+
+class ModifiesNothing(InMemoryStorage):
+    """Hands ``{}`` to every ``Modify``."""
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        return super().write(
+            [
+                (user_id, (lambda old, c=change: c({})) if isinstance(change, Modify) else change)
+                for user_id, change in changes
+            ]
+        )
+
+
+class KnowsOnlyItsChanges(InMemoryStorage):
+    """Does not call a change whose class it does not know."""
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        known = (Merge, Replace, Clear, Modify)
+        return super().write(
+            [
+                (user_id, change if isinstance(change, known) else (lambda old: old))
+                for user_id, change in changes
+            ]
+        )
+
+
+class WritesBackwards(InMemoryStorage):
+    """Applies the last change first."""
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        return super().write(changes[::-1])[::-1]
+
+
+class OneChangePerUser(InMemoryStorage):
+    """Shows all changes the state before the write."""
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        before = self.read([user_id for user_id, _ in changes])
+        return super().write(
+            [
+                (user_id, lambda _, c=change, u=user_id: c(before.get(u)))
+                for user_id, change in changes
+            ]
+        )
+
+
+class FailsOnNothing(InMemoryStorage):
+    """Cannot write nothing."""
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        return super().write([changes[0], *changes[1:]])
+
+
+class RoundsNumbers(InMemoryStorage):
+    """Keeps numbers as JavaScript would."""
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        return {user_id: self._round(found) for user_id, found in super().read(user_ids).items()}
+
+    def _round(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: self._round(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self._round(item) for item in value]
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 2**53:
+            return float(value)
+        return value
+
+
+class CutsLargeObjects(InMemoryStorage):
+    """Keeps 1,000 properties."""
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        found = super().read(user_ids)
+        return {user_id: dict(list(found[user_id].items())[:1000]) for user_id in found}
+
+
+class OtherIds(InMemoryStorage):
+    """Keeps ids in another spelling."""
+
+    spelling: Callable[[str], str] = str.lower
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        found = super().read([type(self).spelling(user_id) for user_id in user_ids])
+        spelt = {user_id: type(self).spelling(user_id) for user_id in user_ids}
+        return {user_id: found[key] for user_id, key in spelt.items() if key in found}
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        return super().write(
+            [(type(self).spelling(user_id), change) for user_id, change in changes]
+        )
+
+
+class TrimsIds(OtherIds):
+    """Keeps ids without their blanks."""
+
+    spelling = str.strip
+
+
+class NormalisesIds(OtherIds):
+    """Keeps ids in Unicode's normal form."""
+
+    spelling = staticmethod(lambda user_id: unicodedata.normalize("NFC", user_id))
+
+
+class Unlocked:
+    """Keeps rows in a dict without any lock; the base of faults of concurrency."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, str] = {}
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        return {user: decode_metadata(self._rows[user]) for user in user_ids if user in self._rows}
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        results: list[Metadata | None] = []
+        for user_id, change in changes:
+            new = change(self.read([user_id]).get(user_id))
+            if new is None:
+                self._rows.pop(user_id, None)
+            else:
+                self._rows[user_id] = encode_metadata(new)
+            results.append(new)
+        return results
+
+    def for_app(self, app_id: str) -> Self:
+        return self
+
+    def close(self) -> None:
+        pass
+
+
+class HalfLocked(Unlocked):
+    """Holds a lock over a write, but lets readers in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        with self._lock:
+            return super().write(changes)
+
+
+class LeavesItselfLocked(InMemoryStorage):
+    """Refuses writes after one has failed."""
+
+    failed = False
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        assert not self.failed, "a lock that nobody gives back"
+        self.failed = True
+        results = super().write(changes)
+        self.failed = False
+        return results
+
+
+class WrapsErrors(InMemoryStorage):
+    """Turns what a change raises into an error of its own."""
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        try:
+            return super().write(changes)
+        except LookupError as error:
+            raise LookupError("a change failed") from error
+
+
+class BoundToOneThread(InMemoryStorage):
+    """Works in the thread that made it, as an SQLite connection does by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        if threading.get_ident() != self._thread:
+            return []
+        return super().write(changes)
+
+
+class SharesObjects(Unlocked):
+    """Keeps the objects themselves instead of copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._objects: dict[str, Metadata] = {}
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        return {user: self._objects[user] for user in user_ids if user in self._objects}
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        results: list[Metadata | None] = []
+        for user_id, change in changes:
+            new = change(self._objects.get(user_id))
+            if new is not None:
+                self._objects[user_id] = new
+            results.append(new)
+        return results
+
+
+class ForgetsApps(InMemoryStorage):
+    """Shows every app the same rows."""
+
+    def for_app(self, app_id: str) -> Self:
+        super().for_app(app_id)
+        return self
+
+
+class ForgetsWhichApp(InMemoryStorage):
+    """Makes a new store for every app, each time."""
+
+    def for_app(self, app_id: str) -> Self:
+        super().for_app(app_id)
+        return type(self)()
+
+
+class TakesAnyApp(Unlocked):
+    """Does not look at app ids."""
+
+
+class NeverCloses(InMemoryStorage):
+    """Goes on after ``close``."""
+
+    def close(self) -> None:
+        pass
+
+
+class ClosesOnce(InMemoryStorage):
+    """Cannot be closed twice."""
+
+    def close(self) -> None:
+        self.read([])
+        super().close()
+
+
+# The tests of the suite, and what must fail each.
+PLANTED_FAULTS: dict[str, list[Callable[[], Storage]]] = {
+    "test_a_user_without_a_row_is_absent": [AbsentIsEmpty],
+    "test_an_empty_object_is_a_row": [EmptyIsAbsent],
+    "test_none_removes_the_row": [ClearsToEmpty],
+    "test_read_takes_any_number_of_users": [ReadsFewUsers],
+    "test_merge_overwrites_root_properties": [MergesDeeply],
+    "test_replace_forgets_what_was_there": [ReplaceMerges],
+    "test_modify_is_given_the_stored_metadata": [ModifiesNothing],
+    "test_any_callable_is_a_change": [KnowsOnlyItsChanges],
+    "test_changes_apply_in_order": [WritesBackwards, OneChangePerUser],
+    "test_writing_nothing_is_nothing": [FailsOnNothing],
+    "test_values_come_back_exactly": [RoundsNumbers],
+    "test_large_objects_come_back_exactly": [CutsLargeObjects],
+    "test_user_ids_are_told_apart": [OtherIds, TrimsIds, NormalisesIds],
+    "test_a_failing_change_undoes_the_whole_write": [Unlocked, WrapsErrors],
+    "test_a_storage_works_after_a_failed_write": [LeavesItselfLocked],
+    "test_no_write_comes_between": [Unlocked],
+    "test_a_reader_sees_all_of_a_write_or_nothing": [HalfLocked],
+    "test_any_thread_may_use_the_storage": [BoundToOneThread],
+    "test_concurrent_writes_are_all_kept": [BoundToOneThread],
+    "test_what_read_returns_is_the_callers": [SharesObjects],
+    "test_what_write_returns_is_the_callers": [SharesObjects],
+    "test_what_a_change_returned_is_its_own": [SharesObjects],
+    "test_what_a_change_is_given_is_its_own": [SharesObjects],
+    "test_apps_never_see_each_others_rows": [ForgetsApps],
+    "test_an_app_is_found_again": [ForgetsWhichApp],
+    "test_an_app_id_is_checked": [TakesAnyApp],
+    "test_a_closed_storage_says_so": [NeverCloses, ClosesOnce],
+}
+# The arguments besides ``storage``, where a test has any.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "test_values_come_back_exactly": {"value": 2**53 + 1},
+    "test_no_write_comes_between": {"row": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("test", "fault"),
+    [(test, fault) for test, faults in PLANTED_FAULTS.items() for fault in faults],
+)
+def test_a_planted_fault_fails_the_suite(test: str, fault: Callable[[], Storage]) -> None:
+    """The suite finds a storage that breaks a promise, by the test for that promise."""
+    with pytest.raises((Exception, pytest.fail.Exception)):
+        getattr(StorageConformance(), test)(fault(), **ARGUMENTS.get(test, {}))
+
+
+def test_every_promise_has_a_planted_fault() -> None:
+    """No test of the suite is one that cannot fail."""
+    tests = {name for name in vars(StorageConformance) if name.startswith("test_")}
+    assert tests == set(PLANTED_FAULTS)

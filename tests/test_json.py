@@ -1,0 +1,203 @@
+"""Checking and copying input; encoding and decoding."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import decimal
+import enum
+import math
+import sys
+import types
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from strategies import metadata
+from usermetadata import InvalidInputError
+from usermetadata.json import MAX_DEPTH, copy_metadata, decode_metadata, encode_metadata
+
+
+def nested(levels: int) -> dict[str, Any]:
+    """Return objects and arrays in each other, the root object counted as a level."""
+    value: Any = {}
+    for above in reversed(range(levels - 1)):
+        value = [value] if above % 2 else {"a": value}
+    root: dict[str, Any] = value
+    return root
+
+
+def contains_itself() -> dict[str, Any]:
+    """Return an object that holds a list that holds the object."""
+    inner: dict[str, Any] = {}
+    inner["list"] = [0, inner]
+    return {"inner": inner}
+
+
+BAD_INPUT: dict[str, tuple[object, str]] = {
+    "nan": ({"a": [0, 1, 2, math.nan]}, 'update["a"][3]: nan is not JSON'),
+    "infinity": ({"a": {"b": math.inf}}, 'update["a"]["b"]: inf is not JSON'),
+    "minus infinity": ({"a": -math.inf}, 'update["a"]: -inf is not JSON'),
+    "int key": ({1: "a"}, "update[1]: a key in JSON is a str, this one is of type int"),
+    "None key": ({"a": {None: 1}}, 'update["a"][None]: a key in JSON is a str'),
+    "tuple key": ({"a": [{(): 1}]}, 'update["a"][0][()]: a key in JSON is a str'),
+    "set": ({"a": {1}}, 'update["a"]: set is not JSON'),
+    "datetime": ({"a": datetime.datetime.min}, 'update["a"]: datetime is not JSON: convert it'),
+    "decimal": ({"a": decimal.Decimal(1)}, 'update["a"]: Decimal is not JSON'),
+    "bytes": ({"a": b"b"}, 'update["a"]: bytes is not JSON'),
+    "object": ({"a": object()}, 'update["a"]: object is not JSON'),
+    "surrogate": ({"a": ["\ud800"]}, 'update["a"][0]: a lone surrogate is not Unicode text'),
+    "surrogate in a key": ({"a": {"\udfff": 1}}, 'update["a"]["\\udfff"]: a lone surrogate'),
+    "NUL in a root key": ({"a\0b": 1}, 'update["a\\u0000b"]: a root-level key cannot hold U+0000'),
+    "circular": (contains_itself(), 'update["inner"]["list"][1]: contains itself'),
+    "too deep": (nested(MAX_DEPTH + 1), "nests deeper than 200 levels"),
+    "integer too long": ({"a": 10**5000}, 'update["a"]: an integer too long'),
+    "list": ([], "update: list is not a mapping"),
+    "None": (None, "update: NoneType is not a mapping"),
+    "str": ("{}", "update: str is not a mapping"),
+    "pairs": ([("a", 1)], "update: list is not a mapping"),
+}
+
+
+@pytest.mark.parametrize(("value", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_refused_with_its_place(value: object, message: str) -> None:
+    """The message says where in the argument the fault is, and what it is."""
+    with pytest.raises(InvalidInputError) as caught:
+        copy_metadata(value, "update")
+    assert message in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_a_deep_fault_is_placed_briefly() -> None:
+    """The place of a fault is shortened where nobody would read it."""
+    with pytest.raises(InvalidInputError) as caught:
+        copy_metadata(nested(MAX_DEPTH + 1), "update")
+    assert len(str(caught.value)) < 150
+
+
+@given(metadata)
+def test_valid_input_comes_back_exactly(value: dict[str, Any]) -> None:
+    """Every type, order, digit and sign survives checking, encoding and decoding."""
+    copied = copy_metadata(value, "update")
+    assert repr(copied) == repr(value)
+    assert repr(decode_metadata(encode_metadata(copied))) == repr(value)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_floats_come_back_bit_for_bit(number: float) -> None:
+    """Floats keep all of their bits."""
+    decoded = decode_metadata(encode_metadata({"n": number}))
+    assert decoded["n"].hex() == number.hex()
+
+
+@given(st.text(st.characters()))
+def test_text_is_stored_or_refused(text: str) -> None:
+    """What is stored is UTF-8 without U+0000, which every database can keep."""
+    try:
+        copied = copy_metadata({"text": text}, "update")
+    except InvalidInputError:
+        assert any("\ud800" <= character <= "\udfff" for character in text)
+    else:
+        assert b"\0" not in encode_metadata(copied).encode()
+        assert decode_metadata(encode_metadata(copied)) == {"text": text}
+
+
+def test_the_deepest_nesting_comes_back() -> None:
+    """``MAX_DEPTH`` levels are allowed, arrays and objects alike."""
+    deepest = nested(MAX_DEPTH)
+    assert decode_metadata(encode_metadata(copy_metadata(deepest, "update"))) == deepest
+
+
+def test_other_spellings_of_json_become_plain() -> None:
+    """Tuples, mappings and subclasses of plain types are stored as what JSON has for them."""
+
+    class Colour(str, enum.Enum):
+        RED = "red"
+
+    class Level(enum.IntEnum):
+        HIGH = 3
+
+    class Metres(float):
+        __slots__ = ()
+
+        def __repr__(self) -> str:
+            return "many"
+
+    Point = collections.namedtuple("Point", "x y")  # noqa: PYI024 - its type does not matter
+    copied = copy_metadata(
+        collections.OrderedDict(
+            {
+                Colour.RED: Colour.RED,
+                "level": Level.HIGH,
+                "metres": Metres(1.5),
+                "point": Point(1, (2,)),
+                "proxy": types.MappingProxyType({"a": 1}),
+            }
+        ),
+        "update",
+    )
+    assert repr(copied) == (
+        "{'red': 'red', 'level': 3, 'metres': 1.5, 'point': [1, [2]], 'proxy': {'a': 1}}"
+    )
+
+
+def test_a_copy_shares_nothing() -> None:
+    """Changing the argument after the call changes nothing in the copy."""
+    value = {"list": [{"a": 1}]}
+    copied = copy_metadata(value, "update")
+    value["list"][0]["a"] = 2
+    value["list"].clear()
+    assert copied == {"list": [{"a": 1}]}
+
+
+def test_the_same_object_may_stand_twice() -> None:
+    """Only an object inside itself is circular; the copies are independent."""
+    shared = [1]
+    copied = copy_metadata({"a": shared, "b": [shared, shared]}, "update")
+    copied["a"].append(2)
+    assert copied == {"a": [1, 2], "b": [[1], [1]]}
+
+
+def test_long_integers_follow_pythons_limit() -> None:
+    """An application that raises Python's own limit may store longer integers."""
+    limit = sys.get_int_max_str_digits()
+    number = 10**limit
+    sys.set_int_max_str_digits(limit + 1)
+    try:
+        copied = copy_metadata({"n": number}, "update")
+        assert decode_metadata(encode_metadata(copied)) == {"n": number}
+    finally:
+        sys.set_int_max_str_digits(limit)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "Expecting value"),
+        ("{", "Expecting property name"),
+        ('{"a": 1}x', "Extra data"),
+        ('{"a": NaN}', "NaN is not JSON"),
+        ('{"a": -Infinity}', "-Infinity is not JSON"),
+        ("[1]", "it holds an array, not an object"),
+        ("null", "it holds null, not an object"),
+        ('"a"', "it holds a string, not an object"),
+        ("1", "it holds a number, not an object"),
+        ("true", "it holds a boolean, not an object"),
+        ('{"a":' * 100_000, "it nests too deeply"),
+    ],
+    ids=lambda text: str(text)[:20],
+)
+def test_what_is_not_an_object_cannot_be_decoded(text: str, message: str) -> None:
+    """Text that is not a JSON object is a ``ValueError`` that says why."""
+    with pytest.raises(ValueError, match=message):
+        decode_metadata(text)
+
+
+def test_a_lone_surrogate_of_another_program_survives() -> None:
+    """Text that another program wrote with a lone surrogate can be read, merged and stored."""
+    decoded = decode_metadata('{"a": "\\ud800", "b": "é"}')
+    encoded = encode_metadata(decoded)
+    assert encoded.encode()
+    assert decode_metadata(encoded) == {"a": "\ud800", "b": "é"}

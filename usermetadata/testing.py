@@ -1,0 +1,381 @@
+"""For tests: a fresh in-memory store per test, and the conformance suite for storages.
+
+pytest finds the fixture by itself where this library is installed.
+"""
+
+# pyright: reportPrivateUsage=false
+# The fixture puts the recipe's one instance aside, which nothing else should be able to do.
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from usermetadata.changes import Clear, Merge, Modify, Replace
+from usermetadata.exceptions import InvalidInputError, UsageError
+from usermetadata.recipe import UserMetadataRecipe
+from usermetadata.storage.memory import InMemoryStorage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from usermetadata.changes import Change
+    from usermetadata.json import Metadata
+    from usermetadata.storage import Storage
+
+
+@pytest.fixture
+def usermetadata_storage() -> Generator[InMemoryStorage, None, None]:
+    """Give the test a fresh in-memory store, in place of whatever ``init`` set up.
+
+    The application's override, if there is one, stays in force. Afterwards all is as it was before.
+
+    Example:
+        A test that uses it::
+
+            def test_theme(usermetadata_storage):
+                update_user_metadata("alice", {"theme": "dark"})
+                assert get_user_metadata("alice").metadata == {"theme": "dark"}
+    """
+    before = UserMetadataRecipe._instance
+    storage = InMemoryStorage()
+    UserMetadataRecipe._instance = UserMetadataRecipe(
+        storage, None if before is None else before.override
+    )
+    yield storage
+    UserMetadataRecipe._instance = before
+    storage.close()
+
+
+_EXACT_VALUES: list[Any] = [
+    *(None, True, False, 0, 1, 2**53 + 1, -(2**63) - 1, 10**600),
+    *(0.1, 1.0, -0.0, 5e-324, 1.7976931348623157e308, 1e22),
+    *("", "1", "null", "\0", "\x7f\x80\u2028", "e\u0301 \u00e9", "\uffff", "\U0010ffff"),
+    *([], {}, [[], {}], {"": 1, "\0": 2, "a.b": {"$c": []}}),
+]
+_USER_IDS = [
+    "alice",
+    "Alice",
+    "alice ",
+    " alice",
+    "al%ce",
+    "\u00e9",
+    "e\u0301",
+    "\U0010ffff",
+    "x" * 255,
+]
+
+
+class StorageConformance:
+    """A test for each promise of :class:`usermetadata.storage.Storage`, to be subclassed.
+
+    The subclass has a fixture ``storage`` that yields an empty storage, and closes it. pytest then
+    runs all of these tests over it.
+
+    Example:
+        The whole of a test file::
+
+            class TestMyStorage(StorageConformance):
+                @pytest.fixture
+                def storage(self):
+                    storage = MyStorage()
+                    yield storage
+                    storage.close()
+    """
+
+    # Absence.
+
+    def test_a_user_without_a_row_is_absent(self, storage: Storage) -> None:
+        """``read`` leaves out who has no row; a change is then given ``None``."""
+        assert storage.read(["alice"]) == {}
+        given: list[Metadata | None] = []
+        storage.write([("alice", given.append)])
+        assert given == [None]
+        assert storage.read(["alice"]) == {}
+
+    def test_an_empty_object_is_a_row(self, storage: Storage) -> None:
+        """``{}`` is stored, read and given to a change as ``{}``."""
+        assert storage.write([("alice", Merge({}))]) == [{}]
+        assert storage.read(["alice"]) == {"alice": {}}
+        given: list[Metadata | None] = []
+        storage.write([("alice", given.append)])
+        assert given == [{}]
+
+    def test_none_removes_the_row(self, storage: Storage) -> None:
+        """A change that returns ``None`` leaves no row, whether or not there was one."""
+        storage.write([("alice", Merge({"n": 1}))])
+        assert storage.write([("alice", Clear())]) == [None]
+        assert storage.read(["alice"]) == {}
+        assert storage.write([("alice", Clear())]) == [None]
+
+    # The verbs.
+
+    def test_read_takes_any_number_of_users(self, storage: Storage) -> None:
+        """None, one, one twice and thousands of ids are read alike."""
+        user_ids = [f"user {number}" for number in range(2000)]
+        storage.write([(user_id, Merge({"id": user_id})) for user_id in user_ids[::2]])
+        assert storage.read([]) == {}
+        assert storage.read(["user 0", "user 0"]) == {"user 0": {"id": "user 0"}}
+        assert storage.read(user_ids) == {user_id: {"id": user_id} for user_id in user_ids[::2]}
+
+    def test_merge_overwrites_root_properties(self, storage: Storage) -> None:
+        """``Merge`` replaces whole values, drops root-level nulls and keeps nested ones."""
+        storage.write([("alice", Replace({"a": {"x": 1}, "b": 2, "c": 3}))])
+        update = {"a": {"y": None}, "b": None, "d": [None]}
+        expected = {"a": {"y": None}, "c": 3, "d": [None]}
+        assert storage.write([("alice", Merge(update))]) == [expected]
+        assert storage.read(["alice"]) == {"alice": expected}
+
+    def test_replace_forgets_what_was_there(self, storage: Storage) -> None:
+        """``Replace`` stores its own properties only, root-level nulls left out."""
+        storage.write([("alice", Merge({"a": 1}))])
+        assert storage.write([("alice", Replace({"b": 2, "c": None}))]) == [{"b": 2}]
+        assert storage.read(["alice"]) == {"alice": {"b": 2}}
+
+    def test_modify_is_given_the_stored_metadata(self, storage: Storage) -> None:
+        """``Modify`` stores what its function makes of the metadata, ``{}`` without a row."""
+        count = Modify(lambda metadata: {"n": metadata.get("n", 0) + 1})
+        assert storage.write([("alice", count)]) == [{"n": 1}]
+        assert storage.write([("alice", count)]) == [{"n": 2}]
+        assert storage.read(["alice"]) == {"alice": {"n": 2}}
+
+    def test_any_callable_is_a_change(self, storage: Storage) -> None:
+        """A storage may recognise some changes, and calls all others."""
+        storage.write([("alice", Merge({"n": 1}))])
+        assert storage.write([("alice", lambda old: {"was": old})]) == [{"was": {"n": 1}}]
+        assert storage.read(["alice"]) == {"alice": {"was": {"n": 1}}}
+
+    def test_changes_apply_in_order(self, storage: Storage) -> None:
+        """Each change sees the results of those before it, and has its own result."""
+        changes: list[tuple[str, Change]] = [
+            ("alice", Merge({"n": 1})),
+            ("bob", Merge({"n": 5})),
+            ("alice", Modify(lambda metadata: {"n": metadata["n"] + 1, "m": 0})),
+            ("bob", Clear()),
+            ("alice", Merge({"m": None})),
+            ("bob", Merge({"again": True})),
+        ]
+        results = [{"n": 1}, {"n": 5}, {"n": 2, "m": 0}, None, {"n": 2}, {"again": True}]
+        assert storage.write(changes) == results
+        assert storage.read(["alice", "bob"]) == {"alice": {"n": 2}, "bob": {"again": True}}
+
+    def test_writing_nothing_is_nothing(self, storage: Storage) -> None:
+        """``write([])`` returns ``[]``."""
+        assert storage.write([]) == []
+
+    # Exactness.
+
+    @pytest.mark.parametrize("value", _EXACT_VALUES, ids=ascii)
+    def test_values_come_back_exactly(self, storage: Storage, value: Any) -> None:
+        """Integers of any size, floats bit for bit and all of Unicode survive storing."""
+        metadata = {"": [value], "é.$": {"nested": value}}
+        written = storage.write([("alice", Replace(metadata))])
+        assert repr(written) == repr([metadata])
+        assert repr(storage.read(["alice"])) == repr({"alice": metadata})
+
+    def test_large_objects_come_back_exactly(self, storage: Storage) -> None:
+        """10,000 properties and 200 levels are stored like any others, in their order."""
+        wide = {f"property {number}": number for number in range(10_000)}
+        deep: dict[str, Any] = {}
+        for _ in range(199):
+            deep = {"deeper": deep}
+        storage.write([("wide", Replace(wide)), ("deep", Replace(deep))])
+        assert storage.read(["wide", "deep"]) == {"wide": wide, "deep": deep}
+
+    def test_user_ids_are_told_apart(self, storage: Storage) -> None:
+        """Case, blanks, wildcards and Unicode normalisation make different users."""
+        storage.write([(user_id, Merge({"id": user_id})) for user_id in _USER_IDS])
+        assert storage.read(_USER_IDS) == {user_id: {"id": user_id} for user_id in _USER_IDS}
+        for user_id in _USER_IDS:
+            assert storage.read([user_id]) == {user_id: {"id": user_id}}
+
+    # Atomicity.
+
+    def test_a_failing_change_undoes_the_whole_write(self, storage: Storage) -> None:
+        """What a change raises is passed on as it is, and none of the changes is stored."""
+        storage.write([("alice", Merge({"n": 1})), ("bob", Merge({"n": 1}))])
+        error = LookupError("no such property")
+
+        def fail(old: Metadata | None) -> Metadata:
+            raise error
+
+        with pytest.raises(LookupError) as caught:
+            storage.write([("alice", Merge({"n": 2})), ("bob", Clear()), ("carol", fail)])
+        assert caught.value is error
+        expected = {"alice": {"n": 1}, "bob": {"n": 1}}
+        assert storage.read(["alice", "bob", "carol"]) == expected
+
+    def test_a_storage_works_after_a_failed_write(self, storage: Storage) -> None:
+        """A change that raised leaves nothing locked or open behind."""
+
+        def fail(old: Metadata | None) -> Metadata:
+            raise LookupError
+
+        for _ in range(3):
+            with pytest.raises(LookupError):
+                storage.write([("alice", fail)])
+            storage.write([("alice", Merge({"n": 1}))])
+            _in_thread(lambda: storage.write([("alice", Merge({"m": 1}))])).join()
+        assert storage.read(["alice"]) == {"alice": {"n": 1, "m": 1}}
+
+    @pytest.mark.parametrize("row", [False, True], ids=["no row", "a row"])
+    def test_no_write_comes_between(self, storage: Storage, *, row: bool) -> None:
+        """A write that starts while a change runs is not lost, whether or not there is a row."""
+        if row:
+            storage.write([("alice", Merge({"old": 1}))])
+        others: list[threading.Thread] = []
+
+        def change(metadata: Metadata) -> Metadata:
+            if not others:
+                others.append(_in_thread(lambda: storage.write([("alice", Merge({"other": 1}))])))
+                # It ends now only if the storage does not make it wait.
+                others[0].join(_MOMENT)
+            return {**metadata, "mine": 1}
+
+        storage.write([("alice", Modify(change))])
+        others[0].join()
+        expected = {"old": 1} if row else {}
+        assert storage.read(["alice"]) == {"alice": {**expected, "mine": 1, "other": 1}}
+
+    def test_a_reader_sees_all_of_a_write_or_nothing(self, storage: Storage) -> None:
+        """``read`` in the middle of a ``write`` returns the users as they were, or waits."""
+        users = ["alice", "bob"]
+        storage.write([(user_id, Merge({"n": 1})) for user_id in users])
+        seen: list[dict[str, Metadata]] = []
+
+        def change(metadata: Metadata) -> Metadata:
+            readers.append(_in_thread(lambda: seen.append(storage.read(users))))
+            readers[0].join(_MOMENT)
+            return {"n": 2}
+
+        readers: list[threading.Thread] = []
+        storage.write([("alice", Merge({"n": 2})), ("bob", Modify(change))])
+        readers[0].join()
+        assert seen[0] in ({user: {"n": 1} for user in users}, {user: {"n": 2} for user in users})
+
+    # Threads.
+
+    def test_any_thread_may_use_the_storage(self, storage: Storage) -> None:
+        """What one thread writes, another reads; ``close`` may come from a third."""
+        seen: list[dict[str, Metadata]] = []
+        _in_thread(lambda: storage.write([("alice", Merge({"n": 1}))])).join()
+        _in_thread(lambda: seen.append(storage.read(["alice"]))).join()
+        assert seen == [{"alice": {"n": 1}}]
+        _in_thread(storage.close).join()
+        with pytest.raises(UsageError):
+            storage.read(["alice"])
+
+    def test_concurrent_writes_are_all_kept(self, storage: Storage) -> None:
+        """Eight threads that count in one row lose nothing."""
+        count = Modify(lambda metadata: {"n": metadata.get("n", 0) + 1})
+
+        def write() -> None:
+            for _ in range(25):
+                storage.write([("alice", count)])
+
+        threads = [_in_thread(write) for _ in range(8)]
+        for thread in threads:
+            thread.join()
+        assert storage.read(["alice"]) == {"alice": {"n": 200}}
+
+    # Ownership.
+
+    def test_what_read_returns_is_the_callers(self, storage: Storage) -> None:
+        """Changing it, however deep, changes nothing stored."""
+        storage.write([("alice", Merge({"list": [1], "object": {"n": 1}}))])
+        _spoil(storage.read(["alice"])["alice"])
+        assert storage.read(["alice"]) == {"alice": {"list": [1], "object": {"n": 1}}}
+
+    def test_what_write_returns_is_the_callers(self, storage: Storage) -> None:
+        """Changing it, however deep, changes nothing stored."""
+        storage.write([("alice", Merge({"list": [1]}))])
+        for change in (Merge({"object": {"n": 1}}), Modify(lambda metadata: metadata)):
+            [written] = storage.write([("alice", change)])
+            assert written is not None
+            _spoil(written)
+        assert storage.read(["alice"]) == {"alice": {"list": [1], "object": {"n": 1}}}
+
+    def test_what_a_change_returned_is_its_own(self, storage: Storage) -> None:
+        """Changing an update or a change's result after ``write`` changes nothing stored."""
+        update: Metadata = {"list": [1], "object": {"n": 1}}
+        storage.write(
+            [("alice", Merge(update)), ("bob", Replace(update)), ("carol", lambda _: update)]
+        )
+        _spoil(update)
+        expected = {"list": [1], "object": {"n": 1}}
+        assert storage.read(["alice", "bob", "carol"]) == {
+            "alice": expected,
+            "bob": expected,
+            "carol": expected,
+        }
+
+    def test_what_a_change_is_given_is_its_own(self, storage: Storage) -> None:
+        """A change may alter the metadata it is given, and fail, and nothing is stored."""
+        storage.write([("alice", Merge({"list": [1], "object": {"n": 1}}))])
+
+        def spoil_and_fail(old: Metadata | None) -> Metadata:
+            assert old is not None
+            _spoil(old)
+            raise LookupError
+
+        with pytest.raises(LookupError):
+            storage.write([("alice", spoil_and_fail)])
+        assert storage.read(["alice"]) == {"alice": {"list": [1], "object": {"n": 1}}}
+
+    # Apps.
+
+    def test_apps_never_see_each_others_rows(self, storage: Storage) -> None:
+        """Reading, writing and clearing in one app leaves the same user of another alone."""
+        other = storage.for_app("other")
+        storage.write([("alice", Merge({"app": "public"}))])
+        assert other.read(["alice"]) == {}
+        assert other.write([("alice", Merge({"n": 1}))]) == [{"n": 1}]
+        assert storage.read(["alice"]) == {"alice": {"app": "public"}}
+        storage.write([("alice", Clear())])
+        assert other.read(["alice"]) == {"alice": {"n": 1}}
+
+    def test_an_app_is_found_again(self, storage: Storage) -> None:
+        """``for_app`` of the same id is the same rows; a storage starts as ``"public"``."""
+        storage.write([("alice", Merge({"app": "public"}))])
+        other = storage.for_app("other")
+        other.write([("alice", Merge({"app": "other"}))])
+        assert storage.for_app("other").read(["alice"]) == {"alice": {"app": "other"}}
+        assert other.for_app("public").read(["alice"]) == {"alice": {"app": "public"}}
+
+    def test_an_app_id_is_checked(self, storage: Storage) -> None:
+        """``for_app`` refuses an id that a row cannot have."""
+        for app_id in ("", "a" * 65, "a\0"):
+            with pytest.raises(InvalidInputError, match="app_id"):
+                storage.for_app(app_id)
+
+    # Closing.
+
+    def test_a_closed_storage_says_so(self, storage: Storage) -> None:
+        """After ``close``, which may be called twice, both verbs raise ``UsageError``."""
+        other = storage.for_app("other")
+        storage.write([("alice", Merge({"n": 1}))])
+        storage.close()
+        storage.close()
+        for closed in (storage, other):
+            with pytest.raises(UsageError):
+                closed.read(["alice"])
+            with pytest.raises(UsageError):
+                closed.write([("alice", Merge({"n": 2}))])
+
+
+# Seconds to give a thread that a sound storage makes wait, so that an unsound one shows.
+_MOMENT = 0.2
+
+
+def _in_thread(function: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=function)
+    thread.start()
+    return thread
+
+
+def _spoil(metadata: Metadata) -> None:
+    metadata["list"].append("spoilt")
+    metadata["object"]["n"] = "spoilt"
+    metadata["spoilt"] = True
