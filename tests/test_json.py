@@ -9,13 +9,13 @@ import enum
 import math
 import sys
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from strategies import metadata
+
 from usermetadata import InvalidInputError
 from usermetadata.json import MAX_DEPTH, copy_metadata, decode_metadata, encode_metadata
 
@@ -125,7 +125,10 @@ def test_other_spellings_of_json_become_plain() -> None:
         def __repr__(self) -> str:
             return "many"
 
-    Point = collections.namedtuple("Point", "x y")  # noqa: PYI024 - its type does not matter
+    class Point(NamedTuple):
+        x: int
+        y: tuple[int, ...]
+
     copied = copy_metadata(
         collections.OrderedDict(
             {

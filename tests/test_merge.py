@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-
 from strategies import metadata
+
 from usermetadata import merge_metadata
 
 VECTORS = json.loads((Path(__file__).parent / "merge_vectors.json").read_text(encoding="utf-8"))

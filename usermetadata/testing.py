@@ -152,7 +152,7 @@ class StorageConformance:
         changes: list[tuple[str, Change]] = [
             ("alice", Merge({"n": 1})),
             ("bob", Merge({"n": 5})),
-            ("alice", Modify(lambda metadata: {"n": metadata["n"] + 1, "m": 0})),
+            ("alice", Modify(lambda metadata: {"n": metadata.get("n", 0) + 1, "m": 0})),
             ("bob", Clear()),
             ("alice", Merge({"m": None})),
             ("bob", Merge({"again": True})),

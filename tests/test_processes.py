@@ -1,0 +1,264 @@
+"""Several processes, forks and sudden deaths."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+from usermetadata import SQLiteStorage
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from usermetadata.json import Metadata
+
+
+def start(program: str, *arguments: object) -> subprocess.Popen[str]:
+    """Start a Python program; warnings are errors there too."""
+    command = [sys.executable, "-W", "error", "-c", program, *map(str, arguments)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Wait for a program that should end well, and return what it printed."""
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return output
+
+
+def read(database: Path, user_id: str) -> Metadata:
+    """Read one user from a file that nobody else has open."""
+    with contextlib.closing(SQLiteStorage(database)) as storage:
+        return storage.read([user_id])[user_id]
+
+
+def is_sound(database: Path) -> bool:
+    """Let SQLite check the whole file."""
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        return connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+UPDATE = """
+import sys
+import usermetadata
+from usermetadata.syncio import update_user_metadata
+usermetadata.init(sys.argv[1])
+sys.stdin.readline()
+for n in range(int(sys.argv[3])):
+    update_user_metadata("alice", {f"{sys.argv[2]}:{n}": n})
+"""
+
+
+def test_processes_lose_no_update(database: Path) -> None:
+    """8 processes that create the file together and update one user 500 times each lose nothing."""
+    processes = [start(UPDATE, database, number, 500) for number in range(8)]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        finish(process)
+    expected = {f"{number}:{n}": n for number in range(8) for n in range(500)}
+    assert read(database, "alice") == expected
+    assert is_sound(database)
+
+
+RACE = """
+import sys
+import usermetadata
+from usermetadata.syncio import update_user_metadata
+usermetadata.init(sys.argv[1])
+for user_id in sys.stdin:
+    update_user_metadata(user_id.strip(), {sys.argv[2]: True})
+    print("done", flush=True)
+"""
+
+
+def test_two_first_updates_both_survive(database: Path) -> None:
+    """The race that SuperTokens' core tests: two writers of a user without a row, 100 rounds."""
+    writers = [start(RACE, database, name) for name in ("left", "right")]
+    for number in range(100):
+        for writer in writers:
+            assert writer.stdin is not None
+            writer.stdin.write(f"user {number}\n")
+            writer.stdin.flush()
+        for writer in writers:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "done\n"
+    for writer in writers:
+        finish(writer)
+    with contextlib.closing(SQLiteStorage(database)) as storage:
+        users = storage.read([f"user {number}" for number in range(100)])
+    assert list(users.values()) == [{"left": True, "right": True}] * 100
+
+
+NURSERY = """
+import itertools, os, sys
+import usermetadata
+from usermetadata.syncio import update_user_metadata
+usermetadata.init(sys.argv[1])  # opens nothing yet
+
+def write_for_ever(user_id):
+    acknowledged = os.open(os.path.join(sys.argv[2], user_id), os.O_WRONLY | os.O_CREAT)
+    for n in itertools.count():
+        update_user_metadata(user_id, {str(n): n})
+        os.write(acknowledged, f"{n}\\n".encode())
+
+for line in sys.stdin:
+    if line == "wait\\n":
+        print(os.wait()[1], flush=True)
+    else:
+        child = os.fork()
+        if child == 0:
+            write_for_ever(line.strip())
+        print(child, flush=True)
+"""
+
+
+def test_what_was_acknowledged_survives_kill_9(database: Path, tmp_path: Path) -> None:
+    """60 writers, 3 at a time, die at random moments; no acknowledged update is missing."""
+    acknowledged = tmp_path / "acknowledged"
+    acknowledged.mkdir()
+    nursery = start(NURSERY, database, acknowledged)
+
+    def ask(line: str) -> int:
+        assert nursery.stdin is not None
+        assert nursery.stdout is not None
+        nursery.stdin.write(f"{line}\n")
+        nursery.stdin.flush()
+        return int(nursery.stdout.readline())
+
+    for batch in range(20):
+        for writer in [ask(f"user {batch} {number}") for number in range(3)]:
+            # Not to wait for anything: it is the random moment, from the first opening on.
+            threading.Event().wait(random.uniform(0, 0.05))
+            os.kill(writer, signal.SIGKILL)
+            assert ask("wait") == signal.SIGKILL
+        assert is_sound(database)
+    finish(nursery)
+
+    with contextlib.closing(SQLiteStorage(database)) as storage:
+        for batch in range(20):
+            for number in range(3):
+                user_id = f"user {batch} {number}"
+                log = acknowledged / user_id
+                count = len(log.read_text().splitlines()) if log.exists() else 0
+                stored = storage.read([user_id]).get(user_id, {})
+                # The last update may have been stored without being acknowledged any more.
+                assert list(stored.values()) in (list(range(count)), list(range(count + 1)))
+    assert sum(len(log.read_text()) for log in acknowledged.iterdir()) > 1000
+
+
+def test_a_fork_leaves_both_sides_working(database: Path) -> None:
+    """Parent and child go on with a storage that both facades and several threads had used."""
+    program = """
+import asyncio, os, sys, threading
+import usermetadata
+from usermetadata import syncio
+from usermetadata.asyncio import update_user_metadata
+
+usermetadata.init(sys.argv[1])
+
+def work(name):
+    async def several():
+        await asyncio.gather(*(update_user_metadata("alice", {f"{name}:a{n}": n}) for n in range(50)))
+    def one_by_one():
+        for n in range(50):
+            syncio.update_user_metadata("alice", {f"{name}:s{n}": n})
+            syncio.get_user_metadata("alice")
+    threads = [threading.Thread(target=one_by_one), threading.Thread(target=asyncio.run, args=[several()])]
+    for thread in threads:
+        thread.start()
+    return threads
+
+for thread in work("before"):
+    thread.join()
+busy = work("meanwhile")
+children = []
+for number in range(3):
+    child = os.fork()
+    if child == 0:
+        for thread in work(f"child {number}"):
+            thread.join()
+        usermetadata.UserMetadataRecipe.reset()
+        os._exit(0)
+    children.append(child)
+busy += work("parent")
+for thread in busy:
+    thread.join()
+for child in children:
+    assert os.waitpid(child, 0)[1] == 0
+print(len(syncio.get_user_metadata("alice").metadata))
+"""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program, str(database)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert finished.stdout == f"{6 * 100}\n"
+    assert is_sound(database)
+
+
+def test_a_fork_inside_a_change_cannot_commit_twice(database: Path) -> None:
+    """A child forked inside a transaction may not end it; the parent is not disturbed."""
+    program = """
+import os, sys
+from usermetadata import SQLiteStorage, StorageError
+from usermetadata.changes import Merge, Modify
+
+storage = SQLiteStorage(sys.argv[1])
+children = []
+
+def fork(metadata):
+    children.append(os.fork())
+    return {"forked": children[0] > 0}
+
+try:
+    print(storage.write([("alice", Modify(fork))]), flush=True)
+except StorageError as error:
+    assert children == [0] and "forked inside this transaction" in str(error)
+    os._exit(0)
+assert os.waitpid(children[0], 0)[1] == 0
+print(storage.write([("alice", Merge({"after": True}))]))
+"""
+    output = finish(start(program, database))
+    assert output == "[{'forked': True}]\n[{'forked': True, 'after': True}]\n"
+    assert is_sound(database)
+
+
+def test_memory_is_each_processs_own() -> None:
+    """After a fork each side has a copy of an in-memory store; a lock held elsewhere is no trap."""
+    program = """
+import os, sys, threading
+import usermetadata
+from usermetadata import SQLiteStorage, InMemoryStorage
+from usermetadata.changes import Merge, Modify
+
+for storage in (InMemoryStorage(), SQLiteStorage(":memory:")):
+    storage.write([("alice", Merge({"before": True}))])
+    entered, forking = threading.Event(), threading.Event()
+
+    def hold(metadata):
+        entered.set()
+        forking.wait()
+        return {**metadata, "held": True}
+
+    holder = threading.Thread(target=storage.write, args=[[("alice", Modify(hold))]])
+    holder.start()
+    entered.wait()
+    threading.Timer(0.05, forking.set).start()  # the fork waits for the holder
+    child = os.fork()
+    if child == 0:
+        [written] = storage.write([("alice", Merge({"child": True}))])
+        os._exit(written != {"before": True, "held": True, "child": True})
+    assert os.waitpid(child, 0)[1] == 0
+    holder.join()
+    assert storage.read(["alice"]) == {"alice": {"before": True, "held": True}}
+"""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program]
+    subprocess.run(command, timeout=60, check=True)

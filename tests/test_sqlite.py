@@ -1,0 +1,471 @@
+"""What the SQLite storage promises beyond the conformance suite."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlite_utils import Database
+
+from usermetadata import (
+    DamagedMetadataError,
+    InvalidInputError,
+    SQLiteStorage,
+    StorageBusyError,
+    StorageError,
+)
+from usermetadata.changes import Clear, Merge, Modify, Replace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from usermetadata.json import Metadata
+
+
+@pytest.fixture
+def storage(database: Path) -> Generator[SQLiteStorage, None, None]:
+    """Keep metadata in a file, waiting a moment only for others."""
+    storage = SQLiteStorage(database, timeout=0.1)
+    yield storage
+    storage.close()
+
+
+# The file.
+
+
+def test_the_table_has_supertokens_names(storage: SQLiteStorage, database: Path) -> None:
+    """sqlite-utils and every other program see one plain table with JSON as text."""
+    storage.write([("alice", Merge({"name": "Zoë"}))])
+    with contextlib.closing(Database(database)) as seen:
+        table = seen.table("user_metadata")
+        assert table.pks == ["app_id", "user_id"]
+        assert table.columns_dict == {"app_id": str, "user_id": str, "user_metadata": str}
+        row = {"app_id": "public", "user_id": "alice", "user_metadata": '{"name":"Zoë"}'}
+        assert list(table.rows) == [row]
+
+
+def test_nothing_is_opened_before_the_first_call(database: Path) -> None:
+    """A storage may be made at import time, before a fork, and of a path that is not ready."""
+    SQLiteStorage(database)
+    assert not database.exists()
+
+
+def test_a_relative_path_is_meant_where_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later change of the working directory does not move the file."""
+    monkeypatch.chdir(tmp_path)
+    storage = SQLiteStorage("users.db")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    storage.write([("alice", Merge({}))])
+    storage.close()
+    assert (tmp_path / "users.db").exists()
+
+
+def test_the_file_outlives_the_storage(storage: SQLiteStorage, database: Path) -> None:
+    """What was written is there for the next storage of the same path."""
+    storage.write([("alice", Merge({"n": 1}))])
+    storage.close()
+    with contextlib.closing(SQLiteStorage(database)) as later:
+        assert later.read(["alice"]) == {"alice": {"n": 1}}
+
+
+def test_apps_share_the_file(storage: SQLiteStorage, database: Path) -> None:
+    """``app_id`` and ``for_app`` name the same rows."""
+    storage.for_app("shop").write([("alice", Merge({"n": 1}))])
+    with contextlib.closing(SQLiteStorage(database, app_id="shop")) as shop:
+        assert shop.read(["alice"]) == {"alice": {"n": 1}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "level"),
+    [({}, 2), ({"synchronous": "FULL"}, 2), ({"synchronous": "NORMAL"}, 1)],
+    ids=["default", "FULL", "NORMAL"],
+)
+def test_the_writer_syncs_as_it_was_told(
+    database: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], level: int
+) -> None:
+    """The file is in WAL mode, and commits wait for the disk unless ``NORMAL`` was asked for."""
+    connect, opened = sqlite3.connect, list[sqlite3.Connection]()
+
+    def remember(*args: Any, **kwargs: Any) -> sqlite3.Connection:
+        opened.append(connect(*args, **kwargs))
+        return opened[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", remember)
+    with contextlib.closing(SQLiteStorage(database, **settings)) as storage:
+        storage.write([("alice", Merge({}))])
+        [writer] = opened
+        assert writer.execute("PRAGMA synchronous").fetchone() == (level,)
+        assert writer.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert writer.execute("PRAGMA fullfsync").fetchone() == (level - 1,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"database": ""}, "database: is an empty path"),
+        ({"database": "a.db", "synchronous": "OFF"}, "synchronous: 'OFF' is neither"),
+        ({"database": "a.db", "timeout": -1}, "timeout: -1 is not a number of seconds"),
+        ({"database": "a.db", "timeout": "5"}, "timeout: '5' is not a number of seconds"),
+        ({"database": "a.db", "app_id": ""}, "app_id: is empty"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    """A wrong argument is found when the storage is made."""
+    with pytest.raises(InvalidInputError, match=message):
+        SQLiteStorage(**arguments)
+
+
+def test_a_forgotten_storage_closes_its_file(database: Path) -> None:
+    """Neither a dropped storage nor one that is open at exit leaves a warning or a WAL behind."""
+    program = """
+import gc, sys
+from usermetadata import SQLiteStorage
+from usermetadata.changes import Merge
+storage = SQLiteStorage(sys.argv[1])
+storage.write([("alice", Merge({}))])
+storage.read(["alice"])
+if sys.argv[2] == "drop":
+    del storage
+    gc.collect()
+"""
+    for when in ("drop", "exit"):
+        command = [sys.executable, "-X", "dev", "-W", "error", "-c", program, str(database), when]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (finished.returncode, finished.stderr) == (0, "")
+        assert os.listdir(database.parent) == [database.name]
+
+
+# Readers and writers.
+
+
+@pytest.mark.parametrize("warm", [True, False], ids=["known file", "new storage"])
+def test_readers_do_not_wait_for_a_writer(
+    storage: SQLiteStorage, database: Path, *, warm: bool
+) -> None:
+    """During a long write transaction a reader sees the old state, at once."""
+    storage.write([("alice", Merge({"n": 1}))])
+    seen: list[dict[str, Metadata]] = []
+
+    def change(metadata: Metadata) -> Metadata:
+        with contextlib.closing(SQLiteStorage(database)) as another:
+            reader = storage if warm else another
+            thread = threading.Thread(target=lambda: seen.append(reader.read(["alice"])))
+            thread.start()
+            thread.join(30)
+        return {"n": 2}
+
+    storage.write([("alice", Modify(change))])
+    assert seen == [{"alice": {"n": 1}}]
+    assert storage.read(["alice"]) == {"alice": {"n": 2}}
+
+
+def test_another_programs_lock_is_waited_for_and_reported(
+    storage: SQLiteStorage, database: Path
+) -> None:
+    """A write raises ``StorageBusyError`` after the timeout, and works again afterwards."""
+    storage.write([("alice", Merge({"n": 1}))])
+    with contextlib.closing(sqlite3.connect(database)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StorageBusyError, match="longer timeout") as caught:
+            storage.write([("alice", Merge({"n": 2}))])
+        assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
+        assert isinstance(caught.value, TimeoutError)
+        assert storage.read(["alice"]) == {"alice": {"n": 1}}
+    assert storage.write([("alice", Merge({"n": 3}))]) == [{"n": 3}]
+
+
+def test_another_thread_is_waited_for_and_reported(storage: SQLiteStorage) -> None:
+    """A write that waits for another thread's gives up after the timeout too."""
+    errors: list[Exception] = []
+
+    def write() -> None:
+        try:
+            storage.write([("alice", Merge({"n": 2}))])
+        except StorageBusyError as error:
+            errors.append(error)
+
+    def change(metadata: Metadata) -> Metadata:
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+        return {"n": 1}
+
+    assert storage.write([("alice", Modify(change))]) == [{"n": 1}]
+    assert len(errors) == 1
+    assert storage.write([("alice", Merge({"n": 3}))]) == [{"n": 3}]
+
+
+def test_an_interrupt_undoes_the_write(storage: SQLiteStorage) -> None:
+    """Control-C in the middle of a write leaves nothing half done and nothing locked."""
+
+    def interrupt(metadata: Metadata) -> Metadata:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        storage.write([("alice", Merge({"n": 1})), ("bob", Modify(interrupt))])
+    assert storage.read(["alice"]) == {}
+    assert storage.write([("alice", Merge({"n": 2}))]) == [{"n": 2}]
+
+
+# Trouble with the file: a clear error, the driver's as its cause, and work goes on afterwards.
+
+
+def fails(storage: SQLiteStorage, message: str) -> None:
+    """Check that both verbs raise ``StorageError`` with this message."""
+    for call in (
+        lambda: storage.read(["alice"]),
+        lambda: storage.write([("alice", Merge({"n": 1}))]),
+    ):
+        with pytest.raises(StorageError, match=message) as caught:
+            call()
+        assert isinstance(caught.value.__cause__, sqlite3.Error)
+
+
+def works(storage: SQLiteStorage) -> None:
+    """Check that both verbs do their work."""
+    storage.write([("alice", Replace({"works": True}))])
+    assert storage.read(["alice"]) == {"alice": {"works": True}}
+
+
+def test_a_missing_directory(tmp_path: Path) -> None:
+    """The error says which directory to create."""
+    folder = tmp_path / "missing"
+    with contextlib.closing(SQLiteStorage(folder / "users.db")) as storage:
+        fails(storage, f"the directory {folder} does not exist: create it")
+        folder.mkdir()
+        works(storage)
+
+
+def test_a_directory_in_place_of_the_file(database: Path) -> None:
+    """The error asks whether it is a file."""
+    database.mkdir()
+    with contextlib.closing(SQLiteStorage(database)) as storage:
+        fails(storage, "is it a file")
+        database.rmdir()
+        works(storage)
+
+
+def test_a_file_that_is_not_sqlite(storage: SQLiteStorage, database: Path) -> None:
+    """The error says so, and the file is left as it is."""
+    database.write_text("alice: likes dark themes\n" * 100)
+    fails(storage, "not a database: name an SQLite file")
+    assert database.read_text() == "alice: likes dark themes\n" * 100
+    database.unlink()
+    works(storage)
+
+
+def test_a_damaged_file(storage: SQLiteStorage, database: Path) -> None:
+    """The error suggests the backup; once the file is restored the same storage goes on."""
+    storage.write([(f"user {n}", Merge({"n": n, "text": "x" * 100})) for n in range(1000)])
+    storage.close()
+    sound = database.read_bytes()
+    page = 4096
+    database.write_bytes(sound[:page] + b"\xa5" * (len(sound) - page))
+    with contextlib.closing(SQLiteStorage(database)) as storage:
+        fails(storage, "malformed: restore it from a backup")
+        database.write_bytes(sound)
+        assert storage.read(["user 7"])["user 7"]["n"] == 7
+        works(storage)
+
+
+def test_a_read_only_file() -> None:
+    """The error says what to permit."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
+        database = Path(folder, "users.db")
+        with contextlib.closing(sqlite3.connect(database)) as connection:
+            connection.execute("CREATE TABLE t (x)")
+        database.chmod(0o444)
+        Path(folder).chmod(0o555)
+        if os.geteuid() == 0:
+            # Nothing is read-only for root.
+            os.seteuid(65534)
+            undo.callback(os.seteuid, 0)
+        with contextlib.closing(SQLiteStorage(database)) as storage:
+            fails(storage, "readonly database: let this process write the file and its directory")
+            undo.close()
+            database.chmod(0o644)
+            Path(folder).chmod(0o755)
+            works(storage)
+
+
+def test_a_full_disk(storage: SQLiteStorage) -> None:
+    """A write that finds no room changes nothing; when there is room again it works."""
+    storage.write([("alice", Merge({"n": 1}))])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(StorageError) as caught:
+            storage.write([("alice", Merge({"n": 2})), ("bob", Merge({"text": "x" * 1_000_000}))])
+        assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
+        assert storage.read(["alice", "bob"]) == {"alice": {"n": 1}}
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    storage.write([("bob", Merge({"text": "x" * 1_000_000}))])
+    works(storage)
+
+
+def test_sqlites_own_limit_of_pages() -> None:
+    """SQLite undoes the transaction itself when a database is full; that is understood."""
+    connection = sqlite3.connect(":memory:")
+    with (
+        contextlib.closing(connection),
+        contextlib.closing(SQLiteStorage(Database(connection))) as storage,
+    ):
+        storage.write([("alice", Merge({"n": 1}))])
+        [pages] = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages + 2}")
+        with pytest.raises(StorageError, match="full: free some space and repeat the call"):
+            storage.write([("alice", Merge({"text": "x" * 100_000}))])
+        connection.execute("PRAGMA max_page_count = 10000")
+        works(storage)
+
+
+def test_another_programs_table(storage: SQLiteStorage, database: Path) -> None:
+    """A table of the same name with other columns is left alone."""
+    with contextlib.closing(sqlite3.connect(database)) as other:
+        other.execute("CREATE TABLE user_metadata (id INTEGER PRIMARY KEY, value TEXT)")
+    fails(storage, "its table user_metadata is another program's")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("{", "Expecting property name"),
+        ("[1]", "it holds an array, not an object"),
+        ('{"a": NaN}', "NaN is not JSON"),
+        (b'{"a": 1}', "it is a bytes, not text"),
+        (f'{{"a": {"9" * 5000}}}', "Exceeds the limit"),
+    ],
+    ids=["cut off", "an array", "NaN", "a blob", "a long integer"],
+)
+def test_a_damaged_row(
+    storage: SQLiteStorage, database: Path, damage: str | bytes, message: str
+) -> None:
+    """The error names the user; others are not concerned; set and clear mend the row."""
+    storage.write([(user_id, Merge({"n": 1})) for user_id in ("alice", "bob", "carol")])
+    with contextlib.closing(sqlite3.connect(database)) as other, other:
+        other.execute("UPDATE user_metadata SET user_metadata = ? WHERE user_id != 'bob'", [damage])
+    calls: list[Callable[[], object]] = [
+        lambda: storage.read(["alice"]),
+        lambda: storage.read(["bob", "alice"]),
+        lambda: storage.write([("alice", Merge({"n": 1}))]),
+    ]
+    for call in calls:
+        with pytest.raises(DamagedMetadataError, match=f"user 'alice'.*{message}") as caught:
+            call()
+        assert isinstance(caught.value.__cause__, ValueError)
+    assert storage.read(["bob"]) == {"bob": {"n": 1}}
+    storage.write([("alice", Clear()), ("carol", Replace({"n": 2}))])
+    assert storage.read(["alice", "carol"]) == {"carol": {"n": 2}}
+
+
+# A borrowed database.
+
+
+@pytest.fixture
+def borrowed(database: Path) -> Generator[Database, None, None]:
+    """Open a database as an application would."""
+    borrowed = Database(database)
+    borrowed.table("orders").create({"id": int}, pk="id")
+    yield borrowed
+    borrowed.close()
+
+
+def test_a_borrowed_database_commits_by_itself(borrowed: Database, database: Path) -> None:
+    """Outside a transaction of the caller's a write is committed when it returns."""
+    storage = SQLiteStorage(borrowed)
+    storage.write([("alice", Merge({"n": 1}))])
+    assert not borrowed.conn.in_transaction
+    with contextlib.closing(SQLiteStorage(database)) as other:
+        assert other.read(["alice"]) == {"alice": {"n": 1}}
+
+
+@pytest.mark.parametrize("commit", [True, False], ids=["commit", "rollback"])
+def test_metadata_joins_the_callers_transaction(borrowed: Database, *, commit: bool) -> None:
+    """Metadata and the caller's rows are committed, or rolled back, together."""
+    storage = SQLiteStorage(borrowed)
+    borrowed.begin()
+    borrowed.table("orders").insert({"id": 1})
+    storage.write([("alice", Merge({"last order": 1}))])
+    assert storage.read(["alice"]) == {"alice": {"last order": 1}}
+    assert borrowed.conn.in_transaction
+    borrowed.commit() if commit else borrowed.rollback()
+    assert storage.read(["alice"]) == ({"alice": {"last order": 1}} if commit else {})
+    assert borrowed.table("orders").count == (1 if commit else 0)
+    storage.write([("alice", Merge({"n": 1}))])
+
+
+def test_a_failed_write_leaves_the_callers_transaction(borrowed: Database) -> None:
+    """Only the write itself is undone; the caller's rows before and after it stay."""
+    storage = SQLiteStorage(borrowed)
+
+    def fail(metadata: Metadata) -> Metadata:
+        raise LookupError
+
+    with borrowed.atomic():
+        borrowed.table("orders").insert({"id": 1})
+        storage.write([("alice", Merge({"n": 1}))])
+        with pytest.raises(LookupError):
+            storage.write([("alice", Merge({"n": 2})), ("alice", Modify(fail))])
+        borrowed.table("orders").insert({"id": 2})
+    assert storage.read(["alice"]) == {"alice": {"n": 1}}
+    assert borrowed.table("orders").count == 2
+
+
+def test_a_borrowed_database_stays_open(borrowed: Database) -> None:
+    """Closing the storage is not closing the caller's database."""
+    storage = SQLiteStorage(borrowed)
+    storage.write([("alice", Merge({}))])
+    storage.close()
+    assert borrowed.table("user_metadata").count == 1
+
+
+def test_a_borrowed_database_knows_its_thread(borrowed: Database) -> None:
+    """The error says how to open a connection that other threads may use."""
+    storage = SQLiteStorage(borrowed)
+    errors: list[StorageError] = []
+
+    def read() -> None:
+        try:
+            storage.read(["alice"])
+        except StorageError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    thread.join()
+    assert "check_same_thread=False" in str(errors[0])
+
+
+def test_a_borrowed_database_that_was_closed(borrowed: Database) -> None:
+    """The error is ours, with the driver's as its cause."""
+    storage = SQLiteStorage(borrowed)
+    borrowed.close()
+    fails(storage, "closed database")
+
+
+# The sqlite-utils command line.
+
+
+def test_the_command_line_of_sqlite_utils_works_on_the_file(
+    storage: SQLiteStorage, database: Path
+) -> None:
+    """``sqlite-utils query`` reads the metadata with SQLite's JSON functions."""
+    storage.write([("alice", Merge({"theme": "dark"}))])
+    query = "select user_id, user_metadata ->> 'theme' as theme from user_metadata"
+    command = [sys.executable, "-m", "sqlite_utils", "query", str(database), query]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(finished.stdout) == [{"user_id": "alice", "theme": "dark"}]
