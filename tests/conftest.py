@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from typing import TYPE_CHECKING, Any, cast
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlite_utils import Database
@@ -15,9 +16,8 @@ import usermetadata.syncio
 from usermetadata import InMemoryStorage, SQLiteStorage, UserMetadataRecipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Coroutine, Generator
     from pathlib import Path
-    from types import ModuleType
 
     from usermetadata import Storage
 
@@ -63,29 +63,26 @@ def reset() -> Generator[None, None, None]:
     UserMetadataRecipe.reset()
 
 
-class Blocking:
-    """The functions of ``usermetadata.asyncio``, each in an ``asyncio.run`` of its own."""
+def _without_await(function: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        async def main() -> Any:
+            return await function(*args, **kwargs)
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        """Return the function to be called without ``await``."""
-        function = getattr(usermetadata.asyncio, name)
+        return asyncio.run(main())
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            async def main() -> Any:
-                return await function(*args, **kwargs)
-
-            return asyncio.run(main())
-
-        return call
+    return call
 
 
-FACADES: dict[str, ModuleType] = {
+FUNCTIONS = [name for name in dir(usermetadata.syncio) if name.endswith("_user_metadata")]
+FACADES: dict[str, Any] = {
     "syncio": usermetadata.syncio,
-    "asyncio": cast("ModuleType", Blocking()),
+    "asyncio": SimpleNamespace(
+        **{name: _without_await(getattr(usermetadata.asyncio, name)) for name in FUNCTIONS}
+    ),
 }
 
 
 @pytest.fixture(params=FACADES)
-def facade(request: pytest.FixtureRequest) -> ModuleType:
+def facade(request: pytest.FixtureRequest) -> Any:
     """Both facades in turn, called without ``await``."""
     return FACADES[request.param]

@@ -168,12 +168,14 @@ usermetadata.init(sys.argv[1])
 
 def work(name):
     async def several():
-        await asyncio.gather(*(update_user_metadata("alice", {f"{name}:a{n}": n}) for n in range(50)))
+        updates = (update_user_metadata("alice", {f"{name}:a{n}": n}) for n in range(50))
+        await asyncio.gather(*updates)
     def one_by_one():
         for n in range(50):
             syncio.update_user_metadata("alice", {f"{name}:s{n}": n})
             syncio.get_user_metadata("alice")
-    threads = [threading.Thread(target=one_by_one), threading.Thread(target=asyncio.run, args=[several()])]
+    several_at_once = threading.Thread(target=lambda: asyncio.run(several()))
+    threads = [threading.Thread(target=one_by_one), several_at_once]
     for thread in threads:
         thread.start()
     return threads

@@ -274,11 +274,11 @@ def test_a_damaged_file(storage: SQLiteStorage, database: Path) -> None:
     sound = database.read_bytes()
     page = 4096
     database.write_bytes(sound[:page] + b"\xa5" * (len(sound) - page))
-    with contextlib.closing(SQLiteStorage(database)) as storage:
-        fails(storage, "malformed: restore it from a backup")
+    with contextlib.closing(SQLiteStorage(database)) as later:
+        fails(later, "malformed: restore it from a backup")
         database.write_bytes(sound)
-        assert storage.read(["user 7"])["user 7"]["n"] == 7
-        works(storage)
+        assert later.read(["user 7"])["user 7"]["n"] == 7
+        works(later)
 
 
 def test_a_read_only_file() -> None:

@@ -1,0 +1,444 @@
+"""The functions, through both facades."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+import re
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from conftest import FUNCTIONS
+
+import usermetadata
+import usermetadata.asyncio
+from usermetadata import InvalidInputError, UsageError, syncio
+from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from usermetadata import Storage
+    from usermetadata.json import Metadata
+
+aio = usermetadata.asyncio
+
+
+@pytest.fixture(autouse=True)
+def initialised(storage: Storage) -> None:
+    """Run every test on every storage."""
+    usermetadata.init(storage)
+
+
+# The SDK's behaviour
+
+
+def test_the_sdks_own_test(facade: Any) -> None:
+    """The SDK's first test: unknown user, non-ASCII text, root and nested null, clear."""
+    metadata: dict[str, Any] = {
+        "role": "ädmin äÆ \ufdfd",
+        "name": {"first": "John", "last": "Doe"},
+    }
+    assert facade.get_user_metadata("userId").metadata == {}
+    assert facade.update_user_metadata("userId", metadata).metadata == metadata
+    assert facade.get_user_metadata("userId").metadata == metadata
+
+    metadata["role"] = None
+    metadata["name"]["first"] = None
+    updated = facade.update_user_metadata("userId", metadata).metadata
+    metadata.pop("role")
+    assert updated == metadata
+    assert facade.get_user_metadata("userId").metadata == metadata
+
+    assert isinstance(facade.clear_user_metadata("userId"), ClearUserMetadataResult)
+    assert facade.get_user_metadata("userId").metadata == {}
+
+
+def test_the_sdks_shallow_merge(facade: Any) -> None:
+    """The SDK's second test: nested objects are replaced, their nulls kept."""
+    original = {"updated": {"a": "becomes null", "b": "is removed"}, "cleared": "is not there"}
+    update = {"updated": {"a": None, "c": 123}, "cleared": None, "new": "appears"}
+    expected = {"updated": {"a": None, "c": 123}, "new": "appears"}
+    facade.update_user_metadata("userId", original)
+    assert facade.update_user_metadata("userId", update).metadata == expected
+    assert facade.get_user_metadata("userId").metadata == expected
+
+
+def test_an_empty_update_wipes_nothing(facade: Any) -> None:
+    """``update({})`` makes a row where there is none, and leaves one that is there."""
+    assert facade.update_user_metadata("alice", {}).metadata == {}
+    facade.update_user_metadata("alice", {"n": 1})
+    assert facade.update_user_metadata("alice", {}).metadata == {"n": 1}
+
+
+def test_the_parameters_have_the_sdks_names(facade: Any) -> None:
+    """Programs may pass every argument by name."""
+    facade.update_user_metadata(user_id="alice", metadata_update={"n": 1}, user_context={})
+    result = facade.get_user_metadata(user_id="alice", user_context=None)
+    assert isinstance(result, MetadataResult)
+    assert result.metadata == {"n": 1}
+    facade.clear_user_metadata(user_id="alice", user_context={"any": "thing"})
+
+
+# Beyond the SDK
+
+
+def test_set_replaces_everything(facade: Any) -> None:
+    """``set`` forgets what was there, and leaves out root-level nulls."""
+    facade.update_user_metadata("alice", {"a": 1, "b": 2})
+    assert facade.set_user_metadata("alice", {"b": 3, "c": None}).metadata == {"b": 3}
+    assert facade.get_user_metadata("alice").metadata == {"b": 3}
+
+
+def test_bulk_get_returns_what_get_returns(facade: Any) -> None:
+    """Any number of users, in the order asked for, ``{}`` for those without a row."""
+    user_ids = [f"user {number}" for number in range(1200)]
+    facade.update_bulk_user_metadata({user_id: {"id": user_id} for user_id in user_ids[:600]})
+    found = facade.get_bulk_user_metadata(reversed(user_ids))
+    assert list(found) == user_ids[::-1]
+    assert found["user 0"].metadata == {"id": "user 0"}
+    assert found["user 1199"].metadata == {}
+    assert facade.get_bulk_user_metadata([]) == {}
+    assert list(facade.get_bulk_user_metadata(["a", "b", "a"])) == ["a", "b"]
+
+
+def test_bulk_update_is_many_updates(facade: Any) -> None:
+    """Each user's update is merged, and each result is the whole object."""
+    facade.update_user_metadata("alice", {"a": 1, "b": 2})
+    updated = facade.update_bulk_user_metadata({"alice": {"a": None}, "bob": {"c": 3}})
+    assert {user_id: result.metadata for user_id, result in updated.items()} == {
+        "alice": {"b": 2},
+        "bob": {"c": 3},
+    }
+    assert facade.get_user_metadata("alice").metadata == {"b": 2}
+    assert facade.update_bulk_user_metadata({}) == {}
+
+
+def test_bulk_update_is_all_or_nothing(facade: Any) -> None:
+    """One bad update, and no user is changed; the message says which."""
+    with pytest.raises(InvalidInputError, match=r"metadata_updates\['bob'\]\[\"a\"\]\[1\]: nan"):
+        facade.update_bulk_user_metadata({"alice": {"a": 1}, "bob": {"a": [1, float("nan")]}})
+    assert facade.get_user_metadata("alice").metadata == {}
+
+
+def test_modify_reads_and_writes_in_one_step(facade: Any) -> None:
+    """The function gets the metadata, ``{}`` at first, and what it returns is stored."""
+
+    def visit(metadata: Metadata) -> Metadata:
+        metadata["visits"] = metadata.get("visits", 0) + 1
+        metadata["gone"] = None
+        return metadata
+
+    assert facade.modify_user_metadata("alice", visit).metadata == {"visits": 1}
+    assert facade.modify_user_metadata("alice", visit).metadata == {"visits": 2}
+    assert facade.get_user_metadata("alice").metadata == {"visits": 2}
+
+
+def test_what_the_function_raises_is_raised(facade: Any) -> None:
+    """The exception arrives as it is, and nothing is written."""
+    facade.update_user_metadata("alice", {"coins": 1})
+    error = ValueError("not enough coins")
+
+    def pay(metadata: Metadata) -> Metadata:
+        metadata["coins"] -= 5
+        raise error
+
+    with pytest.raises(ValueError, match="not enough coins") as caught:
+        facade.modify_user_metadata("alice", pay)
+    assert caught.value is error
+    assert facade.get_user_metadata("alice").metadata == {"coins": 1}
+
+
+def nothing(metadata: Metadata) -> Any:
+    """Forget to return the metadata."""
+    metadata["n"] = 2
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (nothing, "the function's result: NoneType is not a mapping"),
+        (lambda metadata: {"at": {1}}, 'the function\'s result\\["at"\\]: set is not JSON'),
+        ("n += 1", "function: str cannot be called"),
+    ],
+)
+def test_what_the_function_returns_is_checked(facade: Any, function: Any, message: str) -> None:
+    """A function that returns nothing, or what is not JSON, wipes nothing."""
+    facade.update_user_metadata("alice", {"n": 1})
+    with pytest.raises(InvalidInputError, match=message):
+        facade.modify_user_metadata("alice", function)
+    assert facade.get_user_metadata("alice").metadata == {"n": 1}
+
+
+def test_the_function_cannot_call_the_library(facade: Any) -> None:
+    """A call inside the storage's lock is refused, instead of a deadlock or a lost update."""
+    errors: list[UsageError] = []
+
+    def call(metadata: Metadata) -> Metadata:
+        for inner in (
+            lambda: syncio.get_user_metadata("alice"),
+            lambda: syncio.update_user_metadata("alice", {"inner": 1}),
+        ):
+            with pytest.raises(UsageError, match="read what the function needs before") as caught:
+                inner()
+            errors.append(caught.value)
+        return {"outer": 1}
+
+    assert facade.modify_user_metadata("alice", call).metadata == {"outer": 1}
+    assert len(errors) == 2
+    assert facade.update_user_metadata("alice", {"n": 1}).metadata == {"outer": 1, "n": 1}
+
+
+# Bad input: refused before anything is written, the same on every storage
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        ("get_user_metadata", [""], "user_id: is empty"),
+        ("get_user_metadata", [7], "user_id: int is not str"),
+        ("clear_user_metadata", ["a" * 256], "user_id: has 256 characters"),
+        ("update_user_metadata", ["a\0", {}], "user_id: holds U"),
+        ("update_user_metadata", ["alice", None], "metadata_update: NoneType is not a mapping"),
+        ("update_user_metadata", ["alice", {"a": {2}}], 'metadata_update\\["a"\\]: set is not'),
+        ("set_user_metadata", ["alice", []], "metadata: list is not a mapping"),
+        ("set_user_metadata", ["alice", {"a": 1e999}], 'metadata\\["a"\\]: inf is not JSON'),
+        ("modify_user_metadata", [None, dict], "user_id: NoneType is not str"),
+        ("get_bulk_user_metadata", ["alice"], "user_ids: str is not a list of user ids"),
+        ("get_bulk_user_metadata", [7], "user_ids: int is not a list of user ids"),
+        ("get_bulk_user_metadata", [["alice", ""]], "user_id: is empty"),
+        ("update_bulk_user_metadata", [["alice"]], "metadata_updates: list is not a mapping"),
+        ("update_bulk_user_metadata", [{"": {}}], "user_id: is empty"),
+    ],
+)
+def test_bad_input_is_refused(
+    facade: Any, function: str, arguments: list[Any], message: str
+) -> None:
+    """The message names the argument and the fault; what is stored stays."""
+    facade.update_user_metadata("alice", {"n": 1})
+    with pytest.raises(InvalidInputError, match=message):
+        getattr(facade, function)(*arguments)
+    assert facade.get_user_metadata("alice").metadata == {"n": 1}
+
+
+# Ownership
+
+
+def test_results_and_arguments_are_the_callers(facade: Any) -> None:
+    """Changing what was passed in or returned changes nothing stored."""
+    update = {"list": [1], "object": {"n": 1}}
+    expected = copy.deepcopy(update)
+    updated = facade.update_user_metadata("alice", update).metadata
+    stored = facade.set_user_metadata("bob", update).metadata
+    assert updated == stored == expected
+    for metadata in (update, updated, stored, facade.get_user_metadata("alice").metadata):
+        metadata["list"].append(2)
+        metadata["object"]["n"] = 2
+    assert facade.get_user_metadata("alice").metadata == expected
+    assert facade.get_user_metadata("bob").metadata == expected
+
+
+def test_an_update_is_read_at_the_call() -> None:
+    """With ``asyncio`` too: a dict that is reused for the next call is not a trap."""
+
+    async def main() -> None:
+        update = {"n": 0}
+        calls = []
+        for number in range(3):
+            update["n"] = number
+            calls.append(asyncio.create_task(aio.update_user_metadata(f"user {number}", update)))
+        update["n"] = 99
+        for number, call in enumerate(calls):
+            assert (await call).metadata == {"n": number}
+
+    asyncio.run(main())
+
+
+# Where it runs
+
+
+def test_syncio_works_inside_a_running_loop() -> None:
+    """A blocking call from a coroutine blocks, and works."""
+
+    async def main() -> Metadata:
+        await aio.update_user_metadata("alice", {"a": 1})
+        syncio.update_user_metadata("alice", {"b": 2})
+        return (await aio.get_user_metadata("alice")).metadata
+
+    assert asyncio.run(main()) == {"a": 1, "b": 2}
+
+
+def test_asyncio_does_not_block_the_loop() -> None:
+    """While a storage is busy the event loop goes on."""
+
+    async def main() -> None:
+        entered, leave = threading.Event(), threading.Event()
+
+        def wait(metadata: Metadata) -> Metadata:
+            entered.set()
+            assert leave.wait(30)
+            return {"n": 1}
+
+        call = asyncio.create_task(aio.modify_user_metadata("alice", wait))
+        while not entered.is_set():
+            await asyncio.sleep(0)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert not call.done()
+        leave.set()
+        assert (await call).metadata == {"n": 1}
+
+    asyncio.run(main())
+
+
+def test_asyncio_works_in_every_loop() -> None:
+    """Loops one after the other, and several at once in threads, use one store."""
+
+    async def update(name: str) -> None:
+        await asyncio.gather(
+            *(aio.update_user_metadata("alice", {f"{name} {n}": n}) for n in range(9))
+        )
+
+    for number in range(3):
+        asyncio.run(update(f"loop {number}"))
+    threads = [threading.Thread(target=asyncio.run, args=[update(f"thread {n}")]) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(syncio.get_user_metadata("alice").metadata) == 54
+
+
+def test_a_cancelled_caller_hurts_nobody() -> None:
+    """Cancelling one call leaves the others, and the storage, as they are."""
+
+    async def main() -> None:
+        entered, leave = threading.Event(), threading.Event()
+
+        def wait(metadata: Metadata) -> Metadata:
+            entered.set()
+            assert leave.wait(30)
+            return metadata
+
+        cancelled = asyncio.create_task(aio.modify_user_metadata("alice", wait))
+        while not entered.is_set():
+            await asyncio.sleep(0)
+        other = asyncio.create_task(aio.update_user_metadata("alice", {"other": 1}))
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        leave.set()
+        assert (await other).metadata == {"other": 1}
+
+    asyncio.run(main())
+
+
+# No lost update
+
+
+@pytest.mark.parametrize("storage", ["sqlite file"], indirect=True)
+def test_threads_lose_no_update() -> None:
+    """8 threads update one user 500 times each, each time another property."""
+
+    def work(thread: int) -> None:
+        for number in range(500):
+            syncio.update_user_metadata("alice", {f"{thread}:{number}": number})
+
+    threads = [threading.Thread(target=work, args=[number]) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = {f"{thread}:{number}": number for thread in range(8) for number in range(500)}
+    assert syncio.get_user_metadata("alice").metadata == expected
+
+
+@pytest.mark.parametrize("storage", ["sqlite file"], indirect=True)
+def test_tasks_lose_no_update() -> None:
+    """8 tasks update one user 500 times each, each time another property."""
+
+    async def work(task: int) -> None:
+        for number in range(500):
+            await aio.update_user_metadata("alice", {f"{task}:{number}": number})
+
+    async def main() -> None:
+        await asyncio.gather(*map(work, range(8)))
+
+    asyncio.run(main())
+    expected = {f"{task}:{number}": number for task in range(8) for number in range(500)}
+    assert syncio.get_user_metadata("alice").metadata == expected
+
+
+# The two facades are one
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_facades_are_the_same(name: str) -> None:
+    """Both have the same functions, parameters and documentation; one is awaited."""
+    blocking, awaited = getattr(syncio, name), getattr(aio, name)
+    blocking_signature, awaited_signature = map(inspect.signature, (blocking, awaited))
+    assert blocking_signature.parameters == awaited_signature.parameters
+    returned = f"Coroutine[Any, Any, {blocking_signature.return_annotation}]"
+    assert awaited_signature.return_annotation == returned
+    without_await = re.sub(r"\((await .*)\)\.metadata", r"\1.metadata", awaited.__doc__)
+    assert without_await.replace("await ", "") == blocking.__doc__
+
+
+GEVENT = """
+from gevent import monkey
+monkey.patch_all()
+import asyncio, sys
+import gevent
+import usermetadata
+from usermetadata import UserMetadataOverrideConfig, UserMetadataRecipe
+from usermetadata.interfaces import RecipeInterface
+from usermetadata.syncio import get_user_metadata, modify_user_metadata, update_user_metadata
+
+class Waiting(RecipeInterface):
+    def __init__(self, original):
+        self.original = original
+    async def get_user_metadata(self, user_id, user_context):
+        return await self.original.get_user_metadata(user_id, user_context)
+    async def update_user_metadata(self, user_id, metadata_update, user_context):
+        await asyncio.sleep(0.001)
+        return await self.original.update_user_metadata(user_id, metadata_update, user_context)
+    async def clear_user_metadata(self, user_id, user_context):
+        return await self.original.clear_user_metadata(user_id, user_context)
+
+def pause(metadata):
+    gevent.sleep(0)  # another greenlet may run inside the lock
+    return {**metadata, "paused": metadata.get("paused", 0) + 1}
+
+for override in (None, UserMetadataOverrideConfig(functions=Waiting)):
+    usermetadata.init(sys.argv[1], override)
+    def work(number):
+        for n in range(5):
+            update_user_metadata("alice", {f"{override}{number}:{n}": n})
+            modify_user_metadata("alice", pause)
+            get_user_metadata("alice")
+    greenlets = [gevent.spawn(work, number) for number in range(8)]
+    gevent.joinall(greenlets, raise_error=True, timeout=60)
+    UserMetadataRecipe.reset()
+
+usermetadata.init(sys.argv[1])
+metadata = get_user_metadata("alice").metadata
+assert metadata.pop("paused") == 80, metadata
+assert len(metadata) == 80, metadata
+"""
+
+
+@pytest.mark.parametrize("storage", ["memory"], indirect=True)
+def test_syncio_works_under_gevent(database: Path) -> None:
+    """Greenlets in a process that gevent has patched lose nothing, with and without an override."""
+    finished = subprocess.run(
+        [sys.executable, "-c", GEVENT, str(database)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (finished.returncode, finished.stderr) == (0, "")

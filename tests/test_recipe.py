@@ -1,0 +1,356 @@
+"""``init``, ``UserMetadataRecipe`` and overrides."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+import usermetadata
+from usermetadata import (
+    InMemoryStorage,
+    InputOverrideConfig,
+    InvalidInputError,
+    SQLiteStorage,
+    UsageError,
+    UserMetadataOverrideConfig,
+    UserMetadataRecipe,
+    syncio,
+)
+from usermetadata.changes import Merge
+from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult, RecipeInterface
+
+
+def keeps_metadata_in(database: Path) -> bool:
+    """Write through the recipe and look for it in the file."""
+    syncio.update_user_metadata("alice", {"n": 1})
+    UserMetadataRecipe.reset()
+    with contextlib.closing(SQLiteStorage(database)) as storage:
+        return storage.read(["alice"]) == {"alice": {"n": 1}}
+
+
+# init
+
+
+@pytest.mark.parametrize("kind", ["URL", "absolute URL", "path", "Path"])
+def test_init_takes_urls_and_paths(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file may be named as a URL, relative or absolute, or as a path."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, str | Path] = {
+        "URL": "sqlite:///users.db",
+        "absolute URL": f"sqlite:///{tmp_path}/users.db",
+        "path": "users.db",
+        "Path": Path("users.db"),
+    }
+    usermetadata.init(names[kind])
+    assert keeps_metadata_in(tmp_path / "users.db")
+
+
+def test_init_takes_a_storage() -> None:
+    """A storage that the caller made is used as it is, and stays open after ``reset``."""
+    storage = InMemoryStorage()
+    usermetadata.init(storage)
+    syncio.update_user_metadata("alice", {"n": 1})
+    UserMetadataRecipe.reset()
+    assert storage.read(["alice"]) == {"alice": {"n": 1}}
+
+
+@pytest.mark.parametrize("url", ["memory://", "sqlite://", "sqlite:///:memory:", ":memory:"])
+def test_init_takes_memory(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written to disk."""
+    monkeypatch.chdir(tmp_path)
+    usermetadata.init(url)
+    assert syncio.update_user_metadata("alice", {"n": 1}).metadata == {"n": 1}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_environment_names_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an argument the storage is that of ``USERMETADATA_URL``."""
+    monkeypatch.setenv("USERMETADATA_URL", f"sqlite:///{tmp_path}/other.db")
+    usermetadata.init()
+    assert keeps_metadata_in(tmp_path / "other.db")
+
+
+def test_the_last_default_is_a_file_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without argument and variable it is ``usermetadata.db`` in the working directory."""
+    monkeypatch.delenv("USERMETADATA_URL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    usermetadata.init()
+    assert keeps_metadata_in(tmp_path / "usermetadata.db")
+
+
+@pytest.mark.parametrize(
+    "storage",
+    ["mongodb://localhost", "sqlite://users.db", "memory://x", "", 7, object(), {"url": "x"}],
+)
+def test_init_refuses_what_it_does_not_know(storage: Any) -> None:
+    """The error says what may be passed; nothing is initialised."""
+    with pytest.raises(InvalidInputError):
+        usermetadata.init(storage)
+    with pytest.raises(UsageError):
+        UserMetadataRecipe.get_instance()
+
+
+def test_init_twice_is_an_error() -> None:
+    """The second ``init`` says what to do, and the first stays in force."""
+    usermetadata.init("memory://")
+    syncio.update_user_metadata("alice", {"n": 1})
+    with pytest.raises(UsageError, match=r"UserMetadataRecipe.reset\(\)"):
+        usermetadata.init("memory://")
+    assert syncio.get_user_metadata("alice").metadata == {"n": 1}
+
+
+def test_a_call_before_init_names_the_line_to_write(facade: Any) -> None:
+    """Every function says how to initialise."""
+    for call in (
+        lambda: facade.get_user_metadata("alice"),
+        lambda: facade.update_user_metadata("alice", {}),
+        lambda: facade.clear_user_metadata("alice"),
+        lambda: facade.set_user_metadata("alice", {}),
+        lambda: facade.modify_user_metadata("alice", dict),
+        lambda: facade.get_bulk_user_metadata([]),
+        lambda: facade.update_bulk_user_metadata({}),
+    ):
+        with pytest.raises(UsageError, match=r'usermetadata.init\("sqlite:///users.db"\)'):
+            call()
+
+
+def test_reset_closes_what_init_opened(tmp_path: Path) -> None:
+    """After ``reset`` the file is closed and ``init`` may be called again."""
+    usermetadata.init(tmp_path / "users.db")
+    storage = UserMetadataRecipe.get_instance().storage
+    syncio.update_user_metadata("alice", {"n": 1})
+    UserMetadataRecipe.reset()
+    with pytest.raises(UsageError, match="closed"):
+        storage.read(["alice"])
+    assert [path.name for path in tmp_path.iterdir()] == ["users.db"]
+    usermetadata.init(tmp_path / "users.db")
+    assert syncio.get_user_metadata("alice").metadata == {"n": 1}
+    UserMetadataRecipe.reset()
+    UserMetadataRecipe.reset()
+
+
+# Overrides
+
+
+def test_the_sdks_own_override_test(facade: Any) -> None:
+    """An attribute set on the original implementation is used, as in the SDK's test."""
+    override_used = False
+
+    def override_functions(original: RecipeInterface) -> RecipeInterface:
+        original_get = original.get_user_metadata
+
+        async def get_user_metadata(user_id: str, user_context: dict[str, Any]) -> MetadataResult:
+            nonlocal override_used
+            override_used = True
+            return await original_get(user_id, user_context)
+
+        original.get_user_metadata = get_user_metadata  # type: ignore[method-assign]
+        return original
+
+    usermetadata.init("memory://", UserMetadataOverrideConfig(functions=override_functions))
+    assert facade.get_user_metadata("userId").metadata == {}
+    assert override_used
+
+
+class Shouting(RecipeInterface):
+    """An override as written for the SDK: its three methods, the context passed on."""
+
+    def __init__(self, original: RecipeInterface) -> None:
+        self.original = original
+        self.contexts: list[dict[str, Any]] = []
+
+    async def get_user_metadata(self, user_id: str, user_context: dict[str, Any]) -> MetadataResult:
+        self.contexts.append(user_context)
+        return await self.original.get_user_metadata(user_id.upper(), user_context)
+
+    async def update_user_metadata(
+        self, user_id: str, metadata_update: dict[str, Any], user_context: dict[str, Any]
+    ) -> MetadataResult:
+        self.contexts.append(user_context)
+        await asyncio.sleep(0)
+        shouted = {name: str(value).upper() for name, value in metadata_update.items()}
+        return await self.original.update_user_metadata(user_id.upper(), shouted, user_context)
+
+    async def clear_user_metadata(
+        self, user_id: str, user_context: dict[str, Any]
+    ) -> ClearUserMetadataResult:
+        self.contexts.append(user_context)
+        return await self.original.clear_user_metadata(user_id.upper(), user_context)
+
+
+def test_an_override_class_of_the_sdk_serves_both_facades(facade: Any) -> None:
+    """Its three methods are used; it sees the raw arguments and may await what it likes."""
+    storage = InMemoryStorage()
+    usermetadata.init(storage, InputOverrideConfig(functions=Shouting))
+    assert facade.update_user_metadata("alice", {"a": {1, 2}, "b": "b"}).metadata == {
+        "a": "{1, 2}",
+        "b": "B",
+    }
+    assert storage.read(["ALICE"]) == {"ALICE": {"a": "{1, 2}", "b": "B"}}
+    assert facade.get_user_metadata("alice").metadata["b"] == "B"
+    assert isinstance(facade.clear_user_metadata("alice"), ClearUserMetadataResult)
+    assert storage.read(["ALICE"]) == {}
+
+
+def test_functions_that_an_override_lacks_are_the_originals(facade: Any) -> None:
+    """An override class with the SDK's three methods keeps working beside the newer functions."""
+    usermetadata.init("memory://", UserMetadataOverrideConfig(functions=Shouting))
+    assert facade.set_user_metadata("alice", {"a": "a"}).metadata == {"a": "a"}
+    assert facade.modify_user_metadata("alice", lambda old: {**old, "n": 1}).metadata == {
+        "a": "a",
+        "n": 1,
+    }
+    facade.update_bulk_user_metadata({"alice": {"a": None}})
+    assert facade.get_bulk_user_metadata(["alice"])["alice"].metadata == {"n": 1}
+
+
+def test_every_function_passes_through_overrides(facade: Any) -> None:
+    """The newer functions can be overridden like the first three, ``user_context`` last."""
+    called: list[str] = []
+
+    async def spy(name: str, real: Any, *args: Any) -> Any:
+        assert args[-1] == {"request": 7}
+        called.append(name)
+        return await real(*args)
+
+    def functions(original: RecipeInterface) -> RecipeInterface:
+        for name in FUNCTIONS:
+            setattr(original, name, partial(spy, name, getattr(original, name)))
+        return original
+
+    usermetadata.init("memory://", UserMetadataOverrideConfig(functions=functions))
+    for name, arguments in FUNCTIONS.items():
+        getattr(facade, name)(*arguments, {"request": 7})
+        getattr(facade, name)(*arguments, user_context={"request": 7})
+    assert called == [name for name in FUNCTIONS for _ in range(2)]
+
+
+FUNCTIONS: dict[str, list[Any]] = {
+    "get_user_metadata": ["alice"],
+    "update_user_metadata": ["alice", {"n": 1}],
+    "set_user_metadata": ["alice", {"n": 1}],
+    "modify_user_metadata": ["alice", dict],
+    "get_bulk_user_metadata": [["alice"]],
+    "update_bulk_user_metadata": [{"alice": {}}],
+    "clear_user_metadata": ["alice"],
+}
+
+
+def test_the_user_context_is_the_callers(facade: Any) -> None:
+    """An override gets the very dict that was passed, even an empty one, or a new ``{}``."""
+    overrides: list[Shouting] = []
+
+    def functions(original: RecipeInterface) -> RecipeInterface:
+        overrides.append(Shouting(original))
+        return overrides[0]
+
+    usermetadata.init("memory://", UserMetadataOverrideConfig(functions=functions))
+    context: dict[str, Any] = {}
+    facade.get_user_metadata("alice", context)
+    facade.get_user_metadata("alice")
+    assert overrides[0].contexts[0] is context
+    assert overrides[0].contexts[1] == {}
+    assert overrides[0].contexts[1] is not context
+    assert len(overrides) == 1
+
+
+def test_what_an_override_raises_is_raised(facade: Any) -> None:
+    """An override's exception reaches the caller as it is."""
+    error = PermissionError("not yours")
+
+    class Forbidding(Shouting):
+        async def get_user_metadata(
+            self, user_id: str, user_context: dict[str, Any]
+        ) -> MetadataResult:
+            raise error
+
+    usermetadata.init("memory://", UserMetadataOverrideConfig(functions=Forbidding))
+    with pytest.raises(PermissionError) as caught:
+        facade.get_user_metadata("alice")
+    assert caught.value is error
+
+
+def test_an_override_may_use_syncio() -> None:
+    """A blocking call inside an override, of either facade, does not deadlock."""
+
+    class Counting(Shouting):
+        async def get_user_metadata(
+            self, user_id: str, user_context: dict[str, Any]
+        ) -> MetadataResult:
+            if user_id != "calls":
+                syncio.modify_user_metadata("calls", lambda old: {"n": old.get("n", 0) + 1})
+                syncio.get_user_metadata("calls")
+            return await self.original.get_user_metadata(user_id, user_context)
+
+    usermetadata.init("memory://", UserMetadataOverrideConfig(functions=Counting))
+    syncio.get_user_metadata("alice")
+    asyncio.run(usermetadata.asyncio.get_user_metadata("alice"))
+    assert syncio.get_user_metadata("calls").metadata == {"n": 2}
+
+
+def test_an_override_sees_the_callers_context_variables(facade: Any) -> None:
+    """What a web framework keeps per request in context variables is there in an override."""
+    request = contextvars.ContextVar("request", default="none")
+    seen: list[str] = []
+
+    class Looking(Shouting):
+        async def get_user_metadata(
+            self, user_id: str, user_context: dict[str, Any]
+        ) -> MetadataResult:
+            seen.append(request.get())
+            return await super().get_user_metadata(user_id, user_context)
+
+    usermetadata.init("memory://", UserMetadataOverrideConfig(functions=Looking))
+    request.set("mine")
+    facade.get_user_metadata("alice")
+    assert seen == ["mine"]
+
+
+@pytest.mark.parametrize("override", [None, UserMetadataOverrideConfig()], ids=["None", "empty"])
+def test_without_an_override_syncio_stays_in_its_thread(
+    override: UserMetadataOverrideConfig | None,
+) -> None:
+    """With nothing overridden a blocking call goes straight to the storage."""
+    threads: list[int] = []
+
+    class Watched(InMemoryStorage):
+        def read(self, user_ids: Any) -> dict[str, Any]:
+            threads.append(threading.get_ident())
+            return super().read(user_ids)
+
+    usermetadata.init(Watched(), override)
+    syncio.get_user_metadata("alice")
+    assert threads == [threading.get_ident()]
+
+
+def test_a_wrong_override_is_refused() -> None:
+    """The error says what to pass or to return; nothing is initialised."""
+    with pytest.raises(InvalidInputError, match=r"UserMetadataOverrideConfig\(functions=\.\.\.\)"):
+        usermetadata.init("memory://", cast("Any", Shouting))
+    forgetful = UserMetadataOverrideConfig(functions=lambda original: cast("Any", None))
+    with pytest.raises(InvalidInputError, match="functions returned NoneType"):
+        usermetadata.init("memory://", forgetful)
+    usermetadata.init("memory://")
+
+
+def test_the_recipe_may_be_used_without_init() -> None:
+    """The recipe's implementation is an object like any other, as in the SDK."""
+    storage = InMemoryStorage()
+    storage.write([("alice", Merge({"n": 1}))])
+    recipe = UserMetadataRecipe(storage)
+    assert recipe.recipe_id == "usermetadata"
+    result = asyncio.run(_get(recipe.recipe_implementation))
+    assert result.metadata == {"n": 1}
+
+
+async def _get(functions: RecipeInterface) -> MetadataResult:
+    return await functions.get_user_metadata("alice", {})

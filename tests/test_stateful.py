@@ -1,0 +1,131 @@
+"""Any sequence of calls, through any facade, leaves what a plain dict would hold."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from conftest import FACADES, STORAGES
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from strategies import metadata
+
+import usermetadata
+from usermetadata import UserMetadataRecipe, merge_metadata
+
+if TYPE_CHECKING:
+    from usermetadata import Storage
+    from usermetadata.json import Metadata
+
+facades = st.sampled_from(list(FACADES.values()))
+user_ids = st.sampled_from(["alice", "Alice", "é", "\U0010ffff"])
+
+
+class AnyCalls(RuleBasedStateMachine):
+    """Calls one facade or the other, and a model beside it; the subclasses name a storage."""
+
+    kind: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.storage: Storage = STORAGES[self.kind](Path(self.folder.name))
+        self.model: dict[str, Metadata] = {}
+        usermetadata.init(self.storage)
+
+    def teardown(self) -> None:
+        """Close what was opened."""
+        UserMetadataRecipe.reset()
+        self.storage.close()
+        self.folder.cleanup()
+
+    @rule(facade=facades, user_id=user_ids, update=metadata)
+    def update(self, facade: Any, user_id: str, update: Metadata) -> None:
+        """Merge into one user."""
+        self.model[user_id] = merge_metadata(self.model.get(user_id, {}), update)
+        same(facade.update_user_metadata(user_id, update).metadata, self.model[user_id])
+
+    @rule(facade=facades, user_id=user_ids, new=metadata)
+    def set(self, facade: Any, user_id: str, new: Metadata) -> None:
+        """Replace one user."""
+        self.model[user_id] = merge_metadata({}, new)
+        same(facade.set_user_metadata(user_id, new).metadata, self.model[user_id])
+
+    @rule(facade=facades, user_id=user_ids)
+    def clear(self, facade: Any, user_id: str) -> None:
+        """Remove one user."""
+        self.model.pop(user_id, None)
+        facade.clear_user_metadata(user_id)
+
+    @rule(facade=facades, user_id=user_ids, name=st.sampled_from(["a", "b"]), fail=st.booleans())
+    def modify(self, facade: Any, user_id: str, name: str, *, fail: bool) -> None:
+        """Count something, or change one's mind."""
+
+        def count(metadata: Metadata) -> Metadata:
+            metadata[name] = [metadata.get(name)]
+            if fail:
+                raise LookupError
+            return metadata
+
+        if fail:
+            with pytest.raises(LookupError):
+                facade.modify_user_metadata(user_id, count)
+        else:
+            old = self.model.get(user_id, {})
+            self.model[user_id] = {**old, name: [old.get(name)]}
+            same(facade.modify_user_metadata(user_id, count).metadata, self.model[user_id])
+
+    @rule(facade=facades, updates=st.dictionaries(user_ids, metadata), fail=st.booleans())
+    def update_bulk(self, facade: Any, updates: dict[str, Metadata], *, fail: bool) -> None:
+        """Merge into several users, or fail for one and so for all."""
+        if fail:
+            with pytest.raises(usermetadata.InvalidInputError):
+                facade.update_bulk_user_metadata({**updates, "other": {"a": float("nan")}})
+            return
+        for user_id, update in updates.items():
+            self.model[user_id] = merge_metadata(self.model.get(user_id, {}), update)
+        updated = facade.update_bulk_user_metadata(updates)
+        same(
+            {user_id: result.metadata for user_id, result in updated.items()},
+            {user_id: self.model[user_id] for user_id in updates},
+        )
+
+    @rule(facade=facades, users=st.lists(user_ids))
+    def get_bulk(self, facade: Any, users: list[str]) -> None:
+        """Read several users."""
+        found = facade.get_bulk_user_metadata(users)
+        same(
+            {user_id: result.metadata for user_id, result in found.items()},
+            {user_id: self.model.get(user_id, {}) for user_id in users},
+        )
+
+    @invariant()
+    def everything_is_as_in_the_model(self) -> None:
+        """Read all users through both facades and past them."""
+        everybody = ["alice", "Alice", "é", "\U0010ffff", "other"]
+        rows = self.storage.read(everybody)
+        same({user: rows[user] for user in everybody if user in rows}, self.rows())
+        for user_id in everybody:
+            for facade in FACADES.values():
+                same(facade.get_user_metadata(user_id).metadata, self.model.get(user_id, {}))
+
+    def rows(self) -> dict[str, Metadata]:
+        """Return the model in a fixed order."""
+        everybody = ["alice", "Alice", "é", "\U0010ffff", "other"]
+        return {user: self.model[user] for user in everybody if user in self.model}
+
+
+def same(found: Any, expected: Any) -> None:
+    """Compare types, digits and order too."""
+    assert repr(found) == repr(expected)
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+def test_every_storage_is_a_dict(kind: str) -> None:
+    """Whatever is called, through whichever facade, a storage holds what a dict would."""
+    machine = type("Calls", (AnyCalls,), {"kind": kind})
+    machine.TestCase.settings = settings(max_examples=25, stateful_step_count=15, deadline=None)
+    machine.TestCase().runTest()
