@@ -230,7 +230,7 @@ def test_bad_input_is_refused(
 
 def test_results_and_arguments_are_the_callers(facade: Any) -> None:
     """Changing what was passed in or returned changes nothing stored."""
-    update = {"list": [1], "object": {"n": 1}}
+    update: Metadata = {"list": [1], "object": {"n": 1}}
     expected = copy.deepcopy(update)
     updated = facade.update_user_metadata("alice", update).metadata
     stored = facade.set_user_metadata("bob", update).metadata

@@ -307,7 +307,7 @@ def test_an_override_sees_the_callers_context_variables(facade: Any) -> None:
             self, user_id: str, user_context: dict[str, Any]
         ) -> MetadataResult:
             seen.append(request.get())
-            return await super().get_user_metadata(user_id, user_context)
+            return await self.original.get_user_metadata(user_id, user_context)
 
     usermetadata.init("memory://", UserMetadataOverrideConfig(functions=Looking))
     request.set("mine")

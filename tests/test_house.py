@@ -1,0 +1,141 @@
+"""The structure of the library, as ``docs/design.md`` describes it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import usermetadata
+
+PACKAGE = Path(usermetadata.__file__).parent
+
+# Who may import whom at run time; below stands what knows nothing of what is above.
+HOUSE: dict[str, set[str]] = {
+    "testing": {"changes", "exceptions", "recipe", "storage.memory"},
+    "": {"exceptions", "merge", "recipe", "storage", "storage.memory", "storage.sqlite"},
+    "asyncio": {"recipe"},
+    "syncio": {"recipe"},
+    "recipe": {
+        "bridge",
+        "changes",
+        "exceptions",
+        "identifiers",
+        "interfaces",
+        "json",
+        "storage.memory",
+        "storage.sqlite",
+    },
+    "bridge": set(),
+    "interfaces": set(),
+    "storage": set(),
+    "storage.memory": {"exceptions", "forking", "identifiers", "json"},
+    "storage.sqlite": {"changes", "exceptions", "forking", "identifiers", "json"},
+    "changes": {"merge"},
+    "merge": set(),
+    "identifiers": {"exceptions"},
+    "json": {"exceptions"},
+    "forking": set(),
+    "exceptions": set(),
+}
+
+
+def modules() -> dict[str, Path]:
+    """Return every module's name below the package, with its file."""
+    found: dict[str, Path] = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Return what a module imports of the package at run time, inside functions too."""
+    found: set[str] = set()
+    todo: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            todo += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "absolute imports only"
+            found.add(str(node.module))
+        todo += ast.iter_child_nodes(node)
+    prefix = "usermetadata"
+    return {name[len(prefix) + 1 :] for name in found if name.split(".")[0] == prefix}
+
+
+def test_the_house_has_the_rooms_of_the_design() -> None:
+    """Every module stands in the table, and every room of the table is there."""
+    assert set(modules()) == set(HOUSE)
+
+
+@pytest.mark.parametrize("module", HOUSE)
+def test_nothing_imports_upwards(module: str) -> None:
+    """A module imports what its row of the table says, no less and no more."""
+    assert imports(modules()[module]) == HOUSE[module]
+
+
+def test_the_house_has_no_circles() -> None:
+    """Following the imports always comes to an end."""
+    left = dict(HOUSE)
+    while left:
+        ground = [module for module, below in left.items() if not below & set(left)]
+        assert ground
+        for module in ground:
+            del left[module]
+
+
+def test_no_storage_knows_another() -> None:
+    """Each backend is one file that can be understood, or deleted, by itself."""
+    backends = {module for module in HOUSE if module.startswith("storage.")}
+    assert all(not HOUSE[module] & backends for module in backends)
+
+
+@pytest.mark.parametrize("module", ["usermetadata", "usermetadata.syncio", "usermetadata.asyncio"])
+def test_importing_stays_light(module: str) -> None:
+    """What is heavy loads on first use, so that scripts and tests start at once."""
+    heavy = {"sqlite3", "sqlite_utils", "asyncio", "pytest", "click", "pluggy", "dataclasses"}
+    program = f"import sys, {module}; print(*sys.modules)"
+    # -S leaves out what site-packages load by themselves; the library is found by its path.
+    command = [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}; {program}"]
+    before = [sys.executable, "-S", "-c", "import sys; print(*sys.modules)"]
+    loaded, bare = (
+        set(subprocess.run(line, capture_output=True, text=True, check=True).stdout.split())
+        for line in (command, before)
+    )
+    assert module in loaded
+    assert not (loaded - bare) & heavy
+
+
+def test_every_public_name_is_there() -> None:
+    """``__all__`` is what ``from usermetadata import *`` gives, lazily loaded names included."""
+    for name in usermetadata.__all__:
+        assert getattr(usermetadata, name).__doc__
+    assert not hasattr(usermetadata, "PostgresStorage")
+
+
+def test_every_error_is_ours_and_documented() -> None:
+    """One ``except UserMetadataError`` catches all that the library raises itself."""
+    for name in usermetadata.__all__:
+        if name.endswith("Error"):
+            assert issubclass(getattr(usermetadata, name), usermetadata.UserMetadataError)
+
+
+def test_the_distribution_is_what_it_says() -> None:
+    """The base install needs two libraries; typing information and licence are inside."""
+    distribution = importlib.metadata.distribution("usermetadata")
+    base = [line for line in distribution.requires or [] if "extra ==" not in line]
+    assert sorted(line.split(">")[0].split("<")[0] for line in base) == [
+        "sqlite-utils",
+        "typing-extensions",
+    ]
+    assert (PACKAGE / "py.typed").exists()
+    assert distribution.metadata["License-Expression"] == "Apache-2.0"
