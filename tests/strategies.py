@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-text = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 """Any Unicode text, U+0000 included."""
 
 json_values: st.SearchStrategy[Any] = st.recursive(

@@ -48,9 +48,10 @@ class ClearsToEmpty(InMemoryStorage):
     """Stores ``{}`` where a row should go."""
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
-        return super().write(
-            [(user, lambda old, c=change: c(old) or {}) for user, change in changes]
-        )
+        def at_least_empty(change: Change, old: Metadata | None) -> Metadata:
+            return change(old) or {}
+
+        return super().write([(user, partial(at_least_empty, change)) for user, change in changes])
 
 
 class ReadsFewUsers(InMemoryStorage):
@@ -96,12 +97,10 @@ class ModifiesNothing(InMemoryStorage):
     """Hands ``{}`` to every ``Modify``."""
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
-        return super().write(
-            [
-                (user_id, (lambda old, c=change: c({})) if isinstance(change, Modify) else change)
-                for user_id, change in changes
-            ]
-        )
+        def of_nothing(change: Change, old: Metadata | None) -> Metadata | None:
+            return change({} if isinstance(change, Modify) else old)
+
+        return super().write([(user, partial(of_nothing, change)) for user, change in changes])
 
 
 class KnowsOnlyItsChanges(InMemoryStorage):
@@ -129,11 +128,12 @@ class OneChangePerUser(InMemoryStorage):
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         before = self.read([user_id for user_id, _ in changes])
+
+        def of_before(user_id: str, change: Change, old: Metadata | None) -> Metadata | None:
+            return change(before.get(user_id))
+
         return super().write(
-            [
-                (user_id, lambda _, c=change, u=user_id: c(before.get(u)))
-                for user_id, change in changes
-            ]
+            [(user_id, partial(of_before, user_id, change)) for user_id, change in changes]
         )
 
 

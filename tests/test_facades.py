@@ -179,13 +179,11 @@ def test_the_function_cannot_call_the_library(facade: Any) -> None:
     errors: list[UsageError] = []
 
     def call(metadata: Metadata) -> Metadata:
-        for inner in (
-            lambda: syncio.get_user_metadata("alice"),
-            lambda: syncio.update_user_metadata("alice", {"inner": 1}),
-        ):
-            with pytest.raises(UsageError, match="read what the function needs before") as caught:
-                inner()
-            errors.append(caught.value)
+        with pytest.raises(UsageError, match="read what the function needs before") as reading:
+            syncio.get_user_metadata("alice")
+        with pytest.raises(UsageError, match="and write the rest after") as writing:
+            syncio.update_user_metadata("alice", {"inner": 1})
+        errors.extend([reading.value, writing.value])
         return {"outer": 1}
 
     assert facade.modify_user_metadata("alice", call).metadata == {"outer": 1}

@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 
 import usermetadata
+import usermetadata.asyncio
 from usermetadata import (
     InMemoryStorage,
     InputOverrideConfig,
@@ -110,17 +111,9 @@ def test_init_twice_is_an_error() -> None:
 
 def test_a_call_before_init_names_the_line_to_write(facade: Any) -> None:
     """Every function says how to initialise."""
-    for call in (
-        lambda: facade.get_user_metadata("alice"),
-        lambda: facade.update_user_metadata("alice", {}),
-        lambda: facade.clear_user_metadata("alice"),
-        lambda: facade.set_user_metadata("alice", {}),
-        lambda: facade.modify_user_metadata("alice", dict),
-        lambda: facade.get_bulk_user_metadata([]),
-        lambda: facade.update_bulk_user_metadata({}),
-    ):
+    for name, arguments in FUNCTIONS.items():
         with pytest.raises(UsageError, match=r'usermetadata.init\("sqlite:///users.db"\)'):
-            call()
+            getattr(facade, name)(*arguments)
 
 
 def test_reset_closes_what_init_opened(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from conftest import FACADES, STORAGES
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from strategies import metadata
 
 import usermetadata
@@ -25,14 +25,12 @@ user_ids = st.sampled_from(["alice", "Alice", "é", "\U0010ffff"])
 
 
 class AnyCalls(RuleBasedStateMachine):
-    """Calls one facade or the other, and a model beside it; the subclasses name a storage."""
+    """Calls one facade or the other, and a model beside it."""
 
-    kind: str
-
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
-        self.storage: Storage = STORAGES[self.kind](Path(self.folder.name))
+        self.storage: Storage = STORAGES[kind](Path(self.folder.name))
         self.model: dict[str, Metadata] = {}
         usermetadata.init(self.storage)
 
@@ -126,6 +124,10 @@ def same(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("kind", STORAGES)
 def test_every_storage_is_a_dict(kind: str) -> None:
     """Whatever is called, through whichever facade, a storage holds what a dict would."""
-    machine = type("Calls", (AnyCalls,), {"kind": kind})
-    machine.TestCase.settings = settings(max_examples=25, stateful_step_count=15, deadline=None)
-    machine.TestCase().runTest()
+
+    class Calls(AnyCalls):
+        def __init__(self) -> None:
+            super().__init__(kind)
+
+    often = settings(max_examples=25, stateful_step_count=15, deadline=None)
+    run_state_machine_as_test(Calls, settings=often)

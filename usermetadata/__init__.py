@@ -27,6 +27,16 @@ from usermetadata.storage.memory import InMemoryStorage
 
 if TYPE_CHECKING:
     from usermetadata.storage.sqlite import SQLiteStorage
+else:
+
+    def __getattr__(name: str) -> object:
+        # sqlite-utils takes a while to import, and only those who use it should wait for it.
+        if name == "SQLiteStorage":
+            from usermetadata.storage.sqlite import SQLiteStorage
+
+            return SQLiteStorage
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "DamagedMetadataError",
@@ -44,12 +54,3 @@ __all__ = [
     "init",
     "merge_metadata",
 ]
-
-
-def __getattr__(name: str) -> object:
-    # sqlite-utils takes a while to import, and only those who use it should wait for it.
-    if name == "SQLiteStorage":
-        from usermetadata.storage.sqlite import SQLiteStorage
-
-        return SQLiteStorage
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

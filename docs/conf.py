@@ -1,0 +1,21 @@
+"""Sphinx configuration."""
+
+from importlib.metadata import version as installed_version
+
+project = "usermetadata"
+version = release = installed_version("usermetadata")
+copyright = "the usermetadata contributors"  # noqa: A001 - Sphinx's name for it
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+]
+exclude_patterns = ["_build", "examples"]
+html_theme = "furo"
+html_title = "usermetadata"
+html_static_path = ["_static"]
+autodoc_typehints = "description"
+autodoc_member_order = "bysource"
+autoclass_content = "class"
+myst_heading_anchors = 3

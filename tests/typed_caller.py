@@ -1,0 +1,117 @@
+"""A caller's program, as typed as can be, for mypy and pyright to check and the tests to run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import usermetadata
+from usermetadata import InMemoryStorage, SQLiteStorage, Storage, UserMetadataRecipe
+from usermetadata import asyncio as aio
+from usermetadata.changes import Change
+from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult, RecipeInterface
+from usermetadata.json import Metadata
+from usermetadata.syncio import (
+    clear_user_metadata,
+    get_bulk_user_metadata,
+    get_user_metadata,
+    modify_user_metadata,
+    set_user_metadata,
+    update_bulk_user_metadata,
+    update_user_metadata,
+)
+
+
+class Logged(RecipeInterface):
+    """An override as written for the SDK."""
+
+    def __init__(self, original: RecipeInterface) -> None:
+        self.original = original
+
+    async def get_user_metadata(self, user_id: str, user_context: dict[str, Any]) -> MetadataResult:
+        """Read."""
+        return await self.original.get_user_metadata(user_id, user_context)
+
+    async def update_user_metadata(
+        self, user_id: str, metadata_update: dict[str, Any], user_context: dict[str, Any]
+    ) -> MetadataResult:
+        """Merge."""
+        return await self.original.update_user_metadata(user_id, metadata_update, user_context)
+
+    async def clear_user_metadata(
+        self, user_id: str, user_context: dict[str, Any]
+    ) -> ClearUserMetadataResult:
+        """Remove."""
+        return await self.original.clear_user_metadata(user_id, user_context)
+
+
+class Wrapped:
+    """A storage of a third party."""
+
+    def __init__(self, inner: Storage) -> None:
+        self.inner = inner
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        """Read."""
+        return self.inner.read(user_ids)
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        """Write."""
+        return self.inner.write(changes)
+
+    def for_app(self, app_id: str) -> Wrapped:
+        """Look from another app."""
+        return Wrapped(self.inner.for_app(app_id))
+
+    def close(self) -> None:
+        """Close."""
+        self.inner.close()
+
+
+async def use_asyncio() -> bool:
+    """Call every function and await it."""
+    result: MetadataResult = await aio.update_user_metadata("alice", {"a": {"b": [1]}})
+    first: int = result.metadata["a"]["b"][0]
+    await aio.set_user_metadata("alice", {"n": first}, user_context={})
+    bulk: dict[str, MetadataResult] = await aio.get_bulk_user_metadata(("alice", "bob"))
+    await aio.update_bulk_user_metadata({"alice": {"n": 2}})
+    await aio.modify_user_metadata("alice", lambda metadata: {**metadata, "m": 1})
+    both = await asyncio.gather(aio.get_user_metadata("alice"), aio.get_user_metadata("bob"))
+    task = asyncio.create_task(aio.clear_user_metadata("alice"))
+    cleared: ClearUserMetadataResult = await task
+    return bool(cleared and bulk["alice"].metadata) and both[0].metadata == {"n": 2, "m": 1}
+
+
+def use_syncio() -> bool:
+    """Call every function."""
+    result: MetadataResult = update_user_metadata("alice", {"theme": "dark"})
+    theme: str = result.metadata["theme"]
+    set_user_metadata("bob", {"theme": theme})
+    update_bulk_user_metadata({"alice": {"n": 1}, "bob": {"n": 2}})
+    modify_user_metadata("bob", lambda metadata: {**metadata, "n": metadata["n"] + 1})
+    found: dict[str, MetadataResult] = get_bulk_user_metadata(["alice", "bob"])
+    cleared: ClearUserMetadataResult = clear_user_metadata("alice")
+    return bool(cleared and found) and get_user_metadata("bob").metadata["n"] == 3
+
+
+def main() -> None:
+    """Use the library in every way that its types should allow."""
+    override = usermetadata.UserMetadataOverrideConfig(functions=Logged)
+    storages: list[Storage | str | Path | None] = [
+        "memory://",
+        Path("typed.db"),
+        InMemoryStorage(),
+        SQLiteStorage(":memory:", synchronous="NORMAL", timeout=1),
+        Wrapped(InMemoryStorage()),
+    ]
+    for storage in storages:
+        usermetadata.init(storage, override)
+        assert asyncio.run(use_asyncio())
+        assert use_syncio()
+        UserMetadataRecipe.reset()
+
+
+if __name__ == "__main__":
+    main()
