@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -29,25 +30,29 @@ def pytest_report_header() -> str:
     return f"sqlite: {sqlite3.sqlite_version}"
 
 
-def open_borrowed_storage() -> SQLiteStorage:
-    """Borrow a connection that any thread may use."""
-    return SQLiteStorage(Database(sqlite3.connect(":memory:", check_same_thread=False)))
+STORAGES = ["memory", "sqlite file", "sqlite memory", "sqlite borrowed"]
 
 
-STORAGES: dict[str, Callable[[Path], Storage]] = {
-    "memory": lambda _: InMemoryStorage(),
-    "sqlite file": lambda folder: SQLiteStorage(folder / "users.db"),
-    "sqlite memory": lambda _: SQLiteStorage(":memory:"),
-    "sqlite borrowed": lambda _: open_borrowed_storage(),
-}
+@contextlib.contextmanager
+def open_storage(kind: str, folder: Path) -> Generator[Storage, None, None]:
+    """Open one of ``STORAGES``, empty, and close all that belongs to it."""
+    with contextlib.ExitStack() as stack:
+        storage: Storage
+        if kind == "memory":
+            storage = InMemoryStorage()
+        elif kind == "sqlite borrowed":
+            connection = sqlite3.connect(":memory:", check_same_thread=False)
+            storage = SQLiteStorage(Database(stack.enter_context(contextlib.closing(connection))))
+        else:
+            storage = SQLiteStorage(folder / "users.db" if kind == "sqlite file" else ":memory:")
+        yield stack.enter_context(contextlib.closing(storage))
 
 
 @pytest.fixture(params=STORAGES)
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Storage, None, None]:
     """Every storage in turn, empty."""
-    storage = STORAGES[request.param](tmp_path)
-    yield storage
-    storage.close()
+    with open_storage(request.param, tmp_path) as storage:
+        yield storage
 
 
 @pytest.fixture

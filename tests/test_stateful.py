@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import FACADES, STORAGES
+from conftest import FACADES, STORAGES, open_storage
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
@@ -17,7 +18,6 @@ import usermetadata
 from usermetadata import UserMetadataRecipe, merge_metadata
 
 if TYPE_CHECKING:
-    from usermetadata import Storage
     from usermetadata.json import Metadata
 
 facades = st.sampled_from(list(FACADES.values()))
@@ -29,16 +29,16 @@ class AnyCalls(RuleBasedStateMachine):
 
     def __init__(self, kind: str) -> None:
         super().__init__()
-        self.folder = tempfile.TemporaryDirectory()
-        self.storage: Storage = STORAGES[kind](Path(self.folder.name))
+        self.opened = contextlib.ExitStack()
+        folder = self.opened.enter_context(tempfile.TemporaryDirectory())
+        self.storage = self.opened.enter_context(open_storage(kind, Path(folder)))
         self.model: dict[str, Metadata] = {}
         usermetadata.init(self.storage)
 
     def teardown(self) -> None:
         """Close what was opened."""
         UserMetadataRecipe.reset()
-        self.storage.close()
-        self.folder.cleanup()
+        self.opened.close()
 
     @rule(facade=facades, user_id=user_ids, update=metadata)
     def update(self, facade: Any, user_id: str, update: Metadata) -> None:
