@@ -18,4 +18,5 @@ html_static_path = ["_static"]
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 autoclass_content = "class"
+myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
