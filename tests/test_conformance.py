@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import unicodedata
 from functools import partial
@@ -327,6 +328,85 @@ class TakesAnyApp(Unlocked):
     """Does not look at app ids."""
 
 
+class JoinsTheIds(InMemoryStorage):
+    """Has one key for app and user: the two ids, one behind the other."""
+
+    prefix = "public"
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        found = super().read([self.prefix + user_id for user_id in user_ids])
+        return {key[len(self.prefix) :]: metadata for key, metadata in found.items()}
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        return super().write([(self.prefix + user_id, change) for user_id, change in changes])
+
+    def for_app(self, app_id: str) -> Self:
+        other = copy.copy(self)
+        other.prefix = app_id
+        return other
+
+
+class FoldsApps(InMemoryStorage):
+    """Does not look at the case of app ids."""
+
+    def for_app(self, app_id: str) -> Self:
+        return super().for_app(app_id.lower())
+
+
+class ReadsOneByOne(InMemoryStorage):
+    """Takes a moment between the users of a read."""
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        found: dict[str, Metadata] = {}
+        for user_id in user_ids:
+            found.update(super().read([user_id]))
+            threading.Event().wait(0.002)  # what comes between is the fault
+        return found
+
+
+class StoresWhatWasInterrupted(Unlocked):
+    """Undoes errors only."""
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        before = dict(self._rows)
+        try:
+            return super().write(changes)
+        except Exception:
+            self._rows = before
+            raise
+
+
+class MergesByItself(InMemoryStorage):
+    """Reads and writes in two steps for ``Merge``, which it knows."""
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        if [type(change) for _, change in changes] != [Merge]:
+            return super().write(changes)
+        [(user_id, change)] = changes
+        old = self.read([user_id]).get(user_id)
+        self._meet()
+        new = change(old)
+        return super().write([(user_id, Replace(new or {}))])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._meeting = threading.Barrier(2)
+
+    def _meet(self) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self._meeting.wait(timeout=1)
+
+
+class ClosesItsOwnAppOnly(InMemoryStorage):
+    """Leaves the storage of the first app open."""
+
+    def for_app(self, app_id: str) -> Self:
+        other = super().for_app(app_id)
+        if app_id != "public":
+            other._rows = type(self._rows)()  # pyright: ignore[reportPrivateUsage]
+        return other
+
+
 class NeverCloses(InMemoryStorage):
     """Goes on after ``close``."""
 
@@ -357,7 +437,11 @@ PLANTED_FAULTS: dict[str, list[Callable[[], Storage]]] = {
     "test_values_come_back_exactly": [RoundsNumbers],
     "test_large_objects_come_back_exactly": [CutsLargeObjects],
     "test_user_ids_are_told_apart": [OtherIds, TrimsIds, NormalisesIds],
-    "test_a_failing_change_undoes_the_whole_write": [Unlocked, WrapsErrors],
+    "test_a_failing_change_undoes_the_whole_write": [
+        Unlocked,
+        WrapsErrors,
+        StoresWhatWasInterrupted,
+    ],
     "test_a_storage_works_after_a_failed_write": [LeavesItselfLocked],
     "test_no_write_comes_between": [Unlocked],
     "test_a_reader_sees_all_of_a_write_or_nothing": [HalfLocked],
@@ -367,15 +451,24 @@ PLANTED_FAULTS: dict[str, list[Callable[[], Storage]]] = {
     "test_what_write_returns_is_the_callers": [SharesObjects],
     "test_what_a_change_returned_is_its_own": [SharesObjects],
     "test_what_a_change_is_given_is_its_own": [SharesObjects],
+    "test_two_first_merges_both_survive": [MergesByItself],
+    "test_a_read_is_of_one_moment": [ReadsOneByOne],
+    "test_apps_are_told_apart": [JoinsTheIds, FoldsApps],
     "test_apps_never_see_each_others_rows": [ForgetsApps],
     "test_an_app_is_found_again": [ForgetsWhichApp],
     "test_an_app_id_is_checked": [TakesAnyApp],
-    "test_a_closed_storage_says_so": [NeverCloses, ClosesOnce],
+    "test_a_closed_storage_says_so": [NeverCloses, ClosesOnce, ClosesItsOwnAppOnly],
 }
 # The arguments besides ``storage``, where a test has any.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "test_values_come_back_exactly": {"value": 2**53 + 1},
     "test_no_write_comes_between": {"row": True},
+    "test_a_failing_change_undoes_the_whole_write": {"error": LookupError()},
+    "test_a_closed_storage_says_so": {"which": "the other"},
+}
+# The arguments with which only one fault shows.
+SPECIAL: dict[Any, dict[str, Any]] = {
+    StoresWhatWasInterrupted: {"error": KeyboardInterrupt()},
 }
 
 
@@ -386,7 +479,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 def test_a_planted_fault_fails_the_suite(test: str, fault: Callable[[], Storage]) -> None:
     """The suite finds a storage that breaks a promise, by the test for that promise."""
     with pytest.raises((AssertionError, IndexError, UsageError, pytest.fail.Exception)):
-        getattr(StorageConformance(), test)(fault(), **ARGUMENTS.get(test, {}))
+        getattr(StorageConformance(), test)(fault(), **SPECIAL.get(fault, ARGUMENTS.get(test, {})))
 
 
 def test_every_promise_has_a_planted_fault() -> None:

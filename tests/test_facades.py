@@ -208,9 +208,9 @@ def test_the_function_cannot_call_the_library(facade: Any) -> None:
         ("modify_user_metadata", [None, dict], "user_id: NoneType is not str"),
         ("get_bulk_user_metadata", ["alice"], "user_ids: str is not a list of user ids"),
         ("get_bulk_user_metadata", [7], "user_ids: int is not a list of user ids"),
-        ("get_bulk_user_metadata", [["alice", ""]], "user_id: is empty"),
+        ("get_bulk_user_metadata", [["alice", ""]], "user_ids\\[1\\]: is empty"),
         ("update_bulk_user_metadata", [["alice"]], "metadata_updates: list is not a mapping"),
-        ("update_bulk_user_metadata", [{"": {}}], "user_id: is empty"),
+        ("update_bulk_user_metadata", [{"": {}}], "metadata_updates: the key '': is empty"),
     ],
 )
 def test_bad_input_is_refused(
@@ -238,6 +238,17 @@ def test_results_and_arguments_are_the_callers(facade: Any) -> None:
         metadata["object"]["n"] = 2
     assert facade.get_user_metadata("alice").metadata == expected
     assert facade.get_user_metadata("bob").metadata == expected
+
+
+@pytest.mark.parametrize("storage", ["memory"], indirect=True)
+def test_frameworks_see_what_is_to_be_awaited() -> None:
+    """What asks whether a function is a coroutine function, background tasks say, is told yes."""
+    for name in FUNCTIONS:
+        assert not asyncio.iscoroutinefunction(getattr(syncio, name))
+        if sys.version_info >= (3, 12):
+            assert inspect.iscoroutinefunction(getattr(aio, name))
+        else:
+            assert asyncio.iscoroutinefunction(getattr(aio, name))
 
 
 def test_an_update_is_read_at_the_call() -> None:

@@ -102,7 +102,9 @@ def test_no_storage_knows_another() -> None:
 @pytest.mark.parametrize("module", ["usermetadata", "usermetadata.syncio", "usermetadata.asyncio"])
 def test_importing_stays_light(module: str) -> None:
     """What is heavy loads on first use, so that scripts and tests start at once."""
-    heavy = {"sqlite3", "sqlite_utils", "asyncio", "pytest", "click", "pluggy", "dataclasses"}
+    heavy = {"sqlite3", "sqlite_utils", "pytest", "click", "pluggy"}
+    if module != "usermetadata.asyncio":
+        heavy |= {"asyncio", "dataclasses", "inspect"}
     program = f"import sys, {module}; print(*sys.modules)"
     # -S leaves out what site-packages load by themselves; the library is found by its path.
     command = [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}; {program}"]

@@ -36,6 +36,19 @@ def contains_itself() -> dict[str, Any]:
     return {"inner": inner}
 
 
+class SameText(str):
+    """A ``str`` that is no other, though its text may be the same."""
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __repr__(self) -> str:
+        return f"SameText({str.__repr__(self)})"
+
+
 BAD_INPUT: dict[str, tuple[object, str]] = {
     "nan": ({"a": [0, 1, 2, math.nan]}, 'update["a"][3]: nan is not JSON'),
     "infinity": ({"a": {"b": math.inf}}, 'update["a"]["b"]: inf is not JSON'),
@@ -52,6 +65,10 @@ BAD_INPUT: dict[str, tuple[object, str]] = {
     "surrogate in a key": ({"a": {"\udfff": 1}}, 'update["a"]["\\udfff"]: a lone surrogate'),
     "NUL in a root key": ({"a\0b": 1}, 'update["a\\u0000b"]: a root-level key cannot hold U+0000'),
     "circular": (contains_itself(), 'update["inner"]["list"][1]: contains itself'),
+    "the same key twice": (
+        {"a": 1, SameText("a"): 2},
+        'update["a"]: the same key as another',
+    ),
     "too deep": (nested(MAX_DEPTH + 1), "nests deeper than 200 levels"),
     "integer too long": ({"a": 10**5000}, 'update["a"]: an integer too long'),
     "list": ([], "update: list is not a mapping"),
@@ -188,7 +205,7 @@ def test_long_integers_follow_pythons_limit() -> None:
         ('"a"', "it holds a string, not an object"),
         ("1", "it holds a number, not an object"),
         ("true", "it holds a boolean, not an object"),
-        ('{"a":' * 100_000, "it nests too deeply"),
+        ('{"a":' * 100_000, "it nests deeper than 200 levels"),
     ],
     ids=lambda text: str(text)[:20],
 )

@@ -206,6 +206,34 @@ print(len(syncio.get_user_metadata("alice").metadata))
     assert is_sound(database)
 
 
+def test_a_fork_does_not_starve(database: Path) -> None:
+    """Threads that never stop reading do not keep a fork waiting."""
+    program = """
+import os, sys, threading, time
+from usermetadata import SQLiteStorage
+from usermetadata.changes import Merge
+storage = SQLiteStorage(sys.argv[1], timeout=20)
+storage.write([("alice", Merge({"n": 1}))])
+stop = threading.Event()
+def read():
+    while not stop.is_set():
+        storage.read(["alice"])
+threads = [threading.Thread(target=read) for _ in range(8)]
+for thread in threads:
+    thread.start()
+start = time.monotonic()
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        os._exit(storage.read(["alice"]) != {"alice": {"n": 1}})
+    assert os.waitpid(child, 0)[1] == 0
+stop.set()
+assert time.monotonic() - start < 20
+"""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program, str(database)]
+    subprocess.run(command, timeout=60, check=True)
+
+
 def test_a_fork_inside_a_change_cannot_commit_twice(database: Path) -> None:
     """A child forked inside a transaction may not end it; the parent is not disturbed."""
     program = """
@@ -223,7 +251,14 @@ def fork(metadata):
 try:
     print(storage.write([("alice", Modify(fork))]), flush=True)
 except StorageError as error:
-    assert children == [0] and "forked inside this transaction" in str(error)
+    assert children == [0] and "forked inside a write" in str(error)
+    for again in (storage, SQLiteStorage(sys.argv[1])):
+        try:
+            again.write([("bob", Merge({}))])
+        except StorageError as error:
+            assert "forked inside a write" in str(error)
+        else:
+            os._exit(1)
     os._exit(0)
 assert os.waitpid(children[0], 0)[1] == 0
 print(storage.write([("alice", Merge({"after": True}))]))

@@ -90,7 +90,16 @@ def test_the_last_default_is_a_file_here(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     "storage",
-    ["mongodb://localhost", "sqlite://users.db", "memory://x", "", 7, object(), {"url": "x"}],
+    [
+        "mongodb://localhost",
+        "sqlite://users.db",
+        "memory://x",
+        "",
+        7,
+        object(),
+        {"url": "x"},
+        InMemoryStorage,
+    ],
 )
 def test_init_refuses_what_it_does_not_know(storage: Any) -> None:
     """The error says what may be passed; nothing is initialised."""
@@ -270,6 +279,18 @@ def test_what_an_override_raises_is_raised(facade: Any) -> None:
     with pytest.raises(PermissionError) as caught:
         facade.get_user_metadata("alice")
     assert caught.value is error
+
+
+def test_an_override_may_return_any_awaitable(facade: Any) -> None:
+    """A task instead of a coroutine is fine, and is made where a loop is running."""
+
+    class Hurrying(Shouting):
+        def get_user_metadata(self, user_id: str, user_context: dict[str, Any]) -> Any:
+            return asyncio.ensure_future(self.original.get_user_metadata(user_id, user_context))
+
+    usermetadata.init("memory://", UserMetadataOverrideConfig(functions=Hurrying))
+
+    assert syncio.get_user_metadata("alice").metadata == {}
 
 
 def test_an_override_may_use_syncio() -> None:

@@ -23,6 +23,7 @@ from usermetadata import (
     SQLiteStorage,
     StorageBusyError,
     StorageError,
+    UsageError,
 )
 from usermetadata.changes import Clear, Merge, Modify, Replace
 
@@ -115,7 +116,9 @@ def test_the_writer_syncs_as_it_was_told(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"database": ""}, "database: is an empty path"),
+        ({"database": ""}, "database: '' cannot be a path"),
+        ({"database": "a\0.db"}, "database: .* cannot be a path"),
+        ({"database": 5}, "database: int is neither a path nor a sqlite_utils.Database"),
         ({"database": "a.db", "synchronous": "OFF"}, "synchronous: 'OFF' is neither"),
         ({"database": "a.db", "timeout": -1}, "timeout: -1 is not a number of seconds"),
         ({"database": "a.db", "timeout": "5"}, "timeout: '5' is not a number of seconds"),
@@ -218,6 +221,46 @@ def test_an_interrupt_undoes_the_write(storage: SQLiteStorage) -> None:
         storage.write([("alice", Merge({"n": 1})), ("bob", Modify(interrupt))])
     assert storage.read(["alice"]) == {}
     assert storage.write([("alice", Merge({"n": 2}))]) == [{"n": 2}]
+
+
+def test_real_interrupts_leave_nothing_locked(database: Path) -> None:
+    """Control-C at 300 random moments: no lock stays behind, and no acknowledged update is lost."""
+    program = """
+import os, signal, sqlite3, sys, threading
+from usermetadata import SQLiteStorage
+from usermetadata.changes import Merge
+storage = SQLiteStorage(sys.argv[1], timeout=1)
+other = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)
+acknowledged, interrupts = -1, 0
+while interrupts < 300:
+    timer = threading.Timer(0.0003, os.kill, (os.getpid(), signal.SIGINT))
+    try:
+        timer.start()
+        while True:
+            storage.write([("alice", Merge({"n": acknowledged + 1}))])
+            acknowledged += 1
+    except KeyboardInterrupt:
+        interrupts += 1
+        timer.join()
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("ROLLBACK")
+        stored = storage.read(["alice"]).get("alice", {"n": -1})["n"]
+        assert stored in (acknowledged, acknowledged + 1), (stored, acknowledged)
+        acknowledged = stored
+"""
+    subprocess.run([sys.executable, "-c", program, str(database)], check=True, timeout=60)
+
+
+def test_a_write_inside_a_write_is_refused(storage: SQLiteStorage) -> None:
+    """A signal handler, or a change, that writes in the middle of a write cannot lose either."""
+
+    def change(metadata: Metadata) -> Metadata:
+        with pytest.raises(UsageError, match="a write inside a write"):
+            storage.write([("alice", Merge({"inner": 1}))])
+        return {**metadata, "outer": 1}
+
+    assert storage.write([("alice", Modify(change))]) == [{"outer": 1}]
+    assert storage.write([("alice", Merge({"n": 1}))]) == [{"outer": 1, "n": 1}]
 
 
 # Trouble with the file: a clear error, the driver's as its cause, and work goes on afterwards.
@@ -346,10 +389,12 @@ def test_another_programs_table(storage: SQLiteStorage, database: Path) -> None:
         ("{", "Expecting property name"),
         ("[1]", "it holds an array, not an object"),
         ('{"a": NaN}', "NaN is not JSON"),
+        ('{"a": 1e999}', "1e999 is too large for a float"),
+        ('{"a":' * 100_000, "it nests deeper than 200 levels"),
         (b'{"a": 1}', "it is a bytes, not text"),
         (f'{{"a": {"9" * 5000}}}', "Exceeds the limit"),
     ],
-    ids=["cut off", "an array", "NaN", "a blob", "a long integer"],
+    ids=["cut off", "an array", "NaN", "infinity", "deep", "a blob", "a long integer"],
 )
 def test_a_damaged_row(
     storage: SQLiteStorage, database: Path, damage: str | bytes, message: str
@@ -370,6 +415,27 @@ def test_a_damaged_row(
     assert storage.read(["bob"]) == {"bob": {"n": 1}}
     storage.write([("alice", Clear()), ("carol", Replace({"n": 2}))])
     assert storage.read(["alice", "carol"]) == {"carol": {"n": 2}}
+
+
+def test_a_row_that_is_not_text(storage: SQLiteStorage, database: Path) -> None:
+    """Bytes that are no UTF-8 are a damaged row as well."""
+    storage.write([("alice", Merge({}))])
+    with contextlib.closing(sqlite3.connect(database)) as other, other:
+        other.execute("UPDATE user_metadata SET user_metadata = CAST(x'7bff7d' AS TEXT)")
+    with pytest.raises(DamagedMetadataError, match="UTF-8"):
+        storage.read(["alice"])
+    storage.write([("alice", Clear())])
+    works(storage)
+
+
+def test_a_dropped_table(storage: SQLiteStorage, database: Path) -> None:
+    """A table that somebody dropped is created again after the error."""
+    storage.write([("alice", Merge({}))])
+    with contextlib.closing(sqlite3.connect(database)) as other, other:
+        other.execute("DROP TABLE user_metadata")
+    with pytest.raises(StorageError, match="no such table"):
+        storage.read(["alice"])
+    works(storage)
 
 
 # A borrowed database.
@@ -448,6 +514,13 @@ def test_a_borrowed_database_knows_its_thread(borrowed: Database) -> None:
     thread.start()
     thread.join()
     assert "check_same_thread=False" in str(errors[0])
+
+
+def test_a_lender_may_have_a_row_factory(borrowed: Database) -> None:
+    """How the lender likes its rows is no concern of ours."""
+    borrowed.conn.row_factory = sqlite3.Row
+    storage = SQLiteStorage(borrowed)
+    works(storage)
 
 
 def test_a_borrowed_database_that_was_closed(borrowed: Database) -> None:

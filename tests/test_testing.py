@@ -96,6 +96,6 @@ def test_the_suite_finds_a_faulty_storage(pytester: pytest.Pytester) -> None:
     )
     result = pytester.runpytest("-W", "error")
     outcomes = result.parseoutcomes()
-    assert outcomes["failed"] == 2
+    assert outcomes["failed"] == 3
     assert outcomes["passed"] > 20
     result.stdout.fnmatch_lines(["*test_apps_never_see_each_others_rows*", "E*assert *public*"])

@@ -8,10 +8,10 @@ never wait.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from usermetadata.changes import Change
     from usermetadata.json import Metadata
@@ -66,19 +66,18 @@ class InThread:
         return await asyncio.to_thread(self._storage.write, changes)
 
 
-def run_on_the_spot(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that never suspends; no event loop takes part."""
+def run_on_the_spot(awaitable: Awaitable[T]) -> T:
+    """Wait for what never suspends; no event loop takes part."""
     try:
-        coroutine.send(None)
+        next(awaitable.__await__())
     except StopIteration as finished:
         result: T = finished.value
         return result
-    coroutine.close()
-    raise AssertionError("a coroutine over OnTheSpot suspended")
+    raise AssertionError("a call over OnTheSpot suspended")
 
 
-def run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run any coroutine in an event loop of its own, in a thread of its own.
+def run_in_thread(call: Callable[[], Awaitable[T]]) -> T:
+    """Call, and await what that returns, in an event loop of its own, in a thread of its own.
 
     The calling thread may have an event loop running, and two loops cannot run in one thread. The
     caller's context variables are seen, as ``asyncio`` would have it.
@@ -86,16 +85,21 @@ def run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
     import asyncio
     import contextvars
 
+    async def main() -> T:
+        return await call()
+
+    def run() -> T:
+        return asyncio.run(main())
+
     in_context = contextvars.copy_context().run
     gevent_monkey = sys.modules.get("gevent.monkey")
     if gevent_monkey is not None and gevent_monkey.is_module_patched("threading"):
         # There a thread is a greenlet, and all greenlets share the one running loop of their real
         # thread. gevent's own pool has real threads, for which a greenlet waits as it should.
-        pool = sys.modules["gevent"].get_hub().threadpool
-        in_gevent: T = pool.apply(in_context, (asyncio.run, coroutine))
+        in_gevent: T = sys.modules["gevent"].get_hub().threadpool.apply(in_context, (run,))
         return in_gevent
 
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1, thread_name_prefix="usermetadata") as executor:
-        return executor.submit(in_context, asyncio.run, coroutine).result()
+        return executor.submit(in_context, run).result()

@@ -8,7 +8,7 @@ and do the same natively; it must simply call every other.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from usermetadata.merge import merge_metadata
 
@@ -16,7 +16,24 @@ Change = Callable[["dict[str, Any] | None"], "dict[str, Any] | None"]
 """A pure callable from the old metadata to the new; ``None`` on either side means "no row"."""
 
 
-class Merge:
+class _Value:  # noqa: PLW1641 - it holds what has no hash
+    """Equal to another of the same class with the same arguments."""
+
+    __slots__: tuple[str, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, type(self)):
+            return NotImplemented
+        return self._arguments() == other._arguments()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self._arguments()))})"
+
+    def _arguments(self) -> list[object]:
+        return [getattr(self, name) for name in self.__slots__]
+
+
+class Merge(_Value):
     """Lay ``update`` over the stored metadata; a user without a row gets one.
 
     Args:
@@ -30,14 +47,14 @@ class Merge:
     __slots__ = ("update",)
 
     def __init__(self, update: Mapping[str, Any]) -> None:
-        self.update = update
+        self.update: Final = update
 
     def __call__(self, old: dict[str, Any] | None) -> dict[str, Any]:
         """Return the merged metadata."""
         return merge_metadata(old or {}, self.update)
 
 
-class Replace:
+class Replace(_Value):
     """Store ``metadata`` whole, whatever was there; root-level ``None`` is left out.
 
     Args:
@@ -51,14 +68,14 @@ class Replace:
     __slots__ = ("metadata",)
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
-        self.metadata = metadata
+        self.metadata: Final = metadata
 
     def __call__(self, old: dict[str, Any] | None) -> dict[str, Any]:
         """Return the new metadata; ``old`` is not looked at."""
         return merge_metadata({}, self.metadata)
 
 
-class Clear:
+class Clear(_Value):
     """Remove the row; no error if there is none.
 
     Example:
@@ -72,7 +89,7 @@ class Clear:
         """Return ``None``; ``old`` is not looked at."""
 
 
-class Modify:
+class Modify(_Value):
     """Store what ``function`` makes of the stored metadata; root-level ``None`` is left out.
 
     Args:
@@ -87,7 +104,7 @@ class Modify:
     __slots__ = ("function",)
 
     def __init__(self, function: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
-        self.function = function
+        self.function: Final = function
 
     def __call__(self, old: dict[str, Any] | None) -> dict[str, Any]:
         """Return the new metadata."""

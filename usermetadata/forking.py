@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import ExitStack
 from typing import Protocol
 from weakref import WeakSet
 
@@ -17,11 +18,11 @@ class ForkAware(Protocol):
     """Owns something that must not be in use while the process forks."""
 
     def before_fork(self) -> None:
-        """Wait until nothing is in use, and keep it so."""
+        """Wait until nothing is in use, or as long as is bearable, and keep it so."""
         ...
 
     def after_fork_in_parent(self) -> None:
-        """Go on as before."""
+        """Go on as before, also if ``before_fork`` was interrupted."""
         ...
 
     def after_fork_in_child(self) -> None:
@@ -31,33 +32,38 @@ class ForkAware(Protocol):
 
 def watch(owner: ForkAware) -> None:
     """Tell ``owner`` of every fork for as long as it lives."""
-    _owners.add(owner)
+    with _owners_lock:
+        _owners.add(owner)
 
 
 _owners: WeakSet[ForkAware] = WeakSet()
+_owners_lock = threading.RLock()
+_one_fork_at_a_time = threading.RLock()
 _told: list[ForkAware] = []
-_one_fork_at_a_time = threading.Lock()
 
 
 def _before() -> None:
     _one_fork_at_a_time.acquire()
-    _told.extend(_owners)
+    with _owners_lock:
+        _told[:] = _owners
     for owner in _told:
         owner.before_fork()
 
 
 def _after_in_parent() -> None:
-    for owner in _told:
-        owner.after_fork_in_parent()
-    _told.clear()
-    _one_fork_at_a_time.release()
+    with ExitStack() as whatever_is_raised:
+        whatever_is_raised.callback(_one_fork_at_a_time.release)
+        for owner in _told:
+            whatever_is_raised.callback(owner.after_fork_in_parent)
 
 
 def _after_in_child() -> None:
-    for owner in _told:
-        owner.after_fork_in_child()
-    _told.clear()
-    _one_fork_at_a_time.release()
+    global _owners_lock  # noqa: PLW0603 - another thread of the parent may have held it
+    _owners_lock = threading.RLock()
+    with ExitStack() as whatever_is_raised:
+        whatever_is_raised.callback(_one_fork_at_a_time.release)
+        for owner in _told:
+            whatever_is_raised.callback(owner.after_fork_in_child)
 
 
 if hasattr(os, "register_at_fork"):

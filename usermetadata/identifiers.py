@@ -8,7 +8,7 @@ USER_ID_MAX_LENGTH = 255
 APP_ID_MAX_LENGTH = 64
 
 
-def check_user_id(user_id: object) -> str:
+def check_user_id(user_id: object, name: str = "user_id") -> str:
     """Return ``user_id`` if a user may have it, else raise ``InvalidInputError``.
 
     A user id is a ``str`` of 1 to 255 characters (code points) without U+0000 and without lone
@@ -16,6 +16,7 @@ def check_user_id(user_id: object) -> str:
 
     Args:
         user_id: what the caller gave.
+        name: what the caller calls it, for the error message.
 
     Returns:
         The same text, as a plain ``str``.
@@ -29,7 +30,7 @@ def check_user_id(user_id: object) -> str:
             ...
         usermetadata.exceptions.InvalidInputError: user_id: is empty: pass the id of a user
     """
-    return _check_identifier(user_id, "user_id", USER_ID_MAX_LENGTH, "pass the id of a user")
+    return _check_identifier(user_id, name, USER_ID_MAX_LENGTH, "pass the id of a user")
 
 
 def check_app_id(app_id: object) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -19,10 +20,11 @@ Metadata = dict[str, Any]
 ``str``, ``list`` or ``dict``."""
 
 MAX_DEPTH = 200
-"""How deep objects and arrays may nest, the root object counted. Python's own JSON decoder recurses
-and stops near 1000 levels less the caller's stack; 200 can be read back from anywhere."""
+"""How deep objects and arrays may nest, the root object counted. Python's JSON decoder recurses,
+and Python allows 1000 levels in all; 200 leave room for the caller's."""
 
 _SHOWN_PARTS = 10
+_SHOWN_CHARACTERS = 60
 # Python may refuse to write longer integers as text, at the earliest from 640 digits on.
 _ALWAYS_WRITABLE = 10**640
 
@@ -107,7 +109,10 @@ def decode_metadata(text: str) -> Metadata:
     try:
         decoded = _decode(text)
     except RecursionError:
-        raise ValueError("it nests too deeply") from None
+        # Either the text is to blame, or the caller's stack, which is no fault of the text.
+        if _depth(text) > MAX_DEPTH:
+            raise ValueError(f"it nests deeper than {MAX_DEPTH} levels") from None
+        raise
     if not isinstance(decoded, dict):
         raise ValueError(f"it holds {_KINDS[type(decoded)]}, not an object")
     return decoded
@@ -117,13 +122,28 @@ def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
+def _parse_float(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits} is too large for a float")
+    return number
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for bracket in re.findall(r"[][{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
 _encode = json.JSONEncoder(
     ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":")
 ).encode
 _encode_ascii = json.JSONEncoder(
     check_circular=False, allow_nan=False, separators=(",", ":")
 ).encode
-_decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
+_decode = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_parse_float).decode
 _KINDS = {
     list: "an array",
     str: "a string",
@@ -189,6 +209,8 @@ def _copy_object(mapping: Mapping[Any, Any], depth: int) -> Metadata:
     try:
         for key, value in mapping.items():
             copied[_copy_key(key)] = _copy(value, depth + 1)
+        if len(copied) != len(mapping):
+            raise _FaultError("the same key as another, once both are plain text", key)
     except _FaultError as fault:
         fault.pass_through(mapping, key)
         raise
@@ -239,4 +261,5 @@ def _copy_long_integer(value: int) -> int:
 
 
 def _show(part: object) -> str:
-    return json.dumps(part) if isinstance(part, str) else repr(part)
+    shown = json.dumps(part) if isinstance(part, str) else repr(part)
+    return shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}…"

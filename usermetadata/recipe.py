@@ -6,7 +6,7 @@ This is the one place where input is checked and copied.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -99,9 +99,7 @@ class UserMetadataRecipe:
         recipe_id: ``"usermetadata"``, as in the SDK.
         storage: where the metadata is kept.
         override: what ``init`` got.
-        recipe_implementation: the functions that ``usermetadata.asyncio`` calls.
-        blocking_implementation: those that ``usermetadata.syncio`` calls and runs by ``run``: the
-            same if there is an override, else ones that go straight to the storage.
+        recipe_implementation: the functions, as the override left them.
     """
 
     recipe_id: ClassVar[str] = "usermetadata"
@@ -120,10 +118,12 @@ class UserMetadataRecipe:
         original = RecipeImplementation(InThread(storage))
         if override is None or override.functions is None:
             self.recipe_implementation: RecipeInterface = original
-            self.blocking_implementation: RecipeInterface = RecipeImplementation(OnTheSpot(storage))
+            self._direct_implementation: RecipeInterface | None = RecipeImplementation(
+                OnTheSpot(storage)
+            )
         else:
             self.recipe_implementation = _complete(override.functions(original), original)
-            self.blocking_implementation = self.recipe_implementation
+            self._direct_implementation = None
 
     def __repr__(self) -> str:
         return f"UserMetadataRecipe({self.storage!r})"
@@ -179,20 +179,20 @@ class UserMetadataRecipe:
         if recipe is not None and recipe._owns_storage:
             recipe.storage.close()
 
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run what a function of ``blocking_implementation`` returned to its end.
+    def run(self, call: Callable[[RecipeInterface], Awaitable[T]]) -> T:
+        """Call a function of the implementation and wait for its end.
 
         Works in any thread, also in one whose event loop is running.
 
         Args:
-            coroutine: what the function returned.
+            call: calls one of the functions and returns what that returns.
 
         Returns:
-            Its result; what it raises is raised.
+            The result of the function; what it raises is raised.
         """
-        if self.blocking_implementation is self.recipe_implementation:
-            return run_in_thread(coroutine)
-        return run_on_the_spot(coroutine)
+        if self._direct_implementation is None:
+            return run_in_thread(lambda: call(self.recipe_implementation))
+        return run_on_the_spot(call(self._direct_implementation))
 
 
 class RecipeImplementation(RecipeInterface):
@@ -251,7 +251,9 @@ class RecipeImplementation(RecipeInterface):
             raise InvalidInputError(
                 f"user_ids: {type(user_ids).__name__} is not a list of user ids"
             )
-        return self._read_many([check_user_id(user_id) for user_id in user_ids])
+        return self._read_many(
+            [check_user_id(user_id, f"user_ids[{n}]") for n, user_id in enumerate(user_ids)]
+        )
 
     def update_bulk_user_metadata(
         self, metadata_updates: Mapping[str, Mapping[str, Any]], user_context: dict[str, Any]
@@ -264,7 +266,7 @@ class RecipeImplementation(RecipeInterface):
             )
         changes = [
             (
-                check_user_id(user_id),
+                check_user_id(user_id, f"metadata_updates: the key {user_id!r}"),
                 Merge(copy_metadata(update, f"metadata_updates[{user_id!r}]")),
             )
             for user_id, update in metadata_updates.items()
@@ -312,7 +314,9 @@ def _open_storage(storage: Storage | str | os.PathLike[str]) -> Storage:
         )
     if isinstance(storage, os.PathLike):
         return _open_sqlite(storage)
-    if all(hasattr(storage, verb) for verb in ("read", "write", "for_app", "close")):
+    if not isinstance(storage, type) and all(
+        hasattr(storage, verb) for verb in ("read", "write", "for_app", "close")
+    ):
         return storage
     raise InvalidInputError(
         f"storage: {type(storage).__name__} is neither a storage nor a URL nor a path:"
@@ -345,7 +349,9 @@ def _complete(overridden: RecipeInterface, original: RecipeInterface) -> RecipeI
     return overridden
 
 
-_inside_function: ContextVar[bool] = ContextVar("inside_modify_function", default=False)
+# Holds something while the function runs; what the function starts elsewhere inherits the list, and
+# finds it empty once the function has returned.
+_inside_function: ContextVar[list[object]] = ContextVar("inside_modify_function", default=[])  # noqa: B039 - it stays empty
 
 
 def _checked(
@@ -355,11 +361,13 @@ def _checked(
         raise InvalidInputError(f"function: {type(function).__name__} cannot be called")
 
     def checked(old: Metadata) -> Metadata:
-        token = _inside_function.set(True)
+        inside: list[object] = [function]
+        token = _inside_function.set(inside)
         try:
             new = function(old)
         finally:
             _inside_function.reset(token)
+            inside.clear()
         return copy_metadata(new, "the function's result")
 
     return checked

@@ -8,7 +8,10 @@ pytest finds the fixture by itself where this library is installed.
 
 from __future__ import annotations
 
+import itertools
+import json
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -171,12 +174,14 @@ class StorageConformance:
     def test_values_come_back_exactly(self, storage: Storage, value: Any) -> None:
         """Integers of any size, floats bit for bit and all of Unicode survive storing."""
         metadata = {"": [value], "é.$": {"nested": value}}
-        written = storage.write([("alice", Replace(metadata))])
-        assert repr(written) == repr([metadata])
-        assert repr(storage.read(["alice"])) == repr({"alice": metadata})
+        [written] = storage.write([("alice", Replace({**metadata, "root": value}))])
+        found = storage.read(["alice"])["alice"]
+        for stored in (written, found):
+            expected = metadata if value is None else {**metadata, "root": value}
+            assert _exactly(stored) == _exactly(expected)
 
     def test_large_objects_come_back_exactly(self, storage: Storage) -> None:
-        """10,000 properties and 200 levels are stored like any others, in their order."""
+        """10,000 properties and 200 levels are stored like any others."""
         wide = {f"property {number}": number for number in range(10_000)}
         deep: dict[str, Any] = {}
         for _ in range(199):
@@ -193,15 +198,17 @@ class StorageConformance:
 
     # Atomicity.
 
-    def test_a_failing_change_undoes_the_whole_write(self, storage: Storage) -> None:
-        """What a change raises is passed on as it is, and none of the changes is stored."""
+    @pytest.mark.parametrize("error", [LookupError("no such property"), KeyboardInterrupt()])
+    def test_a_failing_change_undoes_the_whole_write(
+        self, storage: Storage, error: BaseException
+    ) -> None:
+        """What a change raises, an interrupt too, is passed on as it is; nothing is stored."""
         storage.write([("alice", Merge({"n": 1})), ("bob", Merge({"n": 1}))])
-        error = LookupError("no such property")
 
         def fail(old: Metadata | None) -> Metadata:
             raise error
 
-        with pytest.raises(LookupError) as caught:
+        with pytest.raises(type(error)) as caught:
             storage.write([("alice", Merge({"n": 2})), ("bob", Clear()), ("carol", fail)])
         assert caught.value is error
         expected = {"alice": {"n": 1}, "bob": {"n": 1}}
@@ -217,7 +224,7 @@ class StorageConformance:
             with pytest.raises(LookupError):
                 storage.write([("alice", fail)])
             storage.write([("alice", Merge({"n": 1}))])
-            _in_thread(lambda: storage.write([("alice", Merge({"m": 1}))])).join()
+            _finish(_in_thread(lambda: storage.write([("alice", Merge({"m": 1}))])))
         assert storage.read(["alice"]) == {"alice": {"n": 1, "m": 1}}
 
     @pytest.mark.parametrize("row", [False, True], ids=["no row", "a row"])
@@ -235,7 +242,7 @@ class StorageConformance:
             return {**metadata, "mine": 1}
 
         storage.write([("alice", Modify(change))])
-        others[0].join()
+        _finish(others[0])
         expected = {"old": 1} if row else {}
         assert storage.read(["alice"]) == {"alice": {**expected, "mine": 1, "other": 1}}
 
@@ -252,7 +259,7 @@ class StorageConformance:
 
         readers: list[threading.Thread] = []
         storage.write([("alice", Merge({"n": 2})), ("bob", Modify(change))])
-        readers[0].join()
+        _finish(readers[0])
         assert seen[0] in ({user: {"n": 1} for user in users}, {user: {"n": 2} for user in users})
 
     # Threads.
@@ -260,25 +267,62 @@ class StorageConformance:
     def test_any_thread_may_use_the_storage(self, storage: Storage) -> None:
         """What one thread writes, another reads; ``close`` may come from a third."""
         seen: list[dict[str, Metadata]] = []
-        _in_thread(lambda: storage.write([("alice", Merge({"n": 1}))])).join()
-        _in_thread(lambda: seen.append(storage.read(["alice"]))).join()
+        _finish(_in_thread(lambda: storage.write([("alice", Merge({"n": 1}))])))
+        _finish(_in_thread(lambda: seen.append(storage.read(["alice"]))))
         assert seen == [{"alice": {"n": 1}}]
-        _in_thread(storage.close).join()
+        _finish(_in_thread(storage.close))
         with pytest.raises(UsageError):
             storage.read(["alice"])
 
     def test_concurrent_writes_are_all_kept(self, storage: Storage) -> None:
-        """Eight threads that count in one row lose nothing."""
+        """Eight threads that count in one row, and merge into another, lose nothing."""
         count = Modify(lambda metadata: {"n": metadata.get("n", 0) + 1})
 
-        def write() -> None:
-            for _ in range(25):
+        def write(thread: int) -> None:
+            for number in range(25):
                 storage.write([("alice", count)])
+                storage.write([("bob", Merge({f"{thread}:{number}": True}))])
 
-        threads = [_in_thread(write) for _ in range(8)]
+        threads = [_in_thread(partial(write, thread)) for thread in range(8)]
         for thread in threads:
-            thread.join()
+            _finish(thread)
         assert storage.read(["alice"]) == {"alice": {"n": 200}}
+        assert len(storage.read(["bob"])["bob"]) == 8 * 25
+
+    def test_two_first_merges_both_survive(self, storage: Storage) -> None:
+        """Two threads that merge into a user without a row at the same moment lose nothing."""
+        start = threading.Barrier(2)
+
+        def merge(name: str) -> None:
+            for number in range(50):
+                start.wait(_LONG)
+                storage.write([(f"user {number}", Merge({name: True}))])
+
+        threads = [_in_thread(partial(merge, name)) for name in ("left", "right")]
+        for thread in threads:
+            _finish(thread)
+        found = storage.read([f"user {number}" for number in range(50)])
+        assert list(found.values()) == [{"left": True, "right": True}] * 50
+
+    def test_a_read_is_of_one_moment(self, storage: Storage) -> None:
+        """Of two users that are always written together, a reader never sees just one change."""
+        users = ["alice", "bob"]
+        storage.write([(user_id, Merge({"n": 0})) for user_id in users])
+
+        stop = threading.Event()
+
+        def write() -> None:
+            for number in itertools.takewhile(lambda _: not stop.is_set(), itertools.count()):
+                storage.write([(user_id, Merge({"n": number})) for user_id in users])
+
+        writer = _in_thread(write)
+        try:
+            for _ in range(100):
+                found = storage.read(users)
+                assert found["alice"] == found["bob"]
+        finally:
+            stop.set()
+            _finish(writer)
 
     # Ownership.
 
@@ -336,6 +380,15 @@ class StorageConformance:
         storage.write([("alice", Clear())])
         assert other.read(["alice"]) == {"alice": {"n": 1}}
 
+    def test_apps_are_told_apart(self, storage: Storage) -> None:
+        """App ids are compared character by character, and apart from the user id."""
+        rows = [("a", "bc"), ("ab", "c"), ("A", "bc"), ("a ", "bc"), ("é", "bc"), ("e\u0301", "bc")]
+        for app_id, user_id in rows:
+            storage.for_app(app_id).write([(user_id, Merge({"row": [app_id, user_id]}))])
+        for app_id, user_id in rows:
+            found = storage.for_app(app_id).read([user_id])
+            assert found == {user_id: {"row": [app_id, user_id]}}
+
     def test_an_app_is_found_again(self, storage: Storage) -> None:
         """``for_app`` of the same id is the same rows; a storage starts as ``"public"``."""
         storage.write([("alice", Merge({"app": "public"}))])
@@ -352,12 +405,14 @@ class StorageConformance:
 
     # Closing.
 
-    def test_a_closed_storage_says_so(self, storage: Storage) -> None:
-        """After ``close``, which may be called twice, both verbs raise ``UsageError``."""
+    @pytest.mark.parametrize("which", ["the first", "the other"])
+    def test_a_closed_storage_says_so(self, storage: Storage, which: str) -> None:
+        """After ``close`` of one app's, which may be called twice, both verbs raise in all."""
         other = storage.for_app("other")
         storage.write([("alice", Merge({"n": 1}))])
-        storage.close()
-        storage.close()
+        closing = storage if which == "the first" else other
+        closing.close()
+        closing.close()
         for closed in (storage, other):
             with pytest.raises(UsageError):
                 closed.read(["alice"])
@@ -367,12 +422,24 @@ class StorageConformance:
 
 # Seconds to give a thread that a sound storage makes wait, so that an unsound one shows.
 _MOMENT = 0.2
+# Seconds after which a thread is taken to be stuck.
+_LONG = 60.0
+
+
+def _exactly(value: Any) -> str:
+    """Return text that tells apart what ``==`` does not; the order of properties is left open."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _in_thread(function: Callable[[], object]) -> threading.Thread:
-    thread = threading.Thread(target=function)
+    thread = threading.Thread(target=function, daemon=True)
     thread.start()
     return thread
+
+
+def _finish(thread: threading.Thread) -> None:
+    thread.join(_LONG)
+    assert not thread.is_alive(), "a thread waits for ever"
 
 
 def _spoil(metadata: Metadata) -> None:

@@ -5,13 +5,26 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from usermetadata import StorageError, UsageError
+from usermetadata import DamagedMetadataError, StorageError, UsageError
 from usermetadata.changes import Change
 from usermetadata.identifiers import check_app_id
 from usermetadata.json import Metadata, decode_metadata, encode_metadata
+
+Apps = dict[str, dict[str, str]]  # JSON text by user id by app id
+
+
+@contextmanager
+def our_errors(path: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path}: {error}") from error
+    except ValueError as error:
+        raise DamagedMetadataError(f"{path}: {error}") from error
 
 
 class JSONFileStorage:
@@ -21,17 +34,16 @@ class JSONFileStorage:
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         texts = self._load().get(self._app_id, {})
-        return {user: decode_metadata(texts[user]) for user in user_ids if user in texts}
+        return {user: self._decode(texts[user]) for user in user_ids if user in texts}
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         results: list[Metadata | None] = []
-        with open(f"{self._path}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # excludes other threads, and other processes
+        with self._locked():
             apps = self._load()
             texts = apps.setdefault(self._app_id, {})
             for user_id, change in changes:
                 old = texts.pop(user_id, None)
-                new = change(None if old is None else decode_metadata(old))
+                new = change(None if old is None else self._decode(old))
                 if new is not None:
                     texts[user_id] = encode_metadata(new)
                 results.append(new)
@@ -46,24 +58,29 @@ class JSONFileStorage:
     def close(self) -> None:
         self._closed.set()
 
-    def _load(self) -> dict[str, dict[str, str]]:
+    @contextmanager
+    def _locked(self) -> Generator[None]:
+        with our_errors(self._path):
+            lock = open(f"{self._path}.lock", "w")  # noqa: SIM115 - closed below
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # excludes other threads, and other processes
+            yield
+
+    def _load(self) -> Apps:
         if self._closed.is_set():
             raise UsageError("this JSONFileStorage is closed")
-        try:
-            apps: dict[str, dict[str, str]] = json.loads(self._path.read_text())
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            raise StorageError(f"{self._path}: {error}") from error
+        with our_errors(self._path):
+            apps: Apps = json.loads(self._path.read_text()) if self._path.exists() else {}
         return apps
 
-    def _save(self, apps: dict[str, dict[str, str]]) -> None:
+    def _decode(self, text: str) -> Metadata:
+        with our_errors(self._path):
+            return decode_metadata(text)
+
+    def _save(self, apps: Apps) -> None:
         new = self._path.with_suffix(".new")
-        try:
-            with new.open("w") as file:
-                json.dump(apps, file)
-                file.flush()
-                os.fsync(file.fileno())
+        with our_errors(self._path), new.open("w") as file:
+            json.dump(apps, file)
+            file.flush()
+            os.fsync(file.fileno())
             new.replace(self._path)  # readers see the whole old file or the whole new one
-        except OSError as error:
-            raise StorageError(f"{self._path}: {error}") from error

@@ -5,7 +5,10 @@ Arguments are checked and copied at the call, before anything is awaited.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import asyncio
+import inspect
+import sys
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from usermetadata.recipe import UserMetadataRecipe
 
@@ -14,7 +17,19 @@ if TYPE_CHECKING:
 
     from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult
 
+F = TypeVar("F", bound="Callable[..., Coroutine[Any, Any, Any]]")
 
+
+def _to_be_awaited(function: F) -> F:
+    # Frameworks ask whether a function is to be awaited. These are, though they are no async def:
+    # that would read its arguments only when it is awaited.
+    if sys.version_info >= (3, 12):
+        return inspect.markcoroutinefunction(function)
+    function.__dict__["_is_coroutine"] = vars(asyncio.coroutines)["_is_coroutine"]
+    return function
+
+
+@_to_be_awaited
 def get_user_metadata(
     user_id: str, user_context: dict[str, Any] | None = None
 ) -> Coroutine[Any, Any, MetadataResult]:
@@ -44,6 +59,7 @@ def get_user_metadata(
     return functions.get_user_metadata(user_id, context)
 
 
+@_to_be_awaited
 def update_user_metadata(
     user_id: str, metadata_update: dict[str, Any], user_context: dict[str, Any] | None = None
 ) -> Coroutine[Any, Any, MetadataResult]:
@@ -82,6 +98,7 @@ def update_user_metadata(
     return functions.update_user_metadata(user_id, metadata_update, context)
 
 
+@_to_be_awaited
 def clear_user_metadata(
     user_id: str, user_context: dict[str, Any] | None = None
 ) -> Coroutine[Any, Any, ClearUserMetadataResult]:
@@ -110,6 +127,7 @@ def clear_user_metadata(
     return functions.clear_user_metadata(user_id, context)
 
 
+@_to_be_awaited
 def set_user_metadata(
     user_id: str, metadata: dict[str, Any], user_context: dict[str, Any] | None = None
 ) -> Coroutine[Any, Any, MetadataResult]:
@@ -143,6 +161,7 @@ def set_user_metadata(
     return functions.set_user_metadata(user_id, metadata, context)
 
 
+@_to_be_awaited
 def modify_user_metadata(
     user_id: str,
     function: Callable[[dict[str, Any]], Mapping[str, Any]],
@@ -185,6 +204,7 @@ def modify_user_metadata(
     return functions.modify_user_metadata(user_id, function, context)
 
 
+@_to_be_awaited
 def get_bulk_user_metadata(
     user_ids: Iterable[str], user_context: dict[str, Any] | None = None
 ) -> Coroutine[Any, Any, dict[str, MetadataResult]]:
@@ -213,6 +233,7 @@ def get_bulk_user_metadata(
     return functions.get_bulk_user_metadata(user_ids, context)
 
 
+@_to_be_awaited
 def update_bulk_user_metadata(
     metadata_updates: Mapping[str, Mapping[str, Any]],
     user_context: dict[str, Any] | None = None,

@@ -23,12 +23,14 @@ class Storage(Protocol):
     for that has been done when it is called: user ids are valid, and what a change returns is
     made of ``dict`` with ``str`` keys, ``list``, ``str``, ``int``, ``float``, ``bool``, ``None``.
 
-    What every storage promises, and :class:`usermetadata.testing.StorageConformance` holds it to:
+    What every storage promises, and :class:`usermetadata.testing.StorageConformance` holds it to
+    (errors apart, which only the author of a storage can provoke):
 
     **Absence.** A user has a row or none. A row that is ``{}`` is a row.
 
-    **Exactness.** Metadata comes back equal, in type and to the last bit; user ids are told apart
-    character by character (case, blanks and Unicode normalisation count).
+    **Exactness.** Metadata comes back equal, in type and to the last bit; only the order of
+    properties is left open. User ids and app ids are told apart character by character (case,
+    blanks and Unicode normalisation count).
 
     **Atomicity.** One ``write`` happens whole or not at all; a reader sees all of it or nothing.
     No other write of that user, from any thread or process, comes between the moment a change is
@@ -65,7 +67,8 @@ class Storage(Protocol):
         A change is called with the user's metadata, or ``None`` where there is no row, and returns
         what to store, or ``None`` to remove the row. A user may appear twice: the second change
         sees the result of the first. An exception that a change raises is passed on as it is, and
-        nothing of the whole ``write`` is stored. A storage that retries may call a change again.
+        nothing of the whole ``write`` is stored. A storage that retries may call a change again. A
+        change must not use the storage.
 
         Args:
             changes: pairs of a user id and the change to that user's row.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from usermetadata.exceptions import UsageError
@@ -12,7 +13,7 @@ from usermetadata.identifiers import check_app_id
 from usermetadata.json import decode_metadata, encode_metadata
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
     from typing_extensions import Self
 
@@ -50,7 +51,7 @@ class InMemoryStorage:
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         """Return the metadata of those users that have a row."""
-        with self._rows as texts:
+        with self._rows.reading() as texts:
             found = {user_id: texts.get((self._app_id, user_id)) for user_id in user_ids}
         return {
             user_id: decode_metadata(text) for user_id, text in found.items() if text is not None
@@ -58,7 +59,7 @@ class InMemoryStorage:
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order, all or none."""
-        with self._rows as texts:
+        with self._rows.writing() as texts:
             staged: dict[tuple[str, str], str | None] = {}
             results: list[Metadata | None] = []
             for user_id, change in changes:
@@ -67,11 +68,11 @@ class InMemoryStorage:
                 new = change(None if old is None else decode_metadata(old))
                 staged[key] = None if new is None else encode_metadata(new)
                 results.append(new)
+            # One step that no interrupt can halve; None is no row already.
+            texts.update(staged)
             for key, text in staged.items():
                 if text is None:
-                    texts.pop(key, None)
-                else:
-                    texts[key] = text
+                    del texts[key]
         return results
 
     def for_app(self, app_id: str) -> Self:
@@ -86,32 +87,50 @@ class InMemoryStorage:
 
 
 class _Rows:
-    """The rows of all apps, to be used inside ``with``: one thread at a time."""
+    """The rows of all apps, for one thread at a time."""
 
     def __init__(self) -> None:
-        self._texts: dict[tuple[str, str], str] | None = {}
+        self._texts: dict[tuple[str, str], str | None] | None = {}
         self._lock = threading.RLock()
+        self._is_writing = False
+        self._held_for_fork = False
         watch(self)
 
-    def __enter__(self) -> dict[tuple[str, str], str]:
-        self._lock.acquire()
-        if self._texts is None:
-            self._lock.release()
-            raise UsageError("this InMemoryStorage is closed: make a new one")
-        return self._texts
+    @contextmanager
+    def reading(self) -> Generator[dict[tuple[str, str], str | None]]:
+        with self._lock:
+            if self._texts is None:
+                raise UsageError("this InMemoryStorage is closed: make a new one")
+            yield self._texts
 
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+    @contextmanager
+    def writing(self) -> Generator[dict[tuple[str, str], str | None]]:
+        with self.reading() as texts:
+            if self._is_writing:
+                raise UsageError("a write inside a write of the same thread: it would be lost")
+            self._is_writing = True
+            try:
+                yield texts
+            finally:
+                self._is_writing = False
 
     def close(self) -> None:
         with self._lock:
             self._texts = None
 
     def before_fork(self) -> None:
-        self._lock.acquire()
+        self._held_for_fork = self._lock.acquire(timeout=_LONGEST_WAIT_OF_A_FORK)
 
     def after_fork_in_parent(self) -> None:
-        self._lock.release()
+        if self._held_for_fork:
+            self._lock.release()
 
     def after_fork_in_child(self) -> None:
-        self._lock.release()
+        if self._held_for_fork:
+            self._lock.release()
+        else:
+            self._lock = threading.RLock()
+            self._is_writing = False
+
+
+_LONGEST_WAIT_OF_A_FORK = 30.0  # seconds

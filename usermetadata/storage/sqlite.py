@@ -9,7 +9,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from sqlite_utils import Database, Migrations
@@ -112,15 +112,18 @@ class SQLiteStorage:
             raise InvalidInputError(f"timeout: {timeout!r} is not a number of seconds from 0 on")
         self._connections: _OneConnection | _OwnConnections
         if isinstance(database, Database):
-            self._connections = _OneConnection(database, "the borrowed database", borrowed=True)
+            self._connections = _OneConnection(
+                database, "the borrowed database", timeout, borrowed=True
+            )
         elif database == ":memory:":
             memory = Database(_connect(":memory:", timeout), execute_plugins=False)
-            self._connections = _OneConnection(memory, ":memory:", borrowed=False)
-        elif os.fspath(database):
-            path = os.path.abspath(database)
-            self._connections = _OwnConnections(path, synchronous, timeout)
+            self._connections = _OneConnection(memory, ":memory:", timeout, borrowed=False)
+        elif isinstance(database, (str, os.PathLike)):
+            self._connections = _OwnConnections(_check_path(database), synchronous, timeout)
         else:
-            raise InvalidInputError('database: is an empty path: name a file, or ":memory:"')
+            raise InvalidInputError(
+                f"database: {type(database).__name__} is neither a path nor a sqlite_utils.Database"
+            )
 
     def __repr__(self) -> str:
         return f"SQLiteStorage({self._connections.name!r}, app_id={self._app_id!r})"
@@ -184,60 +187,89 @@ class _Connection:
         self._borrowed = borrowed
         self._inherited = False
 
-    @property
-    def in_transaction(self) -> bool:
-        return self._driver.in_transaction
-
     def run(self, statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Execute one statement and return all its rows."""
         try:
-            return self._driver.execute(statement, parameters).fetchall()
+            cursor = self._driver.cursor()
+            cursor.row_factory = None  # a lender may have set one
+            return cursor.execute(statement, parameters).fetchall()
         except self._driver.Error as error:
             raise _translate(error, self._name) from error
 
     @contextmanager
     def transaction(self) -> Generator[None]:
         """Commit what the block does or undo it all; join a transaction of the lender's."""
+        joins = self._borrowed and self._driver.in_transaction
         begin, commit, undo = "BEGIN IMMEDIATE", "COMMIT", ["ROLLBACK"]
-        if self.in_transaction:
-            if self._borrowed:
-                begin, commit = "SAVEPOINT usermetadata", "RELEASE usermetadata"
-                undo = ["ROLLBACK TO usermetadata", commit]
-            else:
-                # Left by an interrupt that came between two lines of this function.
-                self.run("ROLLBACK")
-        self.run(begin)
+        if joins:
+            begin, commit = "SAVEPOINT usermetadata", "RELEASE usermetadata"
+            undo = ["ROLLBACK TO usermetadata", commit]
+        begun = False
         try:
+            self.run(begin)
+            begun = True
             yield
             if self._inherited:
-                raise StorageError(f"{self._name}: the process forked inside this transaction")
+                raise _orphaned(self._name)
             self.run(commit)
         except BaseException:
-            # On some errors, a full disk say, SQLite has undone the whole transaction itself.
-            if self.in_transaction and not self._inherited:
+            # Nothing is left to undo where SQLite has done so itself, on a full disk say.
+            if self.in_transaction and not self._inherited and (begun or not joins):
                 for statement in undo:
                     self.run(statement)
             raise
 
+    @property
+    def in_transaction(self) -> bool:
+        try:
+            return self._driver.in_transaction
+        except self._driver.Error as error:  # it is closed
+            raise _translate(error, self._name) from error
+
     def prepare(self) -> None:
         """Create the table where it is missing; where it is there, wait for nobody."""
         try:
-            if _migrations.pending(self._database):
+            if not self._database.table("user_metadata").exists():
                 with self.transaction():
                     _migrations.apply(self._database)
+                    create_user_metadata(self._database)  # again, if it has been dropped since
         except self._driver.Error as error:
             raise _translate(error, self._name) from error
 
     def abandon(self) -> None:
         """Leave alone, for ever, what belongs to the parent process: not even close it."""
         self._inherited = True
-        _of_the_parent_process.append(self)
+        _of_the_parent_process[self._name] = self
 
     def close(self) -> None:
         self._driver.close()
 
 
-_of_the_parent_process: list[_Connection] = []
+_of_the_parent_process: dict[str, _Connection] = {}
+
+
+class _WriteLock:
+    """Admits one thread at a time, and refuses it to a thread that has it already."""
+
+    def __init__(self, name: str, timeout: float) -> None:
+        self._name = name
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+
+    def acquire(self) -> None:
+        if self._holder == threading.get_ident():
+            raise UsageError(
+                f"{self._name}: a write inside a write of the same thread, by a change or a signal"
+                " handler: it would be lost"
+            )
+        if not self._lock.acquire(timeout=self._timeout):
+            raise _busy(self._name)
+        self._holder = threading.get_ident()
+
+    def release(self) -> None:
+        self._holder = None
+        self._lock.release()
 
 
 class _OwnConnections:
@@ -252,37 +284,44 @@ class _OwnConnections:
         watch(self)
 
     def _start(self) -> None:
-        self._write_lock = threading.RLock()
+        self._write_lock = _WriteLock(self.name, self._timeout)
         self._writers: list[_Connection] = []
+        self._is_suspect = False
         self._read_lock = threading.Condition()
         self._idle_readers: list[_Connection] = []
-        self._busy_readers = 0
+        self._busy_readers: set[object] = set()
+        self._is_forking = False
+        self._holds_write_lock = False
         # Also at the interpreter's exit, and when the storage is dropped without close().
         weakref.finalize(self, _close_all, self._writers, self._idle_readers)
 
     @contextmanager
     def reading(self) -> Generator[_Connection]:
         """Lend a connection for one query, whatever the writer is doing."""
-        with self._read_lock:
-            self._check_open()
-            reader = self._idle_readers.pop() if self._idle_readers else None
-            self._busy_readers += 1
+        if self._is_suspect or not self._writers:
+            with self._lend_writer():
+                pass  # It has created what the reader needs.
+        ticket, reader = object(), None
         try:
+            with self._read_lock:
+                self._read_lock.wait_for(lambda: not self._is_forking)
+                self._check_open()
+                self._busy_readers.add(ticket)
+                if self._idle_readers:
+                    reader = self._idle_readers.pop()
             if reader is None:
-                if not self._writers:
-                    with self._lend_writer():
-                        pass  # It has created what the reader needs.
                 reader = self._open()
             yield reader
         except StorageError:
             # Whatever is wrong with the file, the next call looks at it afresh.
+            self._is_suspect = True
             if reader is not None:
                 reader.close()
                 reader = None
             raise
         finally:
             with self._read_lock:
-                self._busy_readers -= 1
+                self._busy_readers.discard(ticket)
                 self._read_lock.notify_all()
                 if reader is not None:
                     self._idle_readers.append(reader)
@@ -296,22 +335,36 @@ class _OwnConnections:
             yield writer
 
     def close(self) -> None:
-        with self._read_lock, self._write_lock:
+        with self._read_lock:
             self._closed = True
-            _close_all(self._writers, self._idle_readers)
+            _close_all(self._idle_readers)
+        self._write_lock.acquire()
+        try:
+            _close_all(self._writers)
+        finally:
+            self._write_lock.release()
 
     def before_fork(self) -> None:
-        self._read_lock.acquire()
-        self._read_lock.wait_for(lambda: not self._busy_readers, timeout=self._timeout)
-        _close_all(self._idle_readers)
-        self._holds_write_lock = self._write_lock.acquire(timeout=self._timeout)
-        if self._holds_write_lock and not any(writer.in_transaction for writer in self._writers):
+        deadline = time.monotonic() + self._timeout
+        # A fork inside a change, or while a change outlasts the timeout, takes place all the same.
+        with suppress(UsageError, StorageBusyError):
+            self._write_lock.acquire()
+            self._holds_write_lock = True
             _close_all(self._writers)
+        with self._read_lock:
+            self._is_forking = True
+            self._read_lock.wait_for(
+                lambda: not self._busy_readers, timeout=max(0, deadline - time.monotonic())
+            )
+            _close_all(self._idle_readers)
 
     def after_fork_in_parent(self) -> None:
+        with self._read_lock:
+            self._is_forking = False
+            self._read_lock.notify_all()
         if self._holds_write_lock:
+            self._holds_write_lock = False
             self._write_lock.release()
-        self._read_lock.release()
 
     def after_fork_in_child(self) -> None:
         while self._writers:
@@ -325,22 +378,26 @@ class _OwnConnections:
     @contextmanager
     def _lend_writer(self) -> Generator[_Connection]:
         lock = self._write_lock
-        if not lock.acquire(timeout=self._timeout):
-            raise _busy(self.name)
+        lock.acquire()
         try:
             self._check_open()
+            if self._is_suspect:
+                _close_all(self._writers)
+                self._is_suspect = False
             if not self._writers:
                 self._writers.append(self._open_writer())
             yield self._writers[0]
         except StorageBusyError:
             raise
         except StorageError:
-            _close_all(self._writers)
+            self._is_suspect = True
             raise
         finally:
             lock.release()
 
     def _open_writer(self) -> _Connection:
+        if self.name in _of_the_parent_process:
+            raise _orphaned(self.name)
         writer = self._open()
         try:
             self._use_wal(writer)
@@ -377,32 +434,47 @@ class _OwnConnections:
 class _OneConnection:
     """One connection for everything, one thread at a time: borrowed, or in memory."""
 
-    def __init__(self, database: Database, name: str, *, borrowed: bool) -> None:
+    def __init__(self, database: Database, name: str, timeout: float, *, borrowed: bool) -> None:
         self.name = name
         self._connection = _Connection(database, name, borrowed=borrowed)
+        self._timeout = timeout
         self._borrowed = borrowed
-        self._prepared = False
+        self._is_prepared = False
         self._closed = False
-        self._lock = threading.RLock()
+        self._start()
         if not borrowed:
             weakref.finalize(self, self._connection.close)
         watch(self)
+
+    def _start(self) -> None:
+        self._write_lock = _WriteLock(self.name, self._timeout)
+        self._lock = threading.RLock()
+        self._held_for_fork = False
 
     @contextmanager
     def reading(self) -> Generator[_Connection]:
         with self._lock:
             if self._closed:
                 raise UsageError(f"this SQLiteStorage of {self.name} is closed: make a new one")
-            if not self._prepared:
+            if not self._is_prepared:
                 self._connection.prepare()
-                # The caller may yet roll back a transaction that the table was created in.
-                self._prepared = not self._connection.in_transaction
-            yield self._connection
+            try:
+                yield self._connection
+                # The lender may yet roll back a transaction that the table was created in.
+                self._is_prepared = not self._connection.in_transaction
+            except StorageError:
+                self._is_prepared = False
+                raise
 
     @contextmanager
     def writing(self) -> Generator[_Connection]:
-        with self.reading() as connection, connection.transaction():
-            yield connection
+        lock = self._write_lock
+        lock.acquire()
+        try:
+            with self.reading() as connection, connection.transaction():
+                yield connection
+        finally:
+            lock.release()
 
     def close(self) -> None:
         with self._lock:
@@ -411,13 +483,21 @@ class _OneConnection:
                 self._connection.close()
 
     def before_fork(self) -> None:
-        self._lock.acquire()
+        self._held_for_fork = self._lock.acquire(timeout=self._timeout)
 
     def after_fork_in_parent(self) -> None:
-        self._lock.release()
+        if self._held_for_fork:
+            self._lock.release()
 
     def after_fork_in_child(self) -> None:
-        self._lock.release()
+        self._start()
+
+
+def _check_path(path: str | os.PathLike[str]) -> str:
+    text = os.fsdecode(path)
+    if not text or "\0" in text:
+        raise InvalidInputError(f'database: {text!r} cannot be a path: name a file, or ":memory:"')
+    return os.path.abspath(text)
 
 
 def _connect(path: str, timeout: float) -> sqlite3.Connection:
@@ -433,13 +513,21 @@ def _close_all(*groups: list[_Connection]) -> None:
 
 def _translate(error: Exception, name: str) -> StorageError:
     message = str(error)
-    if "locked" in message:
+    if message.startswith("database ") and message.endswith("is locked"):
         return _busy(name)
+    if message.startswith("Could not decode to UTF-8"):
+        return DamagedMetadataError(f"{name}: a row is damaged: {message}")
     directory = os.path.dirname(name)
     if "unable to open" in message and not os.path.isdir(directory):
         return StorageError(f"{name}: the directory {directory} does not exist: create it")
     advice = next((advice for sign, advice in _ADVICE if sign in message), "")
     return StorageError(f"{name}: {message}{advice}")
+
+
+def _orphaned(name: str) -> StorageError:
+    return StorageError(
+        f"{name}: this process was forked inside a write to this file, and cannot write to it"
+    )
 
 
 def _busy(name: str) -> StorageBusyError:

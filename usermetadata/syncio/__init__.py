@@ -38,9 +38,8 @@ def get_user_metadata(user_id: str, user_context: dict[str, Any] | None = None) 
         {}
     """
     recipe = UserMetadataRecipe.get_instance()
-    functions = recipe.blocking_implementation
     context = {} if user_context is None else user_context
-    return recipe.run(functions.get_user_metadata(user_id, context))
+    return recipe.run(lambda functions: functions.get_user_metadata(user_id, context))
 
 
 def update_user_metadata(
@@ -77,9 +76,10 @@ def update_user_metadata(
     The rule is that of SuperTokens, "Storing data about a user".
     """
     recipe = UserMetadataRecipe.get_instance()
-    functions = recipe.blocking_implementation
     context = {} if user_context is None else user_context
-    return recipe.run(functions.update_user_metadata(user_id, metadata_update, context))
+    return recipe.run(
+        lambda functions: functions.update_user_metadata(user_id, metadata_update, context)
+    )
 
 
 def clear_user_metadata(
@@ -106,9 +106,8 @@ def clear_user_metadata(
         ClearUserMetadataResult()
     """
     recipe = UserMetadataRecipe.get_instance()
-    functions = recipe.blocking_implementation
     context = {} if user_context is None else user_context
-    return recipe.run(functions.clear_user_metadata(user_id, context))
+    return recipe.run(lambda functions: functions.clear_user_metadata(user_id, context))
 
 
 def set_user_metadata(
@@ -140,9 +139,8 @@ def set_user_metadata(
         {'plan': 'pro'}
     """
     recipe = UserMetadataRecipe.get_instance()
-    functions = recipe.blocking_implementation
     context = {} if user_context is None else user_context
-    return recipe.run(functions.set_user_metadata(user_id, metadata, context))
+    return recipe.run(lambda functions: functions.set_user_metadata(user_id, metadata, context))
 
 
 def modify_user_metadata(
@@ -183,9 +181,8 @@ def modify_user_metadata(
         {'visits': 1}
     """
     recipe = UserMetadataRecipe.get_instance()
-    functions = recipe.blocking_implementation
     context = {} if user_context is None else user_context
-    return recipe.run(functions.modify_user_metadata(user_id, function, context))
+    return recipe.run(lambda functions: functions.modify_user_metadata(user_id, function, context))
 
 
 def get_bulk_user_metadata(
@@ -212,9 +209,8 @@ def get_bulk_user_metadata(
         {'nobody': MetadataResult(metadata={}), 'noone': MetadataResult(metadata={})}
     """
     recipe = UserMetadataRecipe.get_instance()
-    functions = recipe.blocking_implementation
     context = {} if user_context is None else user_context
-    return recipe.run(functions.get_bulk_user_metadata(user_ids, context))
+    return recipe.run(lambda functions: functions.get_bulk_user_metadata(user_ids, context))
 
 
 def update_bulk_user_metadata(
@@ -246,6 +242,7 @@ def update_bulk_user_metadata(
         {'seat': 2}
     """
     recipe = UserMetadataRecipe.get_instance()
-    functions = recipe.blocking_implementation
     context = {} if user_context is None else user_context
-    return recipe.run(functions.update_bulk_user_metadata(metadata_updates, context))
+    return recipe.run(
+        lambda functions: functions.update_bulk_user_metadata(metadata_updates, context)
+    )
