@@ -157,7 +157,7 @@ def test_what_was_acknowledged_survives_kill_9(database: Path, tmp_path: Path) -
 
 
 def test_a_fork_leaves_both_sides_working(database: Path) -> None:
-    """Parent and child go on with a storage that both facades and several threads had used."""
+    """Parent and child go on with a busy storage, and the child inherits none of its files."""
     program = """
 import asyncio, os, sys, threading
 import usermetadata
@@ -180,13 +180,24 @@ def work(name):
         thread.start()
     return threads
 
+def opened():
+    file, found = os.stat(sys.argv[1]), []
+    for number in range(256):
+        try:
+            found += [number] if os.path.samestat(os.fstat(number), file) else []
+        except OSError:
+            pass
+    return found
+
 for thread in work("before"):
     thread.join()
+assert opened()
 busy = work("meanwhile")
 children = []
 for number in range(3):
     child = os.fork()
     if child == 0:
+        assert not opened()
         for thread in work(f"child {number}"):
             thread.join()
         usermetadata.UserMetadataRecipe.reset()

@@ -190,6 +190,16 @@ def test_another_programs_lock_is_waited_for_and_reported(
     assert storage.write([("alice", Merge({"n": 3}))]) == [{"n": 3}]
 
 
+def test_the_first_opening_waits_for_others(database: Path) -> None:
+    """A file that another program is just writing, not yet in WAL mode, is waited for too."""
+    other = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
+    with contextlib.closing(other), contextlib.closing(SQLiteStorage(database)) as storage:
+        other.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY)")
+        other.execute("BEGIN IMMEDIATE")
+        threading.Timer(0.1, other.execute, ["COMMIT"]).start()
+        works(storage)
+
+
 def test_another_thread_is_waited_for_and_reported(storage: SQLiteStorage) -> None:
     """A write that waits for another thread's gives up after the timeout too."""
     errors: list[Exception] = []

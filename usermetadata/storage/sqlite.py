@@ -325,8 +325,8 @@ class _OwnConnections:
                 self._read_lock.notify_all()
                 if reader is not None:
                     self._idle_readers.append(reader)
-                    if self._closed:
-                        _close_all(self._idle_readers)
+                if self._closed:
+                    _close_all(self._idle_readers)
 
     @contextmanager
     def writing(self) -> Generator[_Connection]:
