@@ -9,7 +9,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from sqlite_utils import Database, Migrations
@@ -190,9 +190,10 @@ class _Connection:
     def run(self, statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Execute one statement and return all its rows."""
         try:
-            cursor = self._driver.cursor()
-            cursor.row_factory = None  # a lender may have set one
-            return cursor.execute(statement, parameters).fetchall()
+            # Closed at once: what an interrupt leaves half-read would hold its lock until collected.
+            with closing(self._driver.cursor()) as cursor:
+                cursor.row_factory = None  # a lender may have set one
+                return cursor.execute(statement, parameters).fetchall()
         except self._driver.Error as error:
             raise _translate(error, self._name) from error
 
