@@ -190,7 +190,7 @@ class _Connection:
     def run(self, statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Execute one statement and return all its rows."""
         try:
-            # Closed at once: what an interrupt leaves half-read would hold its lock until collected.
+            # Closed at once: a statement that an interrupt leaves half-read would keep its lock.
             with closing(self._driver.cursor()) as cursor:
                 cursor.row_factory = None  # a lender may have set one
                 return cursor.execute(statement, parameters).fetchall()
