@@ -12,7 +12,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import FUNCTIONS
+from conftest import FUNCTIONS, STORAGES
 
 import usermetadata
 import usermetadata.asyncio
@@ -281,6 +281,7 @@ def test_syncio_works_inside_a_running_loop() -> None:
     assert asyncio.run(main()) == {"a": 1, "b": 2}
 
 
+@pytest.mark.parametrize("storage", STORAGES[1:], indirect=True)
 def test_asyncio_does_not_block_the_loop() -> None:
     """While a storage is busy the event loop goes on."""
 
@@ -322,6 +323,7 @@ def test_asyncio_works_in_every_loop() -> None:
     assert len(syncio.get_user_metadata("alice").metadata) == 54
 
 
+@pytest.mark.parametrize("storage", STORAGES[1:], indirect=True)
 def test_a_cancelled_caller_hurts_nobody() -> None:
     """Cancelling one call leaves the others, and the storage, as they are."""
 

@@ -23,6 +23,7 @@ HOUSE: dict[str, set[str]] = {
     "recipe": {
         "bridge",
         "changes",
+        "coalescing",
         "exceptions",
         "identifiers",
         "interfaces",
@@ -30,6 +31,7 @@ HOUSE: dict[str, set[str]] = {
         "storage.memory",
         "storage.sqlite",
     },
+    "coalescing": {"bridge", "exceptions", "forking", "json"},
     "bridge": set(),
     "interfaces": set(),
     "storage": set(),

@@ -1,13 +1,14 @@
 """The bridge between blocking storages and ``async`` functions, in both directions.
 
 The recipe's functions are written once, as coroutines over two awaitable verbs. ``asyncio`` awaits
-them with the verbs sent to a thread; ``syncio`` runs them to their end on the spot, with verbs that
+them over verbs that go to a thread; ``syncio`` runs them to their end on the spot, over verbs that
 never wait.
 """
 
 from __future__ import annotations
 
 import sys
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -47,23 +48,8 @@ class OnTheSpot:
         return self._storage.write(changes)
 
 
-class InThread:
-    """The verbs executed in a worker thread, so that the event loop goes on."""
-
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-
-    async def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
-        """Read in a thread."""
-        import asyncio
-
-        return await asyncio.to_thread(self._storage.read, user_ids)
-
-    async def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
-        """Write in a thread."""
-        import asyncio
-
-        return await asyncio.to_thread(self._storage.write, changes)
+private_loop: ContextVar[object] = ContextVar("usermetadata_private_loop", default=None)
+"""The event loop that ``run_in_thread`` made for one call, which nobody minds blocking."""
 
 
 def run_on_the_spot(awaitable: Awaitable[T]) -> T:
@@ -86,6 +72,7 @@ def run_in_thread(call: Callable[[], Awaitable[T]]) -> T:
     import contextvars
 
     async def main() -> T:
+        private_loop.set(asyncio.get_running_loop())
         return await call()
 
     def run() -> T:

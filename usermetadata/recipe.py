@@ -6,11 +6,12 @@ This is the one place where input is checked and copied.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from usermetadata.bridge import InThread, OnTheSpot, run_in_thread, run_on_the_spot
+from usermetadata.bridge import OnTheSpot, run_in_thread, run_on_the_spot
 from usermetadata.changes import Clear, Merge, Modify, Replace
 from usermetadata.exceptions import InvalidInputError, UsageError
 from usermetadata.identifiers import check_user_id
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
 
     from usermetadata.bridge import AwaitableStorage
     from usermetadata.changes import Change
+    from usermetadata.coalescing import Coalescer
     from usermetadata.json import Metadata
     from usermetadata.storage import Storage
 
 
 T = TypeVar("T")
+
+_one_at_a_time = threading.Lock()
 
 
 class UserMetadataOverrideConfig:
@@ -99,7 +103,6 @@ class UserMetadataRecipe:
         recipe_id: ``"usermetadata"``, as in the SDK.
         storage: where the metadata is kept.
         override: what ``init`` got.
-        recipe_implementation: the functions, as the override left them.
     """
 
     recipe_id: ClassVar[str] = "usermetadata"
@@ -115,15 +118,14 @@ class UserMetadataRecipe:
         self.storage = storage
         self.override = override
         self._owns_storage = owns_storage
-        original = RecipeImplementation(InThread(storage))
+        self._coalescer: Coalescer | None = None
+        self._implementation: RecipeInterface | None = None
+        self._direct_implementation: RecipeInterface | None = None
         if override is None or override.functions is None:
-            self.recipe_implementation: RecipeInterface = original
-            self._direct_implementation: RecipeInterface | None = RecipeImplementation(
-                OnTheSpot(storage)
-            )
+            self._direct_implementation = RecipeImplementation(OnTheSpot(storage))
         else:
-            self.recipe_implementation = _complete(override.functions(original), original)
-            self._direct_implementation = None
+            original = self._awaitable_implementation()
+            self._implementation = _complete(override.functions(original), original)
 
     def __repr__(self) -> str:
         return f"UserMetadataRecipe({self.storage!r})"
@@ -172,12 +174,34 @@ class UserMetadataRecipe:
     def reset() -> None:
         """Undo ``init``, which may then be called again; closes the storage if ``init`` opened it.
 
+        Calls of ``usermetadata.asyncio`` that are under way come to their end before.
+
         A storage that the caller made and passed to ``init`` is the caller's to close. Without
         ``init`` before, nothing happens.
         """
         recipe, UserMetadataRecipe._instance = UserMetadataRecipe._instance, None
-        if recipe is not None and recipe._owns_storage:
+        if recipe is None:
+            return
+        if recipe._coalescer is not None:
+            recipe._coalescer.close()
+        if recipe._owns_storage:
             recipe.storage.close()
+
+    @property
+    def recipe_implementation(self) -> RecipeInterface:
+        """The functions, as the override left them; ``usermetadata.asyncio`` calls these."""
+        if self._implementation is None:
+            with _one_at_a_time:
+                if self._implementation is None:
+                    self._implementation = self._awaitable_implementation()
+        return self._implementation
+
+    def _awaitable_implementation(self) -> RecipeImplementation:
+        # Not before it is needed: it imports asyncio.
+        from usermetadata.coalescing import Coalescer
+
+        self._coalescer = Coalescer(self.storage)
+        return RecipeImplementation(self._coalescer)
 
     def run(self, call: Callable[[RecipeInterface], Awaitable[T]]) -> T:
         """Call a function of the implementation and wait for its end.

@@ -38,6 +38,11 @@ class Storage(Protocol):
 
     **Threads.** All methods may be called from any thread, several at a time.
 
+    Where ``asyncio`` calls a storage, concurrent calls share one ``read`` or one ``write`` in a
+    worker thread. Attributes ``reads_in_flight`` and ``writes_in_flight`` say how many of each may
+    run at a time; without them it is one. 0 says that the storage never waits for anything and
+    needs no thread.
+
     **Ownership.** What ``read`` and ``write`` return, and what a change is given, shares nothing
     mutable with what is stored; nor does what a change returned once ``write`` is over.
 

@@ -42,6 +42,8 @@ class InMemoryStorage:
         {'alice': {'theme': 'dark'}}
     """
 
+    reads_in_flight = writes_in_flight = 0
+
     def __init__(self, *, app_id: str = "public") -> None:
         self._app_id = check_app_id(app_id)
         self._rows = _Rows()

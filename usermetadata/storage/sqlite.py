@@ -97,6 +97,8 @@ class SQLiteStorage:
     <https://sqlite.org/pragma.html#pragma_synchronous>`_.
     """
 
+    reads_in_flight, writes_in_flight = 2, 1
+
     def __init__(
         self,
         database: str | os.PathLike[str] | Database,

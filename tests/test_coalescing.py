@@ -1,0 +1,375 @@
+"""How concurrent ``asyncio`` calls become few calls of the storage."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import usermetadata
+from usermetadata import (
+    InMemoryStorage,
+    InvalidInputError,
+    SQLiteStorage,
+    StorageBusyError,
+    UserMetadataRecipe,
+    syncio,
+)
+from usermetadata.asyncio import (
+    get_bulk_user_metadata,
+    get_user_metadata,
+    modify_user_metadata,
+    update_user_metadata,
+)
+from usermetadata.changes import Merge
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Sequence
+    from pathlib import Path
+
+    from usermetadata.changes import Change
+    from usermetadata.json import Metadata
+
+
+class Gated(InMemoryStorage):
+    """Notes the size of each batch, and holds the next ones until it is opened."""
+
+    reads_in_flight = writes_in_flight = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[int] = []
+        self.writes: list[int] = []
+        self.open = threading.Event()
+        self.open.set()
+        self.entered = threading.Event()
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        self.reads.append(len(user_ids))
+        self._pass()
+        return super().read(user_ids)
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        self.writes.append(len(changes))
+        self._pass()
+        return super().write(changes)
+
+    def _pass(self) -> None:
+        self.entered.set()
+        assert self.open.wait(60)
+
+
+@pytest.fixture
+def storage() -> Gated:
+    """Initialise with a storage that can be held up."""
+    storage = Gated()
+    usermetadata.init(storage)
+    return storage
+
+
+async def behind_another(storage: Gated, *calls: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Let the calls gather while a first write and a first read are held up."""
+    storage.open.clear()
+    storage.entered.clear()
+    first = [asyncio.create_task(update_user_metadata("first", {}))]
+    await entered(storage)
+    storage.entered.clear()
+    first.append(asyncio.create_task(get_user_metadata("first")))
+    await entered(storage)
+    tasks = [asyncio.create_task(call) for call in calls]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    storage.open.set()
+    await asyncio.gather(*first)
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def entered(storage: Gated) -> None:
+    """Wait until a batch has reached the storage."""
+    while not storage.entered.is_set():
+        await asyncio.sleep(0)
+
+
+def fail(metadata: Metadata) -> Metadata:
+    """Refuse every change."""
+    raise LookupError
+
+
+def test_a_lone_call_goes_at_once(storage: Gated) -> None:
+    """Calls that nobody else joins are batches of one."""
+
+    async def main() -> None:
+        await update_user_metadata("alice", {"n": 1})
+        assert (await get_user_metadata("alice")).metadata == {"n": 1}
+
+    asyncio.run(main())
+    assert (storage.writes, storage.reads) == ([1], [1])
+
+
+def test_what_gathers_behind_a_batch_is_one_batch(storage: Gated) -> None:
+    """All updates that come while one is running share the next write, and so do reads."""
+
+    async def main() -> None:
+        updates = (update_user_metadata(f"user {n % 40}", {str(n): n}) for n in range(64))
+        reads = (get_user_metadata("first") for _ in range(64))
+        results = await behind_another(storage, *updates, *reads)
+        assert [result.metadata[str(n)] for n, result in enumerate(results[:64])] == [*range(64)]
+        assert [result.metadata for result in results[64:]] == [{}] * 64
+
+    asyncio.run(main())
+    assert (storage.writes, storage.reads) == ([1, 64], [1, 1])
+
+
+def test_who_reads_the_same_user_gets_an_object_of_its_own(storage: Gated) -> None:
+    """Callers that share a batch share nothing else."""
+    storage.write([("alice", Merge({"list": [1]}))])
+
+    async def main() -> None:
+        results = await behind_another(
+            storage,
+            get_user_metadata("alice"),
+            get_user_metadata("alice"),
+            get_bulk_user_metadata(["bob", "alice"]),
+        )
+        results[0].metadata["list"].append(2)
+        assert results[1].metadata == {"list": [1]}
+        results[1].metadata["list"].append(3)
+        assert results[2]["alice"].metadata == {"list": [1]}
+        assert results[2]["bob"].metadata == {}
+
+    asyncio.run(main())
+
+
+def test_order_is_kept(storage: Gated) -> None:
+    """Updates of one user take effect in the order of the calls."""
+
+    async def main() -> None:
+        results = await behind_another(
+            storage, *(update_user_metadata("alice", {"n": n}) for n in range(20))
+        )
+        assert [result.metadata["n"] for result in results] == [*range(20)]
+
+    asyncio.run(main())
+    assert storage.read(["alice"]) == {"alice": {"n": 19}}
+
+
+def test_a_failing_call_fails_alone(storage: Gated) -> None:
+    """The other calls of its batch succeed, each once."""
+
+    async def main() -> None:
+        count = [
+            modify_user_metadata("alice", lambda old: {"n": old.get("n", 0) + 1}) for _ in range(5)
+        ]
+        results = await behind_another(
+            storage, *count[:2], modify_user_metadata("alice", fail), *count[2:]
+        )
+        assert isinstance(results.pop(2), LookupError)
+        assert [result.metadata["n"] for result in results] == [1, 2, 3, 4, 5]
+
+    asyncio.run(main())
+
+
+def test_bad_input_never_joins_a_batch(storage: Gated) -> None:
+    """It raises at the call."""
+
+    async def main() -> None:
+        with pytest.raises(InvalidInputError):
+            _ = update_user_metadata("alice", {"a": float("nan")})
+
+    asyncio.run(main())
+    assert storage.writes == []
+
+
+def test_a_busy_storage_is_waited_for_once(storage: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All calls of a batch learn of it at once, instead of each waiting for the timeout again."""
+    cause = OSError("locked")
+
+    def busy(self: object, changes: object) -> list[Metadata | None]:
+        raise StorageBusyError("busy") from cause
+
+    async def main() -> None:
+        monkeypatch.setattr(InMemoryStorage, "write", busy)
+        updates = (update_user_metadata("alice", {"n": n}) for n in range(5))
+        errors: list[Any] = []
+        with contextlib.suppress(StorageBusyError):
+            errors = await behind_another(storage, *updates)
+        assert all(error.__cause__ is cause for error in errors)
+        assert all(isinstance(error, StorageBusyError) for error in errors)
+
+    asyncio.run(main())
+    assert storage.writes == [1, 5]
+
+
+def test_cancelling_one_caller_leaves_the_rest(storage: Gated) -> None:
+    """A call that is cancelled while it waits is not executed; the others of its batch are."""
+
+    async def main() -> None:
+        storage.open.clear()
+        running = asyncio.create_task(update_user_metadata("running", {"n": 1}))
+        await entered(storage)
+        waiting = [asyncio.create_task(update_user_metadata(f"u{n}", {"n": n})) for n in range(4)]
+        await asyncio.sleep(0)
+        running.cancel()
+        waiting[1].cancel()
+        await asyncio.sleep(0)
+        storage.open.set()
+        results: list[Any] = await asyncio.gather(*waiting, return_exceptions=True)
+        assert isinstance(results.pop(1), asyncio.CancelledError)
+        assert [result.metadata["n"] for result in results] == [0, 2, 3]
+
+    asyncio.run(main())
+    assert storage.writes == [1, 3]
+    assert "u1" not in storage.read(["u1"])
+
+
+def test_loops_in_threads_share_batches(storage: Gated) -> None:
+    """Calls from several event loops join the same batch, and each loop gets its own results."""
+    storage.open.clear()
+    called = threading.Barrier(5)
+    results: list[int] = []
+
+    def work(number: int) -> None:
+        async def main() -> None:
+            task = asyncio.create_task(update_user_metadata("alice", {str(number): number}))
+            await asyncio.sleep(0)
+            called.wait(60)
+            results.append((await task).metadata[str(number)])
+
+        asyncio.run(main())
+
+    async def first() -> None:
+        task = asyncio.create_task(update_user_metadata("alice", {}))
+        await entered(storage)
+        threads = [threading.Thread(target=work, args=[number]) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        await asyncio.to_thread(called.wait, 60)
+        storage.open.set()
+        await task
+        for thread in threads:
+            thread.join()
+
+    asyncio.run(first())
+    assert sorted(results) == [0, 1, 2, 3]
+    assert storage.writes == [1, 4]
+
+
+def test_a_loop_that_is_closed_is_not_missed(storage: Gated) -> None:
+    """A batch whose callers' loop has gone ends quietly, and the next call works."""
+
+    async def leave() -> None:
+        asyncio.get_running_loop().create_task(update_user_metadata("alice", {"n": 1}))
+        await entered(storage)
+
+    storage.open.clear()
+    asyncio.run(leave())
+    storage.open.set()
+
+    async def later() -> None:
+        assert (await update_user_metadata("alice", {"m": 1})).metadata["m"] == 1
+
+    asyncio.run(later())
+
+
+def test_reset_leaves_no_thread(storage: Gated) -> None:
+    """Calls under way come to their end before, and the worker threads with them."""
+    before = set(threading.enumerate())
+
+    async def main() -> None:
+        updates = [asyncio.create_task(update_user_metadata("a", {str(n): n})) for n in range(9)]
+        await asyncio.sleep(0)
+        UserMetadataRecipe.reset()
+        assert set(threading.enumerate()) <= before
+        for task in updates:
+            await task
+
+    asyncio.run(main())
+    assert len(storage.read(["a"])["a"]) == 9
+
+
+def test_memory_needs_no_thread() -> None:
+    """A storage that never waits is called on the spot."""
+    usermetadata.init("memory://")
+    before = set(threading.enumerate())
+
+    async def main() -> None:
+        await asyncio.gather(*(update_user_metadata("alice", {str(n): n}) for n in range(64)))
+        assert set(threading.enumerate()) == before
+
+    asyncio.run(main())
+
+
+def test_stop_iteration_does_not_hang(storage: Gated) -> None:
+    """What a future cannot hold arrives as ``RuntimeError``, as it would in ``syncio``."""
+
+    def stop(metadata: Metadata) -> Metadata:
+        raise StopIteration
+
+    async def main() -> None:
+        with pytest.raises(RuntimeError, match="StopIteration") as caught:
+            await modify_user_metadata("alice", stop)
+        assert isinstance(caught.value.__cause__, StopIteration)
+
+    asyncio.run(main())
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        syncio.modify_user_metadata("alice", stop)
+
+
+def test_concurrent_updates_share_commits(database: Path) -> None:
+    """64 tasks on an SQLite file take at most 0.05 commits per update."""
+    commits: list[int] = []
+
+    class Counting(SQLiteStorage):
+        def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+            commits.append(len(changes))
+            return super().write(changes)
+
+    async def work(task: int) -> None:
+        for number in range(20):
+            await update_user_metadata(f"user {task}", {"n": number})
+
+    async def main() -> None:
+        await asyncio.gather(*map(work, range(64)))
+
+    with contextlib.closing(Counting(database)) as storage:
+        usermetadata.init(storage)
+        asyncio.run(main())
+        assert sum(commits) == 64 * 20
+        assert len(commits) <= 0.05 * 64 * 20
+        UserMetadataRecipe.reset()
+
+
+@pytest.mark.parametrize("ending", ["return", "os.fork", "close"])
+def test_the_interpreter_ends_quietly(database: Path, ending: str) -> None:
+    """Exit in the middle of things, a forked child and a closed storage leave no warning."""
+    program = """
+import asyncio, os, sys
+import usermetadata
+from usermetadata.asyncio import update_user_metadata
+
+async def main(name):
+    updates = [update_user_metadata("alice", {f"{name} {n}": n}) for n in range(9)]
+    tasks = [asyncio.create_task(update) for update in updates]
+    await tasks[0]
+    if sys.argv[2] == "close":
+        await asyncio.gather(*tasks)
+        usermetadata.UserMetadataRecipe.get_instance().storage.close()
+
+usermetadata.init(sys.argv[1])
+asyncio.run(main("parent"))
+if sys.argv[2] == "os.fork":
+    child = os.fork()
+    asyncio.run(main("both"))
+    if child:
+        assert os.waitpid(child, 0)[1] == 0
+"""
+    command = [sys.executable, "-X", "dev", "-W", "error", "-c", program, str(database), ending]
+    if ending == "os.fork":
+        command[4] = "ignore::DeprecationWarning"
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (finished.returncode, finished.stderr) == (0, "")

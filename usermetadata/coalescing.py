@@ -1,0 +1,195 @@
+"""The ``asyncio`` side of a blocking storage: concurrent calls become one.
+
+While one batch of calls runs in a worker thread the next gathers. There is no timer and nothing is
+waited for: a call that finds no batch running goes at once, and alone; of many concurrent calls all
+that have gathered share one ``read`` or one ``write`` of the storage, and so one transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+from usermetadata.bridge import private_loop
+from usermetadata.exceptions import StorageBusyError
+from usermetadata.forking import watch
+from usermetadata.json import decode_metadata, encode_metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from usermetadata.changes import Change
+    from usermetadata.json import Metadata
+    from usermetadata.storage import Storage
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+class Coalescer:
+    """The two verbs of a storage, to be awaited from any number of event loops and threads.
+
+    Args:
+        storage: where to read and write. Its ``reads_in_flight`` and ``writes_in_flight`` say how
+            many batches of each may run at a time: 1 where it does not say, and 0 means that it
+            never waits and is called on the spot.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._start()
+        watch(self)
+
+    def _start(self) -> None:
+        self._reads = _Lane(self._read_together, getattr(self._storage, "reads_in_flight", 1))
+        self._writes = _Lane(self._write_together, getattr(self._storage, "writes_in_flight", 1))
+
+    async def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        """Read, together with whoever else is reading."""
+        if not self._reads.in_flight or private_loop.get() is asyncio.get_running_loop():
+            return self._storage.read(user_ids)
+        return await self._reads.call(user_ids)
+
+    async def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        """Write, together with whoever else is writing; the order of calls is kept."""
+        if not self._writes.in_flight or private_loop.get() is asyncio.get_running_loop():
+            return self._storage.write(changes)
+        return await self._writes.call(changes)
+
+    def close(self) -> None:
+        """Let the calls under way end, and the worker threads with them."""
+        self._reads.close()
+        self._writes.close()
+
+    def before_fork(self) -> None:
+        """Nothing to wait for: the storage has its own locks."""
+
+    def after_fork_in_parent(self) -> None:
+        """Nothing has changed."""
+
+    def after_fork_in_child(self) -> None:
+        """Start anew: the worker threads, and the loops that wait, are the parent's."""
+        self._start()
+
+    def _read_together(self, calls: Sequence[Sequence[str]]) -> list[dict[str, Metadata]]:
+        everybody = dict.fromkeys(user_id for user_ids in calls for user_id in user_ids)
+        found = self._storage.read(list(everybody))
+        given: set[str] = set()
+        results: list[dict[str, Metadata]] = []
+        for user_ids in calls:
+            result: dict[str, Metadata] = {}
+            for user_id in user_ids:
+                if user_id in found and user_id not in result:
+                    metadata = found[user_id]
+                    # Who asks for the same user gets an object of its own.
+                    if user_id in given:
+                        metadata = decode_metadata(encode_metadata(metadata))
+                    given.add(user_id)
+                    result[user_id] = metadata
+            results.append(result)
+        return results
+
+    def _write_together(
+        self, calls: Sequence[Sequence[tuple[str, Change]]]
+    ) -> list[list[Metadata | None]]:
+        written = iter(self._storage.write([change for changes in calls for change in changes]))
+        return [[next(written) for _ in changes] for changes in calls]
+
+
+class _Call(NamedTuple):
+    argument: Any
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Any]
+
+
+class _Outcome(NamedTuple):
+    future: asyncio.Future[Any]
+    result: Any
+    error: BaseException | None
+
+
+class _Lane(Generic[A, R]):
+    """Calls of one verb: those that wait, and the batches that run."""
+
+    def __init__(self, execute: Callable[[Sequence[A]], list[R]], in_flight: int) -> None:
+        self._execute = execute
+        self.in_flight = in_flight
+        self._lock = threading.Lock()
+        self._waiting: list[_Call] = []
+        self._running = 0
+        self._executor: ThreadPoolExecutor | None = None
+
+    async def call(self, argument: A) -> R:
+        """Join the next batch, and start it if there is a place for it."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[R] = loop.create_future()
+        with self._lock:
+            self._waiting.append(_Call(argument, loop, future))
+            if self._running < self.in_flight:
+                if self._executor is None:
+                    self._executor = ThreadPoolExecutor(self.in_flight, "usermetadata")
+                self._executor.submit(self._work)
+                self._running += 1
+        return await future
+
+    def close(self) -> None:
+        """Wait for the batches that run or wait, then end the threads."""
+        with self._lock:
+            executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.shutdown()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                calls, self._waiting = self._waiting, []
+                if not calls:
+                    self._running -= 1
+                    return
+            calls = [call for call in calls if not call.future.cancelled()]
+            outcomes: dict[asyncio.AbstractEventLoop, list[_Outcome]] = {}
+            for call, outcome in zip(calls, self._run(calls), strict=True):
+                outcomes.setdefault(call.loop, []).append(outcome)
+            for loop, of_loop in outcomes.items():
+                # A loop that is closed has nobody waiting any more.
+                with suppress(RuntimeError):
+                    loop.call_soon_threadsafe(_deliver, of_loop)
+
+    def _run(self, calls: list[_Call]) -> list[_Outcome]:
+        try:
+            results = self._execute([call.argument for call in calls]) if calls else []
+        except StorageBusyError as busy:
+            # Each on its own would wait just as long, one after the other.
+            return [_Outcome(call.future, None, _same(busy)) for call in calls]
+        except BaseException as error:  # noqa: BLE001 - it is the caller's, who gets it
+            if len(calls) == 1:
+                return [_Outcome(calls[0].future, None, error)]
+            # One of them is to blame, and only that one is to fail.
+            return [outcome for call in calls for outcome in self._run([call])]
+        return [
+            _Outcome(call.future, result, None) for call, result in zip(calls, results, strict=True)
+        ]
+
+
+def _same(busy: StorageBusyError) -> StorageBusyError:
+    error = StorageBusyError(*busy.args)
+    error.__cause__ = busy.__cause__
+    return error
+
+
+def _deliver(outcomes: list[_Outcome]) -> None:
+    for future, result, error in outcomes:
+        if future.done():  # cancelled meanwhile
+            continue
+        if error is None:
+            future.set_result(result)
+        elif isinstance(error, StopIteration):
+            # A future cannot hold it; a coroutine would raise this instead, too.
+            replaced = RuntimeError("the function raised StopIteration")
+            replaced.__cause__ = error
+            future.set_exception(replaced)
+        else:
+            future.set_exception(error)
