@@ -1,0 +1,364 @@
+"""The SQLite storage's connections: to a file of its own, or the one that is borrowed or in memory.
+
+Both kinds lend a connection for one read, or for one write inside a transaction; errors are ours.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+import weakref
+from contextlib import closing, contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from sqlite_utils import Database, Migrations
+
+from usermetadata.exceptions import StorageBusyError, StorageError, UsageError
+from usermetadata.forking import watch
+from usermetadata.storage.sqlite_errors import busy, orphaned, translate
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+_migrations = Migrations("usermetadata")
+
+
+@_migrations()
+def create_user_metadata(database: Database) -> None:
+    """Create the table, with the names of SuperTokens' own."""
+    database.table("user_metadata").create(
+        {"app_id": str, "user_id": str, "user_metadata": str},
+        pk=("app_id", "user_id"),
+        not_null={"app_id", "user_id", "user_metadata"},
+        if_not_exists=True,
+    )
+
+
+class Connection:
+    """A connection whose errors are ours, used by one thread at a time."""
+
+    def __init__(self, database: Database, name: str, *, borrowed: bool = False) -> None:
+        self._database = database
+        self._driver = database.conn
+        self._name = name
+        self._borrowed = borrowed
+        self._inherited = False
+
+    def run(self, statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Execute one statement and return all its rows."""
+        try:
+            # Closed at once: a statement that an interrupt leaves half-read would keep its lock.
+            with closing(self._driver.cursor()) as cursor:
+                cursor.row_factory = None  # a lender may have set one
+                return cursor.execute(statement, parameters).fetchall()
+        except self._driver.Error as error:
+            raise translate(error, self._name) from error
+
+    @contextmanager
+    def transaction(self) -> Generator[None]:
+        """Commit what the block does or undo it all; join a transaction of the lender's."""
+        joins = self._borrowed and self._driver.in_transaction
+        begin, commit, undo = "BEGIN IMMEDIATE", "COMMIT", ["ROLLBACK"]
+        if joins:
+            begin, commit = "SAVEPOINT usermetadata", "RELEASE usermetadata"
+            undo = ["ROLLBACK TO usermetadata", commit]
+        begun = False
+        try:
+            self.run(begin)
+            begun = True
+            yield
+            if self._inherited:
+                raise orphaned(self._name)
+            self.run(commit)
+        except BaseException:
+            # Nothing is left to undo where SQLite has done so itself, on a full disk say.
+            if self.in_transaction and not self._inherited and (begun or not joins):
+                for statement in undo:
+                    self.run(statement)
+            raise
+
+    @property
+    def in_transaction(self) -> bool:
+        try:
+            return self._driver.in_transaction
+        except self._driver.Error as error:  # it is closed
+            raise translate(error, self._name) from error
+
+    def prepare(self) -> None:
+        """Create the table where it is missing; where it is there, wait for nobody."""
+        try:
+            if not self._database.table("user_metadata").exists():
+                with self.transaction():
+                    _migrations.apply(self._database)
+                    create_user_metadata(self._database)  # again, if it has been dropped since
+        except self._driver.Error as error:
+            raise translate(error, self._name) from error
+
+    def abandon(self) -> None:
+        """Leave alone, for ever, what belongs to the parent process: not even close it."""
+        self._inherited = True
+        _of_the_parent_process[self._name] = self
+
+    def close(self) -> None:
+        self._driver.close()
+
+
+_of_the_parent_process: dict[str, Connection] = {}
+
+
+class _WriteLock:
+    """Admits one thread at a time, and refuses it to a thread that has it already."""
+
+    def __init__(self, name: str, timeout: float) -> None:
+        self._name = name
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+
+    def acquire(self) -> None:
+        if self._holder == threading.get_ident():
+            raise UsageError(
+                f"{self._name}: a write inside a write of the same thread, by a change or a signal"
+                " handler: it would be lost"
+            )
+        if not self._lock.acquire(timeout=self._timeout):
+            raise busy(self._name)
+        self._holder = threading.get_ident()
+
+    def release(self) -> None:
+        self._holder = None
+        self._lock.release()
+
+
+class OwnConnections:
+    """The connections of one process to one file: a writer, and readers as needed."""
+
+    def __init__(self, path: str, synchronous: str, timeout: float) -> None:
+        self.name = path
+        self._synchronous = synchronous
+        self._timeout = timeout
+        self._closed = False
+        self._start()
+        watch(self)
+
+    def _start(self) -> None:
+        self._write_lock = _WriteLock(self.name, self._timeout)
+        self._writers: list[Connection] = []
+        self._is_suspect = False
+        self._read_lock = threading.Condition()
+        self._idle_readers: list[Connection] = []
+        self._busy_readers: set[object] = set()
+        self._is_forking = False
+        self._holds_write_lock = False
+        # Also at the interpreter's exit, and when the storage is dropped without close().
+        weakref.finalize(self, _close_all, self._writers, self._idle_readers)
+
+    @contextmanager
+    def reading(self) -> Generator[Connection]:
+        """Lend a connection for one query, whatever the writer is doing."""
+        if self._is_suspect or not self._writers:
+            with self._lend_writer():
+                pass  # It has created what the reader needs.
+        ticket, reader = object(), None
+        try:
+            with self._read_lock:
+                self._read_lock.wait_for(lambda: not self._is_forking)
+                self._check_open()
+                self._busy_readers.add(ticket)
+                if self._idle_readers:
+                    reader = self._idle_readers.pop()
+            if reader is None:
+                reader = self._open()
+            yield reader
+        except StorageError:
+            # Whatever is wrong with the file, the next call looks at it afresh.
+            self._is_suspect = True
+            if reader is not None:
+                reader.close()
+                reader = None
+            raise
+        finally:
+            with self._read_lock:
+                self._busy_readers.discard(ticket)
+                self._read_lock.notify_all()
+                if reader is not None:
+                    self._idle_readers.append(reader)
+                if self._closed:
+                    _close_all(self._idle_readers)
+
+    @contextmanager
+    def writing(self) -> Generator[Connection]:
+        """Lend the writer, inside a transaction."""
+        with self._lend_writer() as writer, writer.transaction():
+            yield writer
+
+    def close(self) -> None:
+        with self._read_lock:
+            self._closed = True
+            _close_all(self._idle_readers)
+        self._write_lock.acquire()
+        try:
+            _close_all(self._writers)
+        finally:
+            self._write_lock.release()
+
+    def before_fork(self) -> None:
+        deadline = time.monotonic() + self._timeout
+        # A fork inside a change, or while a change outlasts the timeout, takes place all the same.
+        with suppress(UsageError, StorageBusyError):
+            self._write_lock.acquire()
+            self._holds_write_lock = True
+            _close_all(self._writers)
+        with self._read_lock:
+            self._is_forking = True
+            self._read_lock.wait_for(
+                lambda: not self._busy_readers, timeout=max(0, deadline - time.monotonic())
+            )
+            _close_all(self._idle_readers)
+
+    def after_fork_in_parent(self) -> None:
+        with self._read_lock:
+            self._is_forking = False
+            self._read_lock.notify_all()
+        if self._holds_write_lock:
+            self._holds_write_lock = False
+            self._write_lock.release()
+
+    def after_fork_in_child(self) -> None:
+        while self._writers:
+            self._writers.pop().abandon()
+        self._start()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError(f"this SQLiteStorage of {self.name} is closed: make a new one")
+
+    @contextmanager
+    def _lend_writer(self) -> Generator[Connection]:
+        lock = self._write_lock
+        lock.acquire()
+        try:
+            self._check_open()
+            if self._is_suspect:
+                _close_all(self._writers)
+                self._is_suspect = False
+            if not self._writers:
+                self._writers.append(self._open_writer())
+            yield self._writers[0]
+        except StorageBusyError:
+            raise
+        except StorageError:
+            self._is_suspect = True
+            raise
+        finally:
+            lock.release()
+
+    def _open_writer(self) -> Connection:
+        if self.name in _of_the_parent_process:
+            raise orphaned(self.name)
+        writer = self._open()
+        try:
+            self._use_wal(writer)
+            writer.run(f"PRAGMA synchronous = {self._synchronous}")
+            if self._synchronous == "FULL":
+                # Without it macOS leaves the data in the drive's cache; elsewhere it means nothing.
+                writer.run("PRAGMA fullfsync = ON")
+            writer.prepare()
+        except BaseException:
+            writer.close()
+            raise
+        return writer
+
+    def _use_wal(self, writer: Connection) -> None:
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                writer.run("PRAGMA journal_mode = WAL")
+                return
+            except StorageBusyError:
+                # SQLite itself does not wait for others here, whatever its busy timeout.
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+
+    def _open(self) -> Connection:
+        try:
+            database = Database(_connect(self.name, self._timeout), execute_plugins=False)
+        except sqlite3.Error as error:
+            raise translate(error, self.name) from error
+        return Connection(database, self.name)
+
+
+class OneConnection:
+    """One connection for everything, one thread at a time: borrowed, or in memory."""
+
+    def __init__(self, borrowed: Database | None, timeout: float) -> None:
+        self.name = ":memory:" if borrowed is None else "the borrowed database"
+        database = borrowed or Database(_connect(":memory:", timeout), execute_plugins=False)
+        self._connection = Connection(database, self.name, borrowed=borrowed is not None)
+        self._timeout = timeout
+        self._borrowed = borrowed is not None
+        self._is_prepared = False
+        self._closed = False
+        self._start()
+        if borrowed is None:
+            weakref.finalize(self, self._connection.close)
+        watch(self)
+
+    def _start(self) -> None:
+        self._write_lock = _WriteLock(self.name, self._timeout)
+        self._lock = threading.RLock()
+        self._held_for_fork = False
+
+    @contextmanager
+    def reading(self) -> Generator[Connection]:
+        with self._lock:
+            if self._closed:
+                raise UsageError(f"this SQLiteStorage of {self.name} is closed: make a new one")
+            if not self._is_prepared:
+                self._connection.prepare()
+            try:
+                yield self._connection
+                # The lender may yet roll back a transaction that the table was created in.
+                self._is_prepared = not self._connection.in_transaction
+            except StorageError:
+                self._is_prepared = False
+                raise
+
+    @contextmanager
+    def writing(self) -> Generator[Connection]:
+        lock = self._write_lock
+        lock.acquire()
+        try:
+            with self.reading() as connection, connection.transaction():
+                yield connection
+        finally:
+            lock.release()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            if not self._borrowed:
+                self._connection.close()
+
+    def before_fork(self) -> None:
+        self._held_for_fork = self._lock.acquire(timeout=self._timeout)
+
+    def after_fork_in_parent(self) -> None:
+        if self._held_for_fork:
+            self._lock.release()
+
+    def after_fork_in_child(self) -> None:
+        self._start()
+
+
+def _connect(path: str, timeout: float) -> sqlite3.Connection:
+    # Each connection is lent to one thread at a time, though not always to the same.
+    return sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False)
+
+
+def _close_all(*groups: list[Connection]) -> None:
+    for group in groups:
+        while group:
+            group.pop().close()
