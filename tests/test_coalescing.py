@@ -85,7 +85,7 @@ async def behind_another(storage: Gated, *calls: Coroutine[Any, Any, Any]) -> li
     for _ in range(3):
         await asyncio.sleep(0)
     storage.open.set()
-    await asyncio.gather(*first)
+    await asyncio.gather(*first, return_exceptions=True)
     return await asyncio.gather(*tasks, return_exceptions=True)
 
 
