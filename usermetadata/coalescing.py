@@ -127,12 +127,13 @@ class _Lane(Generic[A, R]):
         loop = asyncio.get_running_loop()
         future: asyncio.Future[R] = loop.create_future()
         with self._lock:
-            self._waiting.append(_Call(argument, loop, future))
             if self._running < self.in_flight:
                 if self._executor is None:
                     self._executor = ThreadPoolExecutor(self.in_flight, "usermetadata")
                 self._executor.submit(self._work)
                 self._running += 1
+            # Last: the worker looks once it has the lock, and never if it could not be started.
+            self._waiting.append(_Call(argument, loop, future))
         return await future
 
     def close(self) -> None:

@@ -10,8 +10,11 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import ExitStack
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class ForkAware(Protocol):
@@ -51,19 +54,22 @@ def _before() -> None:
 
 
 def _after_in_parent() -> None:
-    with ExitStack() as whatever_is_raised:
-        whatever_is_raised.callback(_one_fork_at_a_time.release)
-        for owner in _told:
-            whatever_is_raised.callback(owner.after_fork_in_parent)
+    _after(lambda owner: owner.after_fork_in_parent())
 
 
 def _after_in_child() -> None:
     global _owners_lock  # noqa: PLW0603 - another thread of the parent may have held it
     _owners_lock = threading.RLock()
+    _after(lambda owner: owner.after_fork_in_child())
+
+
+def _after(tell: Callable[[ForkAware], None]) -> None:
     with ExitStack() as whatever_is_raised:
         whatever_is_raised.callback(_one_fork_at_a_time.release)
+        # Held any longer, a storage that was dropped would stay open.
+        whatever_is_raised.callback(_told.clear)
         for owner in _told:
-            whatever_is_raised.callback(owner.after_fork_in_child)
+            whatever_is_raised.callback(tell, owner)
 
 
 if hasattr(os, "register_at_fork"):

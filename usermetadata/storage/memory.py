@@ -93,10 +93,13 @@ class _Rows:
 
     def __init__(self) -> None:
         self._texts: dict[tuple[str, str], str | None] | None = {}
+        self._start()
+        watch(self)
+
+    def _start(self) -> None:
         self._lock = threading.RLock()
         self._is_writing = False
         self._held_for_fork = False
-        watch(self)
 
     @contextmanager
     def reading(self) -> Generator[dict[tuple[str, str], str | None]]:
@@ -125,14 +128,11 @@ class _Rows:
 
     def after_fork_in_parent(self) -> None:
         if self._held_for_fork:
+            self._held_for_fork = False
             self._lock.release()
 
     def after_fork_in_child(self) -> None:
-        if self._held_for_fork:
-            self._lock.release()
-        else:
-            self._lock = threading.RLock()
-            self._is_writing = False
+        self._start()
 
 
 _LONGEST_WAIT_OF_A_FORK = 30.0  # seconds

@@ -58,7 +58,7 @@ class Connection:
     @contextmanager
     def transaction(self) -> Generator[None]:
         """Commit what the block does or undo it all; join a transaction of the lender's."""
-        joins = self._borrowed and self._driver.in_transaction
+        joins = self._borrowed and self.in_transaction
         begin, commit, undo = "BEGIN IMMEDIATE", "COMMIT", ["ROLLBACK"]
         if joins:
             begin, commit = "SAVEPOINT usermetadata", "RELEASE usermetadata"
@@ -347,6 +347,7 @@ class OneConnection:
 
     def after_fork_in_parent(self) -> None:
         if self._held_for_fork:
+            self._held_for_fork = False
             self._lock.release()
 
     def after_fork_in_child(self) -> None:
