@@ -303,7 +303,7 @@ def test_memory_needs_no_thread() -> None:
 
 
 def test_stop_iteration_does_not_hang(storage: Gated) -> None:
-    """What a future cannot hold arrives as ``RuntimeError``, as it would in ``syncio``."""
+    """What a future cannot hold arrives as ``RuntimeError``; in ``syncio`` it arrives as it is."""
 
     def stop(metadata: Metadata) -> Metadata:
         raise StopIteration
@@ -314,7 +314,7 @@ def test_stop_iteration_does_not_hang(storage: Gated) -> None:
         assert isinstance(caught.value.__cause__, StopIteration)
 
     asyncio.run(main())
-    with pytest.raises(RuntimeError, match="StopIteration"):
+    with pytest.raises(StopIteration):
         syncio.modify_user_metadata("alice", stop)
 
 

@@ -1,18 +1,20 @@
 """The bridge between blocking storages and ``async`` functions, in both directions.
 
-The recipe's functions are written once, as coroutines over two awaitable verbs. ``asyncio`` awaits
-them over verbs that go to a thread; ``syncio`` runs them to their end on the spot, over verbs that
-never wait.
+The recipe's functions are written once, over two verbs that are told what to make of their result.
+For ``asyncio`` the verbs are coroutines that go to a thread; for ``syncio`` they are executed on
+the spot, and overrides, which are ``async``, are run in a thread with a loop of its own.
 """
 
 from __future__ import annotations
 
 import sys
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from usermetadata.reentry import refuse_reentry
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
     from usermetadata.changes import Change
     from usermetadata.json import Metadata
@@ -21,45 +23,43 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class AwaitableStorage(Protocol):
-    """The two verbs of a storage, to be awaited."""
+class Verbs(Protocol):
+    """The two verbs of a storage, to be awaited for what ``finish`` makes of the result."""
 
-    async def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+    def read(
+        self, user_ids: Sequence[str], finish: Callable[[dict[str, Metadata]], T]
+    ) -> Coroutine[Any, Any, T]:
         """See ``Storage.read``."""
         ...
 
-    async def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+    def write(
+        self, changes: Sequence[tuple[str, Change]], finish: Callable[[list[Metadata | None]], T]
+    ) -> Coroutine[Any, Any, T]:
         """See ``Storage.write``."""
         ...
 
 
 class OnTheSpot:
-    """The verbs executed in the calling thread: awaiting them never suspends."""
+    """The verbs executed in the calling thread: they return the result itself, not a coroutine."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
 
-    async def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+    def read(self, user_ids: Sequence[str], finish: Callable[[dict[str, Metadata]], T]) -> T:
         """Read, blocking."""
-        return self._storage.read(user_ids)
+        refuse_reentry()
+        return finish(self._storage.read(user_ids))
 
-    async def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+    def write(
+        self, changes: Sequence[tuple[str, Change]], finish: Callable[[list[Metadata | None]], T]
+    ) -> T:
         """Write, blocking."""
-        return self._storage.write(changes)
+        refuse_reentry()
+        return finish(self._storage.write(changes))
 
 
 private_loop: ContextVar[object] = ContextVar("usermetadata_private_loop", default=None)
 """The event loop that ``run_in_thread`` made for one call, which nobody minds blocking."""
-
-
-def run_on_the_spot(awaitable: Awaitable[T]) -> T:
-    """Wait for what never suspends; no event loop takes part."""
-    try:
-        next(awaitable.__await__())
-    except StopIteration as finished:
-        result: T = finished.value
-        return result
-    raise AssertionError("a call over OnTheSpot suspended")
 
 
 def run_in_thread(call: Callable[[], Awaitable[T]]) -> T:

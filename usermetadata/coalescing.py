@@ -17,6 +17,7 @@ from usermetadata.bridge import private_loop
 from usermetadata.exceptions import StorageBusyError
 from usermetadata.forking import watch
 from usermetadata.json import decode_metadata, encode_metadata
+from usermetadata.reentry import refuse_reentry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 A = TypeVar("A")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class Coalescer:
@@ -47,17 +49,21 @@ class Coalescer:
         self._reads = _Lane(self._read_together, getattr(self._storage, "reads_in_flight", 1))
         self._writes = _Lane(self._write_together, getattr(self._storage, "writes_in_flight", 1))
 
-    async def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+    async def read(self, user_ids: Sequence[str], finish: Callable[[dict[str, Metadata]], T]) -> T:
         """Read, together with whoever else is reading."""
+        refuse_reentry()
         if not self._reads.in_flight or private_loop.get() is asyncio.get_running_loop():
-            return self._storage.read(user_ids)
-        return await self._reads.call(user_ids)
+            return finish(self._storage.read(user_ids))
+        return finish(await self._reads.call(user_ids))
 
-    async def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+    async def write(
+        self, changes: Sequence[tuple[str, Change]], finish: Callable[[list[Metadata | None]], T]
+    ) -> T:
         """Write, together with whoever else is writing; the order of calls is kept."""
+        refuse_reentry()
         if not self._writes.in_flight or private_loop.get() is asyncio.get_running_loop():
-            return self._storage.write(changes)
-        return await self._writes.call(changes)
+            return finish(self._storage.write(changes))
+        return finish(await self._writes.call(changes))
 
     def close(self) -> None:
         """Let the calls under way end, and the worker threads with them."""

@@ -118,6 +118,15 @@ def decode_metadata(text: str) -> Metadata:
     return decoded
 
 
+def _decode(text: str) -> Any:
+    # What this library has written has no blanks around it, and need not be searched for them.
+    if text.startswith("{"):
+        decoded, end = _raw_decode(text)
+        if end == len(text):
+            return decoded
+    return _decoder.decode(text)
+
+
 def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
@@ -143,7 +152,8 @@ _encode = json.JSONEncoder(
 _encode_ascii = json.JSONEncoder(
     check_circular=False, allow_nan=False, separators=(",", ":")
 ).encode
-_decode = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_parse_float).decode
+_decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_parse_float)
+_raw_decode = _decoder.raw_decode
 _KINDS = {
     list: "an array",
     str: "a string",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from usermetadata.bridge import OnTheSpot, run_in_thread, run_on_the_spot
+from usermetadata.bridge import OnTheSpot, run_in_thread
 from usermetadata.exceptions import InvalidInputError, UsageError
 from usermetadata.interfaces import RecipeInterface
 from usermetadata.recipe_implementation import RecipeImplementation
@@ -109,9 +109,11 @@ class UserMetadataRecipe:
         self._owns_storage = owns_storage
         self._coalescer: Coalescer | None = None
         self._implementation: RecipeInterface | None = None
-        self._direct_implementation: RecipeInterface | None = None
+        self._direct_implementation: Any = None
         if override is None or override.functions is None:
-            self._direct_implementation = RecipeImplementation(OnTheSpot(storage))
+            # Its functions return their result itself, whatever the interface says.
+            on_the_spot: Any = OnTheSpot(storage)
+            self._direct_implementation = RecipeImplementation(on_the_spot)
         else:
             original = self._awaitable_implementation()
             self._implementation = _complete(override.functions(original), original)
@@ -205,7 +207,9 @@ class UserMetadataRecipe:
         """
         if self._direct_implementation is None:
             return run_in_thread(lambda: call(self.recipe_implementation))
-        return run_on_the_spot(call(self._direct_implementation))
+        on_the_spot: Any = call
+        result: T = on_the_spot(self._direct_implementation)
+        return result
 
 
 def _open_storage(storage: Storage | str | os.PathLike[str]) -> Storage:

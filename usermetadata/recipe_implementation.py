@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from usermetadata.changes import Clear, Merge, Modify, Replace
-from usermetadata.exceptions import InvalidInputError, UsageError
+from usermetadata.exceptions import InvalidInputError
 from usermetadata.identifiers import check_user_id
 from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult, RecipeInterface
 from usermetadata.json import copy_metadata
+from usermetadata.reentry import call_guarded
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Coroutine
 
-    from usermetadata.bridge import AwaitableStorage
+    from usermetadata.bridge import Verbs
     from usermetadata.changes import Change
     from usermetadata.json import Metadata
 
@@ -23,41 +23,44 @@ if TYPE_CHECKING:
 class RecipeImplementation(RecipeInterface):
     """The functions as they are without an override.
 
-    Each checks and copies its arguments when it is called, and returns the coroutine that does the
-    rest; what happens to the arguments before that is awaited is of no consequence.
+    Each checks and copies its arguments when it is called, and returns what the verbs return: over
+    coalesced verbs the coroutine that does the rest, to which it is of no consequence what happens
+    to the arguments before it is awaited; over verbs on the spot the result.
 
     Args:
-        storage: the two verbs to do it with.
+        verbs: the two verbs of the storage.
     """
 
-    def __init__(self, storage: AwaitableStorage) -> None:
-        self._storage = storage
+    def __init__(self, verbs: Verbs) -> None:
+        self._verbs = verbs
 
     def get_user_metadata(
         self, user_id: str, user_context: dict[str, Any]
     ) -> Coroutine[Any, Any, MetadataResult]:
         """Read one row."""
-        return self._read_one(check_user_id(user_id))
+        user_id = check_user_id(user_id)
+        return self._verbs.read([user_id], lambda found: MetadataResult(found.get(user_id, {})))
 
     def update_user_metadata(
         self, user_id: str, metadata_update: Mapping[str, Any], user_context: dict[str, Any]
     ) -> Coroutine[Any, Any, MetadataResult]:
         """Merge into one row."""
         change = Merge(copy_metadata(metadata_update, "metadata_update"))
-        return self._write_one(check_user_id(user_id), change)
+        return self._write_one(user_id, change)
 
     def clear_user_metadata(
         self, user_id: str, user_context: dict[str, Any]
     ) -> Coroutine[Any, Any, ClearUserMetadataResult]:
         """Remove one row."""
-        return self._clear(check_user_id(user_id))
+        changes = [(check_user_id(user_id), Clear())]
+        return self._verbs.write(changes, lambda _: ClearUserMetadataResult())
 
     def set_user_metadata(
         self, user_id: str, metadata: Mapping[str, Any], user_context: dict[str, Any]
     ) -> Coroutine[Any, Any, MetadataResult]:
         """Replace one row."""
         change = Replace(copy_metadata(metadata, "metadata"))
-        return self._write_one(check_user_id(user_id), change)
+        return self._write_one(user_id, change)
 
     def modify_user_metadata(
         self,
@@ -66,7 +69,7 @@ class RecipeImplementation(RecipeInterface):
         user_context: dict[str, Any],
     ) -> Coroutine[Any, Any, MetadataResult]:
         """Pass one row through a function."""
-        return self._write_one(check_user_id(user_id), Modify(_checked(function)))
+        return self._write_one(user_id, Modify(_checked(function)))
 
     def get_bulk_user_metadata(
         self, user_ids: Iterable[str], user_context: dict[str, Any]
@@ -76,8 +79,10 @@ class RecipeImplementation(RecipeInterface):
             raise InvalidInputError(
                 f"user_ids: {type(user_ids).__name__} is not a list of user ids"
             )
-        return self._read_many(
-            [check_user_id(user_id, f"user_ids[{n}]") for n, user_id in enumerate(user_ids)]
+        checked = [check_user_id(user_id, f"user_ids[{n}]") for n, user_id in enumerate(user_ids)]
+        return self._verbs.read(
+            checked,
+            lambda found: {user_id: MetadataResult(found.get(user_id, {})) for user_id in checked},
         )
 
     def update_bulk_user_metadata(
@@ -96,35 +101,18 @@ class RecipeImplementation(RecipeInterface):
             )
             for user_id, update in metadata_updates.items()
         ]
-        return self._write_many(changes)
+        return self._verbs.write(
+            changes,
+            lambda written: {
+                user_id: MetadataResult(metadata or {})
+                for (user_id, _), metadata in zip(changes, written, strict=True)
+            },
+        )
 
-    async def _read_many(self, user_ids: Sequence[str]) -> dict[str, MetadataResult]:
-        _refuse_inside_function()
-        found = await self._storage.read(user_ids)
-        return {user_id: MetadataResult(found.get(user_id, {})) for user_id in user_ids}
-
-    async def _read_one(self, user_id: str) -> MetadataResult:
-        return (await self._read_many([user_id]))[user_id]
-
-    async def _write_many(self, changes: Sequence[tuple[str, Change]]) -> dict[str, MetadataResult]:
-        _refuse_inside_function()
-        written = await self._storage.write(changes)
-        return {
-            user_id: MetadataResult(metadata or {})
-            for (user_id, _), metadata in zip(changes, written, strict=True)
-        }
-
-    async def _write_one(self, user_id: str, change: Change) -> MetadataResult:
-        return (await self._write_many([(user_id, change)]))[user_id]
-
-    async def _clear(self, user_id: str) -> ClearUserMetadataResult:
-        await self._write_one(user_id, Clear())
-        return ClearUserMetadataResult()
-
-
-# Holds something while the function runs; what the function starts elsewhere inherits the list, and
-# finds it empty once the function has returned.
-_inside_function: ContextVar[list[object]] = ContextVar("inside_modify_function", default=[])  # noqa: B039 - it stays empty
+    def _write_one(self, user_id: str, change: Change) -> Coroutine[Any, Any, MetadataResult]:
+        return self._verbs.write(
+            [(check_user_id(user_id), change)], lambda written: MetadataResult(written[0] or {})
+        )
 
 
 def _checked(
@@ -134,21 +122,6 @@ def _checked(
         raise InvalidInputError(f"function: {type(function).__name__} cannot be called")
 
     def checked(old: Metadata) -> Metadata:
-        inside: list[object] = [function]
-        token = _inside_function.set(inside)
-        try:
-            new = function(old)
-        finally:
-            _inside_function.reset(token)
-            inside.clear()
-        return copy_metadata(new, "the function's result")
+        return copy_metadata(call_guarded(function, old), "the function's result")
 
     return checked
-
-
-def _refuse_inside_function() -> None:
-    if _inside_function.get():
-        raise UsageError(
-            "usermetadata was called by a function given to modify_user_metadata, which runs inside"
-            " the storage's lock: read what the function needs before, and write the rest after"
-        )

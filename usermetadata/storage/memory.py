@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from usermetadata.exceptions import UsageError
@@ -13,7 +12,7 @@ from usermetadata.identifiers import check_app_id
 from usermetadata.json import decode_metadata, encode_metadata
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Sequence
 
     from typing_extensions import Self
 
@@ -53,29 +52,37 @@ class InMemoryStorage:
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         """Return the metadata of those users that have a row."""
-        with self._rows.reading() as texts:
-            found = {user_id: texts.get((self._app_id, user_id)) for user_id in user_ids}
-        return {
-            user_id: decode_metadata(text) for user_id, text in found.items() if text is not None
-        }
+        rows = self._rows
+        with rows.lock:
+            texts = rows.texts()
+            found = [(user_id, texts.get((self._app_id, user_id))) for user_id in user_ids]
+        return {user_id: decode_metadata(text) for user_id, text in found if text is not None}
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order, all or none."""
-        with self._rows.writing() as texts:
-            staged: dict[tuple[str, str], str | None] = {}
-            results: list[Metadata | None] = []
-            for user_id, change in changes:
-                key = (self._app_id, user_id)
-                old = staged[key] if key in staged else texts.get(key)
-                new = change(None if old is None else decode_metadata(old))
-                staged[key] = None if new is None else encode_metadata(new)
-                results.append(new)
-            # One step that no interrupt can halve; None is no row already.
-            texts.update(staged)
-            for key, text in staged.items():
-                if text is None:
-                    del texts[key]
-        return results
+        rows = self._rows
+        with rows.lock:
+            texts = rows.texts()
+            if rows.is_writing:
+                raise UsageError("a write inside a write of the same thread: it would be lost")
+            try:
+                rows.is_writing = True
+                staged: dict[tuple[str, str], str | None] = {}
+                results: list[Metadata | None] = []
+                for user_id, change in changes:
+                    key = (self._app_id, user_id)
+                    old = staged[key] if key in staged else texts.get(key)
+                    new = change(None if old is None else decode_metadata(old))
+                    staged[key] = None if new is None else encode_metadata(new)
+                    results.append(new)
+                # One step that no interrupt can halve; None is no row already.
+                texts.update(staged)
+                for key, text in staged.items():
+                    if text is None:
+                        del texts[key]
+                return results
+            finally:
+                rows.is_writing = False
 
     def for_app(self, app_id: str) -> Self:
         """Return the same storage, seen from another app."""
@@ -89,7 +96,7 @@ class InMemoryStorage:
 
 
 class _Rows:
-    """The rows of all apps, for one thread at a time."""
+    """The rows of all apps, for one thread at a time: the one that has ``lock``."""
 
     def __init__(self) -> None:
         self._texts: dict[tuple[str, str], str | None] | None = {}
@@ -97,39 +104,26 @@ class _Rows:
         watch(self)
 
     def _start(self) -> None:
-        self._lock = threading.RLock()
-        self._is_writing = False
+        self.lock = threading.RLock()
+        self.is_writing = False
         self._held_for_fork = False
 
-    @contextmanager
-    def reading(self) -> Generator[dict[tuple[str, str], str | None]]:
-        with self._lock:
-            if self._texts is None:
-                raise UsageError("this InMemoryStorage is closed: make a new one")
-            yield self._texts
-
-    @contextmanager
-    def writing(self) -> Generator[dict[tuple[str, str], str | None]]:
-        with self.reading() as texts:
-            if self._is_writing:
-                raise UsageError("a write inside a write of the same thread: it would be lost")
-            self._is_writing = True
-            try:
-                yield texts
-            finally:
-                self._is_writing = False
+    def texts(self) -> dict[tuple[str, str], str | None]:
+        if self._texts is None:
+            raise UsageError("this InMemoryStorage is closed: make a new one")
+        return self._texts
 
     def close(self) -> None:
-        with self._lock:
+        with self.lock:
             self._texts = None
 
     def before_fork(self) -> None:
-        self._held_for_fork = self._lock.acquire(timeout=_LONGEST_WAIT_OF_A_FORK)
+        self._held_for_fork = self.lock.acquire(timeout=_LONGEST_WAIT_OF_A_FORK)
 
     def after_fork_in_parent(self) -> None:
         if self._held_for_fork:
             self._held_for_fork = False
-            self._lock.release()
+            self.lock.release()
 
     def after_fork_in_child(self) -> None:
         self._start()

@@ -106,17 +106,19 @@ class SQLiteStorage:
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         """Return the metadata of those users that have a row, in one query."""
-        with self._connections.reading() as connection:
-            if len(user_ids) == 1:
-                rows = connection.run(_READ_ONE, (self._app_id, user_ids[0]))
-            else:
-                rows = connection.run(_READ_MANY, (self._app_id, json.dumps(list(user_ids))))
+        if len(user_ids) == 1:
+            rows = self._connections.read(_READ_ONE, (self._app_id, user_ids[0]))
+        else:
+            rows = self._connections.read(_READ_MANY, (self._app_id, json.dumps(list(user_ids))))
         return {user_id: self._decode(user_id, text) for user_id, text in rows}
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order in one transaction, opened by ``BEGIN IMMEDIATE``."""
-        with self._connections.writing() as connection:
-            return [self._apply(connection, user_id, change) for user_id, change in changes]
+        return self._connections.write(
+            lambda connection: [
+                self._apply(connection, user_id, change) for user_id, change in changes
+            ]
+        )
 
     def for_app(self, app_id: str) -> Self:
         """Return the same storage, seen from another app."""

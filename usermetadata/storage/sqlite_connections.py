@@ -1,6 +1,6 @@
 """The SQLite storage's connections: to a file of its own, or the one that is borrowed or in memory.
 
-Both kinds lend a connection for one read, or for one write inside a transaction; errors are ours.
+Both kinds run one query, or the work of one write inside a transaction; errors are ours.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import sqlite3
 import threading
 import time
 import weakref
-from contextlib import closing, contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlite_utils import Database, Migrations
 
@@ -19,7 +19,9 @@ from usermetadata.forking import watch
 from usermetadata.storage.sqlite_errors import busy, orphaned, translate
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Sequence
+
+T = TypeVar("T")
 
 _migrations = Migrations("usermetadata")
 
@@ -43,21 +45,20 @@ class Connection:
         self._driver = database.conn
         self._name = name
         self._borrowed = borrowed
+        self._cursor = self._plain_cursor if borrowed else self._driver.cursor
         self._inherited = False
 
     def run(self, statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Execute one statement and return all its rows."""
         try:
-            # Closed at once: a statement that an interrupt leaves half-read would keep its lock.
-            with closing(self._driver.cursor()) as cursor:
-                cursor.row_factory = None  # a lender may have set one
-                return cursor.execute(statement, parameters).fetchall()
+            # The cursor has no name, so that it goes, and with it a half-read statement's lock on
+            # the file, with whatever error or interrupt comes.
+            return self._cursor().execute(statement, parameters).fetchall()
         except self._driver.Error as error:
             raise translate(error, self._name) from error
 
-    @contextmanager
-    def transaction(self) -> Generator[None]:
-        """Commit what the block does or undo it all; join a transaction of the lender's."""
+    def transact(self, work: Callable[[Connection], T]) -> T:
+        """Commit what ``work`` does or undo it all; join a transaction of the lender's."""
         joins = self._borrowed and self.in_transaction
         begin, commit, undo = "BEGIN IMMEDIATE", "COMMIT", ["ROLLBACK"]
         if joins:
@@ -67,7 +68,7 @@ class Connection:
         try:
             self.run(begin)
             begun = True
-            yield
+            result = work(self)
             if self._inherited:
                 raise orphaned(self._name)
             self.run(commit)
@@ -77,6 +78,7 @@ class Connection:
                 for statement in undo:
                     self.run(statement)
             raise
+        return result
 
     @property
     def in_transaction(self) -> bool:
@@ -89,11 +91,13 @@ class Connection:
         """Create the table where it is missing; where it is there, wait for nobody."""
         try:
             if not self._database.table("user_metadata").exists():
-                with self.transaction():
-                    _migrations.apply(self._database)
-                    create_user_metadata(self._database)  # again, if it has been dropped since
+                self.transact(Connection._create_table)
         except self._driver.Error as error:
             raise translate(error, self._name) from error
+
+    def _create_table(self) -> None:
+        _migrations.apply(self._database)
+        create_user_metadata(self._database)  # again, if it has been dropped since
 
     def abandon(self) -> None:
         """Leave alone, for ever, what belongs to the parent process: not even close it."""
@@ -102,6 +106,11 @@ class Connection:
 
     def close(self) -> None:
         self._driver.close()
+
+    def _plain_cursor(self) -> sqlite3.Cursor:
+        cursor = self._driver.cursor()
+        cursor.row_factory = None  # the lender may have set one
+        return cursor
 
 
 _of_the_parent_process: dict[str, Connection] = {}
@@ -146,7 +155,8 @@ class OwnConnections:
         self._write_lock = _WriteLock(self.name, self._timeout)
         self._writers: list[Connection] = []
         self._is_suspect = False
-        self._read_lock = threading.Condition()
+        self._read_lock = threading.Lock()
+        self._readers_changed = threading.Condition(self._read_lock)
         self._idle_readers: list[Connection] = []
         self._busy_readers: set[object] = set()
         self._is_forking = False
@@ -154,23 +164,22 @@ class OwnConnections:
         # Also at the interpreter's exit, and when the storage is dropped without close().
         weakref.finalize(self, _close_all, self._writers, self._idle_readers)
 
-    @contextmanager
-    def reading(self) -> Generator[Connection]:
-        """Lend a connection for one query, whatever the writer is doing."""
+    def read(self, query: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """Run one query, whatever the writer is doing."""
         if self._is_suspect or not self._writers:
-            with self._lend_writer():
-                pass  # It has created what the reader needs.
+            self._lend_writer(lambda _: None)  # It has created what the reader needs.
         ticket, reader = object(), None
         try:
             with self._read_lock:
-                self._read_lock.wait_for(lambda: not self._is_forking)
+                while self._is_forking:
+                    self._readers_changed.wait()
                 self._check_open()
                 self._busy_readers.add(ticket)
                 if self._idle_readers:
                     reader = self._idle_readers.pop()
             if reader is None:
                 reader = self._open()
-            yield reader
+            return reader.run(query, parameters)
         except StorageError:
             # Whatever is wrong with the file, the next call looks at it afresh.
             self._is_suspect = True
@@ -181,17 +190,16 @@ class OwnConnections:
         finally:
             with self._read_lock:
                 self._busy_readers.discard(ticket)
-                self._read_lock.notify_all()
                 if reader is not None:
                     self._idle_readers.append(reader)
                 if self._closed:
                     _close_all(self._idle_readers)
+                if self._is_forking:
+                    self._readers_changed.notify_all()
 
-    @contextmanager
-    def writing(self) -> Generator[Connection]:
-        """Lend the writer, inside a transaction."""
-        with self._lend_writer() as writer, writer.transaction():
-            yield writer
+    def write(self, work: Callable[[Connection], T]) -> T:
+        """Let ``work`` have the writer, inside a transaction."""
+        return self._lend_writer(lambda writer: writer.transact(work))
 
     def close(self) -> None:
         with self._read_lock:
@@ -212,7 +220,7 @@ class OwnConnections:
             _close_all(self._writers)
         with self._read_lock:
             self._is_forking = True
-            self._read_lock.wait_for(
+            self._readers_changed.wait_for(
                 lambda: not self._busy_readers, timeout=max(0, deadline - time.monotonic())
             )
             _close_all(self._idle_readers)
@@ -220,7 +228,7 @@ class OwnConnections:
     def after_fork_in_parent(self) -> None:
         with self._read_lock:
             self._is_forking = False
-            self._read_lock.notify_all()
+            self._readers_changed.notify_all()
         if self._holds_write_lock:
             self._holds_write_lock = False
             self._write_lock.release()
@@ -234,8 +242,7 @@ class OwnConnections:
         if self._closed:
             raise UsageError(f"this SQLiteStorage of {self.name} is closed: make a new one")
 
-    @contextmanager
-    def _lend_writer(self) -> Generator[Connection]:
+    def _lend_writer(self, work: Callable[[Connection], T]) -> T:
         lock = self._write_lock
         lock.acquire()
         try:
@@ -245,7 +252,7 @@ class OwnConnections:
                 self._is_suspect = False
             if not self._writers:
                 self._writers.append(self._open_writer())
-            yield self._writers[0]
+            return work(self._writers[0])
         except StorageBusyError:
             raise
         except StorageError:
@@ -311,30 +318,31 @@ class OneConnection:
         self._lock = threading.RLock()
         self._held_for_fork = False
 
-    @contextmanager
-    def reading(self) -> Generator[Connection]:
+    def read(self, query: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
+        return self._lend(lambda connection: connection.run(query, parameters))
+
+    def write(self, work: Callable[[Connection], T]) -> T:
+        lock = self._write_lock
+        lock.acquire()
+        try:
+            return self._lend(lambda connection: connection.transact(work))
+        finally:
+            lock.release()
+
+    def _lend(self, work: Callable[[Connection], T]) -> T:
         with self._lock:
             if self._closed:
                 raise UsageError(f"this SQLiteStorage of {self.name} is closed: make a new one")
             if not self._is_prepared:
                 self._connection.prepare()
             try:
-                yield self._connection
+                result = work(self._connection)
                 # The lender may yet roll back a transaction that the table was created in.
                 self._is_prepared = not self._connection.in_transaction
+                return result
             except StorageError:
                 self._is_prepared = False
                 raise
-
-    @contextmanager
-    def writing(self) -> Generator[Connection]:
-        lock = self._write_lock
-        lock.acquire()
-        try:
-            with self.reading() as connection, connection.transaction():
-                yield connection
-        finally:
-            lock.release()
 
     def close(self) -> None:
         with self._lock:
