@@ -55,6 +55,14 @@ def check_app_id(app_id: object) -> str:
 
 
 def _check_identifier(value: object, name: str, max_length: int, remedy: str) -> str:
+    # Nearly every identifier is plain, and each call of the library checks one.
+    if (
+        type(value) is str
+        and 0 < len(value) <= max_length
+        and value.isascii()
+        and "\0" not in value
+    ):
+        return value
     if not isinstance(value, str):
         raise InvalidInputError(f"{name}: {type(value).__name__} is not str: {remedy}")
     if not value:

@@ -53,7 +53,7 @@ def copy_metadata(value: object, name: str) -> Metadata:
             ...
         usermetadata.exceptions.InvalidInputError: metadata_update["a"][3]: nan is not JSON
     """
-    if not isinstance(value, Mapping):
+    if type(value) is not dict and not isinstance(value, Mapping):
         raise InvalidInputError(
             f"{name}: {type(value).__name__} is not a mapping: it must be a dict of properties"
         )
@@ -107,7 +107,13 @@ def decode_metadata(text: str) -> Metadata:
         {'n': 12345678901234567890}
     """
     try:
-        decoded = _decode(text)
+        # What this library has written has no blanks around it, and need not be searched for them.
+        if text.startswith("{"):
+            decoded, end = _decoder.raw_decode(text)
+            if end == len(text):
+                of_ours: Metadata = decoded
+                return of_ours
+        decoded = _decoder.decode(text)
     except RecursionError:
         # Either the text is to blame, or the caller's stack, which is no fault of the text.
         if _depth(text) > MAX_DEPTH:
@@ -116,15 +122,6 @@ def decode_metadata(text: str) -> Metadata:
     if not isinstance(decoded, dict):
         raise ValueError(f"it holds {_KINDS[type(decoded)]}, not an object")
     return decoded
-
-
-def _decode(text: str) -> Any:
-    # What this library has written has no blanks around it, and need not be searched for them.
-    if text.startswith("{"):
-        decoded, end = _raw_decode(text)
-        if end == len(text):
-            return decoded
-    return _decoder.decode(text)
 
 
 def _refuse_constant(constant: str) -> NoReturn:
@@ -153,7 +150,6 @@ _encode_ascii = json.JSONEncoder(
     check_circular=False, allow_nan=False, separators=(",", ":")
 ).encode
 _decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_parse_float)
-_raw_decode = _decoder.raw_decode
 _KINDS = {
     list: "an array",
     str: "a string",
@@ -192,6 +188,8 @@ def _copy(value: Any, depth: int) -> Any:  # noqa: C901, PLR0911 - one case per 
         return value if value.isascii() else _copy_text(value)
     if value is None or kind is bool:
         return value
+    if kind is dict:
+        return _copy_object(value, depth)
     if kind is int:
         return value if -_ALWAYS_WRITABLE < value < _ALWAYS_WRITABLE else _copy_long_integer(value)
     if kind is float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from usermetadata.exceptions import UsageError
 from usermetadata.forking import watch
@@ -53,10 +53,16 @@ class InMemoryStorage:
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         """Return the metadata of those users that have a row."""
         rows = self._rows
+        found: dict[str, Any] = {}
         with rows.lock:
             texts = rows.texts()
-            found = [(user_id, texts.get((self._app_id, user_id))) for user_id in user_ids]
-        return {user_id: decode_metadata(text) for user_id, text in found if text is not None}
+            for user_id in user_ids:
+                text = texts.get((self._app_id, user_id))
+                if text is not None:
+                    found[user_id] = text
+        for user_id, text in found.items():
+            found[user_id] = decode_metadata(text)
+        return found
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order, all or none."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-import weakref
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakSet, finalize
 
 from sqlite_utils import Database, Migrations
 
@@ -45,7 +45,7 @@ class Connection:
         self._driver = database.conn
         self._name = name
         self._borrowed = borrowed
-        self._cursor = self._plain_cursor if borrowed else self._driver.cursor
+        self._execute = self._execute_for_lender if borrowed else self._driver.execute
         self._inherited = False
 
     def run(self, statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
@@ -53,7 +53,7 @@ class Connection:
         try:
             # The cursor has no name, so that it goes, and with it a half-read statement's lock on
             # the file, with whatever error or interrupt comes.
-            return self._cursor().execute(statement, parameters).fetchall()
+            return self._execute(statement, parameters).fetchall()
         except self._driver.Error as error:
             raise translate(error, self._name) from error
 
@@ -107,6 +107,9 @@ class Connection:
     def close(self) -> None:
         self._driver.close()
 
+    def _execute_for_lender(self, statement: str, parameters: Sequence[Any]) -> sqlite3.Cursor:
+        return self._plain_cursor().execute(statement, parameters)
+
     def _plain_cursor(self) -> sqlite3.Cursor:
         cursor = self._driver.cursor()
         cursor.row_factory = None  # the lender may have set one
@@ -155,30 +158,25 @@ class OwnConnections:
         self._write_lock = _WriteLock(self.name, self._timeout)
         self._writers: list[Connection] = []
         self._is_suspect = False
-        self._read_lock = threading.Lock()
-        self._readers_changed = threading.Condition(self._read_lock)
         self._idle_readers: list[Connection] = []
-        self._busy_readers: set[object] = set()
-        self._is_forking = False
+        self._readers: WeakSet[Connection] = WeakSet()  # idle or in use
+        self._open_lock = threading.Lock()
+        self._is_forking = False  # and holds the open lock
         self._holds_write_lock = False
         # Also at the interpreter's exit, and when the storage is dropped without close().
-        weakref.finalize(self, _close_all, self._writers, self._idle_readers)
+        finalize(self, _close_all, self._writers, self._idle_readers)
 
     def read(self, query: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
         """Run one query, whatever the writer is doing."""
         if self._is_suspect or not self._writers:
             self._lend_writer(lambda _: None)  # It has created what the reader needs.
-        ticket, reader = object(), None
+        reader = None
         try:
-            with self._read_lock:
-                while self._is_forking:
-                    self._readers_changed.wait()
-                self._check_open()
-                self._busy_readers.add(ticket)
-                if self._idle_readers:
-                    reader = self._idle_readers.pop()
-            if reader is None:
-                reader = self._open()
+            # Appending to a list and popping from it need no lock.
+            try:
+                reader = self._idle_readers.pop()
+            except IndexError:
+                reader = self._open_reader()
             return reader.run(query, parameters)
         except StorageError:
             # Whatever is wrong with the file, the next call looks at it afresh.
@@ -188,23 +186,19 @@ class OwnConnections:
                 reader = None
             raise
         finally:
-            with self._read_lock:
-                self._busy_readers.discard(ticket)
-                if reader is not None:
-                    self._idle_readers.append(reader)
-                if self._closed:
-                    _close_all(self._idle_readers)
-                if self._is_forking:
-                    self._readers_changed.notify_all()
+            if reader is not None:
+                self._idle_readers.append(reader)
+            if self._closed or self._is_forking:
+                _close_all(self._idle_readers)
 
     def write(self, work: Callable[[Connection], T]) -> T:
         """Let ``work`` have the writer, inside a transaction."""
         return self._lend_writer(lambda writer: writer.transact(work))
 
     def close(self) -> None:
-        with self._read_lock:
+        with self._open_lock:
             self._closed = True
-            _close_all(self._idle_readers)
+        _close_all(self._idle_readers)
         self._write_lock.acquire()
         try:
             _close_all(self._writers)
@@ -218,17 +212,16 @@ class OwnConnections:
             self._write_lock.acquire()
             self._holds_write_lock = True
             _close_all(self._writers)
-        with self._read_lock:
-            self._is_forking = True
-            self._readers_changed.wait_for(
-                lambda: not self._busy_readers, timeout=max(0, deadline - time.monotonic())
-            )
-            _close_all(self._idle_readers)
+        # From now on a reader that is given back is closed, and who finds none waits for the fork.
+        self._is_forking = self._open_lock.acquire(timeout=max(0, deadline - time.monotonic()))
+        _close_all(self._idle_readers)
+        while self._readers and time.monotonic() < deadline:
+            time.sleep(0.001)
 
     def after_fork_in_parent(self) -> None:
-        with self._read_lock:
+        if self._is_forking:
             self._is_forking = False
-            self._readers_changed.notify_all()
+            self._open_lock.release()
         if self._holds_write_lock:
             self._holds_write_lock = False
             self._write_lock.release()
@@ -289,6 +282,13 @@ class OwnConnections:
                     raise
                 time.sleep(0.01)
 
+    def _open_reader(self) -> Connection:
+        with self._open_lock:
+            self._check_open()
+            reader = self._open()
+            self._readers.add(reader)
+            return reader
+
     def _open(self) -> Connection:
         try:
             database = Database(_connect(self.name, self._timeout), execute_plugins=False)
@@ -310,7 +310,7 @@ class OneConnection:
         self._closed = False
         self._start()
         if borrowed is None:
-            weakref.finalize(self, self._connection.close)
+            finalize(self, self._connection.close)
         watch(self)
 
     def _start(self) -> None:
@@ -369,5 +369,6 @@ def _connect(path: str, timeout: float) -> sqlite3.Connection:
 
 def _close_all(*groups: list[Connection]) -> None:
     for group in groups:
-        while group:
-            group.pop().close()
+        with suppress(IndexError):  # other threads may take some meanwhile
+            while True:
+                group.pop().close()
