@@ -41,7 +41,7 @@ HOUSE: dict[str, set[str]] = {
     "bridge": {"reentry"},
     "interfaces": set(),
     "storage": set(),
-    "storage.memory": {"exceptions", "forking", "identifiers", "json"},
+    "storage.memory": {"exceptions", "forking", "identifiers"},
     "storage.sqlite": {
         "changes",
         "exceptions",

@@ -25,6 +25,7 @@ and Python allows 1000 levels in all; 200 leave room for the caller's."""
 
 _SHOWN_PARTS = 10
 _SHOWN_CHARACTERS = 60
+_TOO_DEEP = f"nests deeper than {MAX_DEPTH} levels: store it flatter"
 # Python may refuse to write longer integers as text, at the earliest from 640 digits on.
 _ALWAYS_WRITABLE = 10**640
 
@@ -211,12 +212,14 @@ def _copy(value: Any, depth: int) -> Any:  # noqa: C901, PLR0911 - one case per 
 
 
 def _copy_object(mapping: Mapping[Any, Any], depth: int) -> Metadata:
-    _check_depth(mapping, depth)
+    if depth > MAX_DEPTH:
+        raise _FaultError(_TOO_DEEP, mapping)
     copied: Metadata = {}
     key: Any = None
     try:
         for key, value in mapping.items():
-            copied[_copy_key(key)] = _copy(value, depth + 1)
+            plain = type(key) is str and key.isascii()
+            copied[key if plain else _copy_key(key)] = _copy(value, depth + 1)
         if len(copied) != len(mapping):
             raise _FaultError("the same key as another, once both are plain text", key)
     except _FaultError as fault:
@@ -226,7 +229,8 @@ def _copy_object(mapping: Mapping[Any, Any], depth: int) -> Metadata:
 
 
 def _copy_array(array: list[Any] | tuple[Any, ...], depth: int) -> list[Any]:
-    _check_depth(array, depth)
+    if depth > MAX_DEPTH:
+        raise _FaultError(_TOO_DEEP, array)
     copied: list[Any] = []
     try:
         for value in array:
@@ -237,14 +241,9 @@ def _copy_array(array: list[Any] | tuple[Any, ...], depth: int) -> list[Any]:
     return copied
 
 
-def _check_depth(container: object, depth: int) -> None:
-    if depth > MAX_DEPTH:
-        raise _FaultError(f"nests deeper than {MAX_DEPTH} levels: store it flatter", container)
-
-
 def _copy_key(key: object) -> str:
     if isinstance(key, str):
-        return key if type(key) is str and key.isascii() else _copy_text(str.__str__(key))
+        return _copy_text(str.__str__(key))
     raise _FaultError(f"a key in JSON is a str, this one is of type {type(key).__name__}", key)
 
 
