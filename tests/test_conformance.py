@@ -288,6 +288,17 @@ class BoundToOneThread(InMemoryStorage):
         return super().write(changes)
 
 
+class SharesWithin(InMemoryStorage):
+    """Returns one list where two that are equal were stored."""
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        found = super().read(user_ids)
+        for metadata in found.values():
+            lists = {repr(value): value for value in metadata.values()}
+            metadata.update({name: lists[repr(value)] for name, value in metadata.items()})
+        return found
+
+
 class SharesObjects(Unlocked):
     """Keeps the objects themselves instead of copies."""
 
@@ -447,6 +458,7 @@ PLANTED_FAULTS: dict[str, list[Callable[[], Storage]]] = {
     "test_a_reader_sees_all_of_a_write_or_nothing": [HalfLocked],
     "test_any_thread_may_use_the_storage": [BoundToOneThread],
     "test_concurrent_writes_are_all_kept": [LetsWritersMeet],
+    "test_what_appears_twice_is_two": [SharesWithin],
     "test_what_read_returns_is_the_callers": [SharesObjects],
     "test_what_write_returns_is_the_callers": [SharesObjects],
     "test_what_a_change_returned_is_its_own": [SharesObjects],

@@ -326,6 +326,14 @@ class StorageConformance:
 
     # Ownership.
 
+    def test_what_appears_twice_is_two(self, storage: Storage) -> None:
+        """One list in two places comes back as two lists, as JSON has it."""
+        tags = ["a"]
+        storage.write([("alice", Replace({"old": tags, "new": tags}))])
+        found = storage.read(["alice"])["alice"]
+        found["new"].append("b")
+        assert found == {"old": ["a"], "new": ["a", "b"]}
+
     def test_what_read_returns_is_the_callers(self, storage: Storage) -> None:
         """Changing it, however deep, changes nothing stored."""
         storage.write([("alice", Merge({"list": [1], "object": {"n": 1}}))])

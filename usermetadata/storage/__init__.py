@@ -44,7 +44,8 @@ class Storage(Protocol):
     needs no thread.
 
     **Ownership.** What ``read`` and ``write`` return, and what a change is given, shares nothing
-    mutable with what is stored; nor does what a change returned once ``write`` is over.
+    mutable with what is stored; nor does what a change returned once ``write`` is over. A list or
+    object that it returned in two places is read as two.
 
     **Errors.** When the database fails, the method raises ``StorageError`` with the driver's error
     as its cause, and later calls work again once the trouble is over.
