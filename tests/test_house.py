@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import inspect
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
+from conftest import FUNCTIONS
 
 import usermetadata
+import usermetadata.asyncio
+import usermetadata.syncio
+
+if typing.TYPE_CHECKING:
+    from types import ModuleType
 
 PACKAGE = Path(usermetadata.__file__).parent
 
@@ -18,8 +26,8 @@ PACKAGE = Path(usermetadata.__file__).parent
 HOUSE: dict[str, set[str]] = {
     "testing": {"changes", "exceptions", "recipe", "storage.memory"},
     "": {"exceptions", "merge", "recipe", "storage", "storage.memory", "storage.sqlite"},
-    "asyncio": {"recipe"},
-    "syncio": {"recipe"},
+    "asyncio": {"interfaces", "recipe"},
+    "syncio": {"interfaces", "recipe"},
     "recipe": {
         "bridge",
         "coalescing",
@@ -123,7 +131,7 @@ def test_importing_stays_light(module: str) -> None:
     """What is heavy loads on first use, so that scripts and tests start at once."""
     heavy = {"sqlite3", "sqlite_utils", "pytest", "click", "pluggy"}
     if module != "usermetadata.asyncio":
-        heavy |= {"asyncio", "dataclasses", "inspect"}
+        heavy |= {"asyncio", "inspect", "json", "re", "threading", "typing"}
     program = f"import sys, {module}; print(*sys.modules)"
     # -S leaves out what site-packages load by themselves; the library is found by its path.
     command = [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}; {program}"]
@@ -134,6 +142,17 @@ def test_importing_stays_light(module: str) -> None:
     )
     assert module in loaded
     assert not (loaded - bare) & heavy
+
+
+@pytest.mark.parametrize("facade", [usermetadata.asyncio, usermetadata.syncio])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_frameworks_can_evaluate_the_annotations(facade: ModuleType, name: str) -> None:
+    """``typing.get_type_hints`` finds every name, so a function may be injected or exposed."""
+    function = getattr(facade, name)
+    assert typing.get_type_hints(function).keys() == {
+        *inspect.signature(function).parameters,
+        "return",
+    }
 
 
 def test_every_public_name_is_there() -> None:

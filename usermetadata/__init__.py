@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from usermetadata.exceptions import (
     DamagedMetadataError,
     InvalidInputError,
@@ -22,19 +20,28 @@ from usermetadata.recipe import (
     UserMetadataRecipe,
     init,
 )
-from usermetadata.storage import Storage
-from usermetadata.storage.memory import InMemoryStorage
 
+TYPE_CHECKING = False  # typing's own would import typing, which takes longer than all the rest
 if TYPE_CHECKING:
+    from usermetadata.storage import Storage
+    from usermetadata.storage.memory import InMemoryStorage
     from usermetadata.storage.sqlite import SQLiteStorage
 else:
 
     def __getattr__(name: str) -> object:
-        # sqlite-utils takes a while to import, and only those who use it should wait for it.
+        # On first use: sqlite-utils takes a while, and memory is not for everybody either.
+        if name == "InMemoryStorage":
+            from usermetadata.storage.memory import InMemoryStorage
+
+            return InMemoryStorage
         if name == "SQLiteStorage":
             from usermetadata.storage.sqlite import SQLiteStorage
 
             return SQLiteStorage
+        if name == "Storage":
+            from usermetadata.storage import Storage
+
+            return Storage
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

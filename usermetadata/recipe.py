@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import os
-import threading
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from usermetadata.bridge import OnTheSpot, run_in_thread
 from usermetadata.exceptions import InvalidInputError, UsageError
 from usermetadata.interfaces import RecipeInterface
-from usermetadata.recipe_implementation import RecipeImplementation
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from typing import Any, ClassVar, TypeVar
 
     from usermetadata.coalescing import Coalescer
     from usermetadata.storage import Storage
 
-T = TypeVar("T")
-
-_one_at_a_time = threading.Lock()
+    T = TypeVar("T")
 
 
 class UserMetadataOverrideConfig:
@@ -104,13 +100,20 @@ class UserMetadataRecipe:
         *,
         owns_storage: bool = False,
     ) -> None:
+        # Here, as all that init() needs and importing a facade does not.
+        import threading
+
         self.storage = storage
         self.override = override
+        self._one_at_a_time = threading.Lock()
         self._owns_storage = owns_storage
         self._coalescer: Coalescer | None = None
         self._implementation: RecipeInterface | None = None
         self._direct_implementation: Any = None
         if override is None or override.functions is None:
+            from usermetadata.bridge import OnTheSpot
+            from usermetadata.recipe_implementation import RecipeImplementation
+
             # Its functions return their result itself, whatever the interface says.
             on_the_spot: Any = OnTheSpot(storage)
             self._direct_implementation = RecipeImplementation(on_the_spot)
@@ -182,14 +185,14 @@ class UserMetadataRecipe:
     def recipe_implementation(self) -> RecipeInterface:
         """The functions, as the override left them; ``usermetadata.asyncio`` calls these."""
         if self._implementation is None:
-            with _one_at_a_time:
+            with self._one_at_a_time:
                 if self._implementation is None:
                     self._implementation = self._awaitable_implementation()
         return self._implementation
 
-    def _awaitable_implementation(self) -> RecipeImplementation:
-        # Not before it is needed: it imports asyncio.
+    def _awaitable_implementation(self) -> RecipeInterface:
         from usermetadata.coalescing import Coalescer
+        from usermetadata.recipe_implementation import RecipeImplementation
 
         self._coalescer = Coalescer(self.storage)
         return RecipeImplementation(self._coalescer)
@@ -206,6 +209,8 @@ class UserMetadataRecipe:
             The result of the function; what it raises is raised.
         """
         if self._direct_implementation is None:
+            from usermetadata.bridge import run_in_thread
+
             return run_in_thread(lambda: call(self.recipe_implementation))
         on_the_spot: Any = call
         result: T = on_the_spot(self._direct_implementation)

@@ -8,14 +8,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any, TypeVar
 
+from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult
 from usermetadata.recipe import UserMetadataRecipe
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Mapping
-
-    from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult
 
 F = TypeVar("F", bound="Callable[..., Coroutine[Any, Any, Any]]")
 

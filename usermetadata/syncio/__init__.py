@@ -5,14 +5,16 @@ They also work in a thread whose event loop is running, which they then block fo
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
 
+from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult
 from usermetadata.recipe import UserMetadataRecipe
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-
-    from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult
+    from typing import Any
+else:
+    Any = object  # for who evaluates the annotations; typing takes longer to import than the rest
 
 
 def get_user_metadata(user_id: str, user_context: dict[str, Any] | None = None) -> MetadataResult:
