@@ -8,9 +8,10 @@ that have gathered share one ``read`` or one ``write`` of the storage, and so on
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from usermetadata.bridge import private_loop
@@ -30,6 +31,8 @@ A = TypeVar("A")
 R = TypeVar("R")
 T = TypeVar("T")
 
+_LONGEST_IDLENESS = 1.0  # seconds that a worker waits for work before it ends
+
 
 class Coalescer:
     """The two verbs of a storage, to be awaited from any number of event loops and threads.
@@ -44,6 +47,8 @@ class Coalescer:
         self._storage = storage
         self._start()
         watch(self)
+        # Then, too, the calls under way come to their end.
+        atexit.register(self.close)
 
     def _start(self) -> None:
         self._reads = _Lane(self._read_together, getattr(self._storage, "reads_in_flight", 1))
@@ -67,6 +72,7 @@ class Coalescer:
 
     def close(self) -> None:
         """Let the calls under way end, and the worker threads with them."""
+        atexit.unregister(self.close)
         self._reads.close()
         self._writes.close()
 
@@ -118,44 +124,47 @@ class _Outcome(NamedTuple):
 
 
 class _Lane(Generic[A, R]):
-    """Calls of one verb: those that wait, and the batches that run."""
+    """Calls of one verb: those that wait, and the workers that execute them in batches."""
 
     def __init__(self, execute: Callable[[Sequence[A]], list[R]], in_flight: int) -> None:
         self._execute = execute
         self.in_flight = in_flight
         self._lock = threading.Lock()
         self._waiting: list[_Call] = []
-        self._running = 0
-        self._executor: ThreadPoolExecutor | None = None
+        self._workers: set[threading.Thread] = set()
+        self._idle_workers = 0
+        self._wake: SimpleQueue[None] = SimpleQueue()
+        self._is_closed = False
 
     async def call(self, argument: A) -> R:
-        """Join the next batch, and start it if there is a place for it."""
+        """Join the next batch, and let it start if there is a place for it."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[R] = loop.create_future()
         with self._lock:
-            if self._running < self.in_flight:
-                if self._executor is None:
-                    self._executor = ThreadPoolExecutor(self.in_flight, "usermetadata")
-                self._executor.submit(self._work)
-                self._running += 1
-            # Last: the worker looks once it has the lock, and never if it could not be started.
+            if self._idle_workers:
+                self._idle_workers -= 1
+                self._wake.put(None)
+            elif len(self._workers) < self.in_flight:
+                worker = threading.Thread(target=self._work, name="usermetadata", daemon=True)
+                worker.start()
+                self._workers.add(worker)
+            # Last: a worker looks once it has the lock, and never if it could not be started.
             self._waiting.append(_Call(argument, loop, future))
         return await future
 
     def close(self) -> None:
-        """Wait for the batches that run or wait, then end the threads."""
+        """Wait for the batches that run or wait, and for the workers to end."""
         with self._lock:
-            executor, self._executor = self._executor, None
-        if executor is not None:
-            executor.shutdown()
+            self._is_closed = True
+            for _ in range(self._idle_workers):
+                self._wake.put(None)
+            self._idle_workers = 0
+            workers = list(self._workers)
+        for worker in workers:
+            worker.join()
 
     def _work(self) -> None:
-        while True:
-            with self._lock:
-                calls, self._waiting = self._waiting, []
-                if not calls:
-                    self._running -= 1
-                    return
+        while calls := self._next_batch():
             calls = [call for call in calls if not call.future.cancelled()]
             outcomes: dict[asyncio.AbstractEventLoop, list[_Outcome]] = {}
             for call, outcome in zip(calls, self._run(calls), strict=True):
@@ -164,6 +173,27 @@ class _Lane(Generic[A, R]):
                 # A loop that is closed has nobody waiting any more.
                 with suppress(RuntimeError):
                     loop.call_soon_threadsafe(_deliver, of_loop)
+
+    def _next_batch(self) -> list[_Call]:
+        """Return all that waits, as soon as there is any; nothing if the worker is to end."""
+        while True:
+            with self._lock:
+                calls, self._waiting = self._waiting, []
+                if calls:
+                    return calls
+                if self._is_closed:
+                    self._workers.discard(threading.current_thread())
+                    return []
+                self._idle_workers += 1
+            try:
+                self._wake.get(timeout=_LONGEST_IDLENESS)
+            except Empty:
+                with self._lock:
+                    if self._wake.empty():
+                        self._idle_workers -= 1
+                        self._workers.discard(threading.current_thread())
+                        return []
+                    self._wake.get()
 
     def _run(self, calls: list[_Call]) -> list[_Outcome]:
         try:
