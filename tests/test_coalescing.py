@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 import subprocess
 import sys
 import threading
@@ -288,6 +289,71 @@ def test_reset_leaves_no_thread(storage: Gated) -> None:
 
     asyncio.run(main())
     assert len(storage.read(["a"])["a"]) == 9
+
+
+def test_the_storage_says_how_many_batches_run_at_a_time() -> None:
+    """With ``reads_in_flight = 2`` a second batch of reads goes beside the first, a third waits."""
+    arrived = threading.Semaphore(0)
+    go_on = threading.Event()
+
+    class TwoReads(InMemoryStorage):
+        reads_in_flight = 2
+
+        def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+            arrived.release()
+            assert go_on.wait(60)
+            return super().read(user_ids)
+
+    async def main() -> None:
+        tasks: list[asyncio.Task[Any]] = []
+        for _ in range(2):
+            tasks.append(asyncio.create_task(get_user_metadata("alice")))
+            assert await asyncio.to_thread(arrived.acquire, timeout=60)
+        tasks += [asyncio.create_task(get_user_metadata("alice")) for _ in range(5)]
+        await asyncio.sleep(0)
+        assert not await asyncio.to_thread(arrived.acquire, timeout=0.1)
+        go_on.set()
+        await asyncio.gather(*tasks)
+
+    usermetadata.init(TwoReads())
+    asyncio.run(main())
+
+
+def test_idle_workers_end_by_themselves(database: Path) -> None:
+    """So a storage that was closed leaves no thread, without ``reset`` too; later calls work."""
+    before = set(threading.enumerate())
+
+    async def call() -> None:
+        await update_user_metadata("alice", {"n": 1})
+        assert (await get_user_metadata("alice")).metadata == {"n": 1}
+
+    with contextlib.closing(SQLiteStorage(database)) as storage:
+        usermetadata.init(storage)
+        for _ in range(2):
+            asyncio.run(call())
+            for thread in set(threading.enumerate()) - before:
+                thread.join(60)
+            assert set(threading.enumerate()) <= before
+
+
+def test_a_worker_that_is_about_to_end_takes_the_call(
+    storage: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that comes when the worker has just given up waiting for one is not left waiting."""
+
+    class GivesUpTooLate(queue.SimpleQueue[None]):
+        def get(self, block: bool = True, timeout: float | None = None) -> None:  # noqa: FBT001, FBT002
+            super().get()
+            if timeout is not None:
+                self.put(None)
+                raise queue.Empty
+
+    async def main() -> None:
+        for n in range(5):
+            assert (await update_user_metadata("alice", {"n": n})).metadata == {"n": n}
+
+    monkeypatch.setattr("usermetadata.coalescing.SimpleQueue", GivesUpTooLate)
+    asyncio.run(asyncio.wait_for(main(), 10))
 
 
 def test_memory_needs_no_thread() -> None:
