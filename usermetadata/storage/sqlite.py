@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sqlite_utils import Database
 
-from usermetadata.changes import Clear, Replace
+from usermetadata.changes import Clear, Merge, Replace
 from usermetadata.exceptions import DamagedMetadataError, InvalidInputError
 from usermetadata.identifiers import check_app_id
 from usermetadata.json import decode_metadata, encode_metadata
@@ -117,7 +117,9 @@ class SQLiteStorage:
         return self._connections.write(
             lambda connection: [
                 self._apply(connection, user_id, change) for user_id, change in changes
-            ]
+            ],
+            # Any other change may be bound to its thread.
+            shareable=all(type(change) in (Merge, Replace, Clear) for _, change in changes),
         )
 
     def for_app(self, app_id: str) -> Self:

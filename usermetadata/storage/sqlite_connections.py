@@ -17,6 +17,7 @@ from sqlite_utils import Database, Migrations
 from usermetadata.exceptions import StorageBusyError, StorageError, UsageError
 from usermetadata.forking import watch
 from usermetadata.storage.sqlite_errors import busy, orphaned, translate
+from usermetadata.storage.sqlite_sharing import Sharing, acquire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -134,7 +135,7 @@ class _WriteLock:
                 f"{self._name}: a write inside a write of the same thread, by a change or a signal"
                 " handler: it would be lost"
             )
-        if not self._lock.acquire(timeout=self._timeout):
+        if not acquire(self._lock, self._timeout):
             raise busy(self._name)
         self._holder = threading.get_ident()
 
@@ -156,6 +157,9 @@ class OwnConnections:
 
     def _start(self) -> None:
         self._write_lock = _WriteLock(self.name, self._timeout)
+        self._sharing: Sharing[Callable[[Connection], Any], Any] = Sharing(
+            self._write_together, self._timeout, lambda: busy(self.name)
+        )
         self._writers: list[Connection] = []
         self._is_suspect = False
         self._idle_readers: list[Connection] = []
@@ -191,9 +195,22 @@ class OwnConnections:
             if self._closed or self._is_forking:
                 _close_all(self._idle_readers)
 
-    def write(self, work: Callable[[Connection], T]) -> T:
-        """Let ``work`` have the writer, inside a transaction."""
-        return self._lend_writer(lambda writer: writer.transact(work))
+    def write(self, work: Callable[[Connection], T], *, shareable: bool) -> T:
+        """Let ``work`` have the writer, inside a transaction.
+
+        If it is shareable another thread may do it, together with its own.
+        """
+        result: T
+        if shareable:
+            result = self._sharing.call(work)
+        else:
+            [result] = self._write_together([work])
+        return result
+
+    def _write_together(self, works: Sequence[Callable[[Connection], Any]]) -> list[Any]:
+        return self._lend_writer(
+            lambda writer: writer.transact(lambda connection: [work(connection) for work in works])
+        )
 
     def close(self) -> None:
         with self._open_lock:
@@ -321,7 +338,7 @@ class OneConnection:
     def read(self, query: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
         return self._lend(lambda connection: connection.run(query, parameters))
 
-    def write(self, work: Callable[[Connection], T]) -> T:
+    def write(self, work: Callable[[Connection], T], *, shareable: bool) -> T:
         lock = self._write_lock
         lock.acquire()
         try:

@@ -1,0 +1,224 @@
+"""Threads that write to an SQLite file at once share a transaction, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from usermetadata import DamagedMetadataError, SQLiteStorage, StorageBusyError
+from usermetadata.changes import Clear, Merge, Modify, Replace
+from usermetadata.storage.sqlite_sharing import Sharing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+    from pathlib import Path
+
+    from usermetadata.changes import Change
+    from usermetadata.json import Metadata
+
+THREADS = 8
+
+
+class Contended:
+    """A storage whose writers all wait for another connection, until that is told to go on."""
+
+    def __init__(self, path: Path, timeout: float) -> None:
+        self.storage = SQLiteStorage(path, timeout=timeout)
+        self.storage.write([("alice", Replace({})), ("zoe", Replace({"n": 1}))])
+        self.other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        self.other.execute("BEGIN IMMEDIATE")
+        self.commits = 0
+        connections: Any = self.storage._connections  # pyright: ignore[reportPrivateUsage]
+        self.sharing = connections._sharing
+        connections._writers[0]._driver.set_trace_callback(self.trace)
+
+    def trace(self, statement: str) -> None:
+        """Count the commits of the storage's writer."""
+        self.commits += statement == "COMMIT"
+
+    def write_at_once(self, changes: list[tuple[str, Change]]) -> list[Future[Any]]:
+        """Write each in a thread of its own; return when all wait, one of them for the file."""
+        executor = ThreadPoolExecutor(len(changes))
+        futures: list[Future[Any]] = []
+        for change in changes:
+            futures.append(executor.submit(self.storage.write, [change]))
+            self.until(lambda: self.waiting() == len(futures))
+        executor.shutdown(wait=False)
+        return futures
+
+    def waiting(self) -> int:
+        """Return how many calls have not been executed."""
+        return len(self.sharing._waiting) + int(self.sharing._leadership.locked())
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition."""
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0)
+
+    def go_on(self) -> None:
+        """Let the writers write."""
+        self.other.execute("COMMIT")
+
+
+@pytest.fixture
+def contended(database: Path) -> Generator[Contended, None, None]:
+    """Give a storage that another connection keeps waiting."""
+    contended = Contended(database, timeout=30)
+    yield contended
+    contended.other.close()
+    contended.storage.close()
+
+
+def test_what_gathers_is_one_transaction(contended: Contended) -> None:
+    """The first writes its own; all that have come meanwhile share the next commit."""
+    futures = contended.write_at_once([("alice", Merge({str(n): n})) for n in range(THREADS)])
+    contended.go_on()
+    for number, future in enumerate(futures):
+        [metadata] = future.result(60)
+        assert metadata[str(number)] == number
+    assert contended.commits == 2
+    assert len(contended.storage.read(["alice"])["alice"]) == THREADS
+
+
+def test_a_failing_write_fails_alone(contended: Contended) -> None:
+    """The others of its transaction are stored, and it gets its own error in its own thread."""
+    contended.other.execute("UPDATE user_metadata SET user_metadata = '[' WHERE user_id = 'zoe'")
+    changes: list[tuple[str, Change]] = [("alice", Merge({str(n): n})) for n in range(THREADS)]
+    changes[5:5] = [("zoe", Merge({"n": 2}))]
+    futures = contended.write_at_once(changes)
+    contended.go_on()
+    with pytest.raises(DamagedMetadataError, match="zoe"):
+        futures.pop(5).result(60)
+    for future in futures:
+        future.result(60)
+    assert len(contended.storage.read(["alice"])["alice"]) == THREADS
+
+
+def test_clear_and_replace_take_part(contended: Contended) -> None:
+    """Their results are those they have alone."""
+    futures = contended.write_at_once(
+        [("alice", Merge({"a": 1})), ("zoe", Clear()), ("bob", Replace({"b": 1, "c": None}))]
+    )
+    contended.go_on()
+    assert [future.result(60) for future in futures] == [[{"a": 1}], [None], [{"b": 1}]]
+    assert contended.commits == 2
+
+
+def test_a_function_is_called_in_its_callers_thread(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ``modify`` was given may use what is bound to its thread: it is not shared."""
+
+    def refuse(self: object, argument: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Sharing, "call", refuse)
+    storage = SQLiteStorage(database)
+    threads: list[int] = []
+
+    def function(metadata: Metadata) -> Metadata:
+        threads.append(threading.get_ident())
+        return metadata
+
+    with contextlib.closing(storage):
+        storage.write([("alice", Modify(function))])
+    assert threads == [threading.get_ident()]
+
+
+def test_who_waits_too_long_has_written_nothing(database: Path) -> None:
+    """All that wait for a file that stays locked learn of it, and may repeat the call later."""
+    contended = Contended(database, timeout=0.2)
+    with contextlib.closing(contended.other), contextlib.closing(contended.storage):
+        executor = ThreadPoolExecutor(THREADS)
+        futures = [
+            executor.submit(contended.storage.write, [("alice", Merge({str(n): n}))])
+            for n in range(THREADS)
+        ]
+        for future in futures:
+            with pytest.raises(StorageBusyError):
+                future.result(60)
+        executor.shutdown()
+        contended.go_on()
+        assert contended.storage.write([("alice", Merge({"n": 1}))]) == [{"n": 1}]
+
+
+class Gated:
+    """Executes batches of calls when permitted, and notes them; a batch with odd numbers fails."""
+
+    def __init__(self, error: type[Exception], timeout: float) -> None:
+        self.error = error
+        self.sharing: Any = Sharing(self.execute, timeout, StorageBusyError)
+        self.batches: list[list[int]] = []
+        self.permits = threading.Semaphore(0)
+        self.executor = ThreadPoolExecutor(THREADS)
+
+    def execute(self, numbers: Sequence[int]) -> list[int]:
+        """Return the numbers."""
+        self.batches.append(list(numbers))
+        assert self.permits.acquire(timeout=60)
+        if any(number % 2 for number in numbers):
+            raise self.error
+        return list(numbers)
+
+    def call(self, number: int) -> Future[int]:
+        """Call in another thread, and wait until the call waits or is executed."""
+        before = self.calls()
+        future = self.executor.submit(self.sharing.call, number)
+        while self.calls() == before:
+            time.sleep(0)
+        return future
+
+    def calls(self) -> int:
+        """Return how many calls have come."""
+        return len(self.sharing._waiting) + sum(map(len, self.batches))
+
+
+def test_each_gets_its_own_error() -> None:
+    """What fails together is executed by each thread by itself."""
+    gated = Gated(LookupError, timeout=60)
+    futures = [gated.call(number) for number in range(4)]
+    gated.permits.release(9)
+    errors = [future.exception(60) for future in futures]
+    assert [type(error) for error in errors] == [type(None), LookupError, type(None), LookupError]
+    assert gated.batches[:2] == [[0], [1, 2, 3]]
+    assert sorted(gated.batches[2:]) == [[1], [2], [3]]
+
+
+def test_a_busy_storage_is_waited_for_once() -> None:
+    """All calls of a batch learn of it at once, instead of each waiting for the timeout again."""
+    gated = Gated(StorageBusyError, timeout=60)
+    futures = [gated.call(number) for number in range(4)]
+    gated.permits.release(9)
+    errors = [future.exception(60) for future in futures]
+    assert [type(error) for error in errors[1:]] == [StorageBusyError] * 3
+    assert gated.batches == [[0], [1, 2, 3]]
+
+
+def test_what_is_being_executed_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that has waited for too long while it is being executed waits for its result."""
+    waited_too_long = threading.Semaphore(0)
+
+    def acquire(lock: threading.Lock, timeout: float) -> bool:
+        while not lock.acquire(blocking=False):
+            if len(gated.batches) == 2:
+                waited_too_long.release()
+                return False
+            time.sleep(0)
+        return True
+
+    gated = Gated(LookupError, timeout=60)
+    monkeypatch.setattr("usermetadata.storage.sqlite_sharing.acquire", acquire)
+    futures = [gated.call(number) for number in (0, 2, 4)]
+    gated.permits.release()
+    for _ in range(3):
+        assert waited_too_long.acquire(timeout=60)
+    gated.permits.release()
+    assert [future.result(60) for future in futures] == [0, 2, 4]
