@@ -11,7 +11,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
 ]
-exclude_patterns = ["_build", "examples"]
+exclude_patterns = ["_build", "_static", "examples"]
 html_theme = "furo"
 html_title = "usermetadata"
 html_static_path = ["_static"]

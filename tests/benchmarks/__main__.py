@@ -1,0 +1,587 @@
+"""Measure usermetadata beside what else there is, and write the page of results.
+
+``python tests/benchmarks`` takes some ten minutes; ``--quick`` only shows that everything runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import copy
+import functools
+import itertools
+import json
+import os
+import platform
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tracemalloc
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import peers
+from measuring import Measuring, Times
+from report import OURS, Report, relative
+
+import usermetadata
+from usermetadata import InMemoryStorage, UserMetadataRecipe, syncio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+HERE = Path(__file__).parent
+USERS = 1000
+SIZES = {"150 B": 150, "2 KB": 2_000, "50 KB": 50_000}
+
+
+@functools.cache
+def document(size: int) -> dict[str, Any]:
+    """Make metadata whose JSON has about so many bytes."""
+    made: dict[str, Any] = {
+        "preferences": {"theme": "dark", "language": "en"},
+        "notifications": {"email": True},
+        "visits": 0,
+        "stripe": "cus_NffrFeUfNV2Hib",
+        "todos": [],
+    }
+    while len(json.dumps(made)) < size - 20:
+        made["todos"].append(f"use-text-notifs-{len(made['todos'])}")
+    return made
+
+
+visits = itertools.count()
+
+
+def update() -> dict[str, Any]:
+    """Make an update that changes something each time."""
+    return {"notifications": {"email": True}, "visits": next(visits)}
+
+
+def user(number: int, users: int = USERS) -> str:
+    """Name one of the stored users, in no order."""
+    return f"user {number * 7919 % users}"
+
+
+class Benchmarks:
+    """Everything that is measured, section by section."""
+
+    def __init__(self, report: Report, measuring: Measuring, *, quick: bool) -> None:
+        self.report = report
+        self.measuring = measuring
+        self.quick = quick
+        self.begin = time.perf_counter()
+        self.aims: list[tuple[str, str, str, bool]] = []
+        self.workloads: dict[str, Times] = {}
+
+    def run(self) -> None:
+        """Measure everything."""
+        self.blocking()
+        self.threads()
+        self.tasks()
+        self.nobody_faster()
+        self.flushes()
+        self.stored_users()
+        self.in_memory()
+        self.importing()
+
+    def progress(self, text: str) -> None:
+        """Say what is being measured."""
+        print(f"{time.perf_counter() - self.begin:6.0f} s  {text}", flush=True)
+
+    def aim(self, figure: str, aim: float, measured: float, *, at_most: bool) -> None:
+        """Note whether a figure is what we want it to be."""
+        sign, reached = ("≤", measured <= aim) if at_most else ("≥", measured >= aim)
+        digits = 3 if aim < 0.1 else 2
+        self.aims.append((figure, f"{sign} {aim:g}", f"{measured:.{digits}f}", reached))
+
+    @contextlib.contextmanager
+    def opened(self, size: int) -> Generator[list[Any], None, None]:
+        """Open every blocking peer on a file of its own, with users in it."""
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            # TinyDB reads and writes the whole file each time: not 50 MB.
+            opened = [
+                peer(Path(folder))
+                for peer in peers.BLOCKING
+                if peer is not peers.TinyDB or size < 10_000
+            ]
+            for peer in opened:
+                stack.callback(peer.close)
+                peer.fill({user(number): document(size) for number in range(USERS)})
+            yield opened
+
+    def blocking(self) -> None:
+        """One thread."""
+        results: dict[str, dict[str, Times]] = {"get": {}, "update": {}}
+        bulk: dict[str, Times] = {}
+        for label, size in SIZES.items():
+            self.progress(f"one thread, {label}")
+            with self.opened(size) as opened:
+                results["get"][label] = self.measuring.alone(
+                    {peer.name: gets(peer) for peer in opened}
+                )
+                results["update"][label] = self.measuring.alone(
+                    {peer.name: updates(peer) for peer in opened}
+                )
+                ids = [user(number) for number in range(500)]
+                bulk[label] = self.measuring.alone(
+                    {peer.name: gets_many(peer, ids) for peer in opened}
+                )
+        self.report.say("## One thread")
+        self.report.bars(
+            "blocking.svg",
+            {f"{name}, 150 B": times["150 B"] for name, times in results.items()},
+            "How many times as long as usermetadata each library takes for get and update.",
+        )
+        for name, by_size in results.items():
+            self.report.say(f"`{name}`, microseconds for documents of three sizes:")
+            self.report.compare(by_size)
+        self.report.say("`get` of 500 users at once, microseconds:")
+        self.report.compare(bulk)
+        small = {name: times["150 B"] for name, times in results.items()}
+        for name, times in small.items():
+            self.aim(
+                f"{name}, SQLite, small document: time against sqlite3 by hand",
+                1.25,
+                1 / relative(times, peers.Sqlite3.name),
+                at_most=True,
+            )
+        for name, by_size in [*results.items(), ("bulk get", bulk)]:
+            self.workloads |= {f"{name} {label}": times for label, times in by_size.items()}
+
+    def nobody_faster(self) -> None:
+        """Note the peer that comes nearest, sqlite3 by hand apart, which has an aim of its own."""
+        nearest, where = min(
+            (relative(times, name), f"{name}, {workload}")
+            for workload, times in self.workloads.items()
+            for name in times
+            if name not in (OURS, peers.Sqlite3.name)
+        )
+        self.aim(
+            f"the fastest peer of all, in any workload ({where}): its time against ours",
+            1,
+            nearest,
+            at_most=False,
+        )
+
+    def threads(self) -> None:
+        """Eight threads."""
+        workloads: dict[str, Times] = {}
+        with self.opened(150) as opened:
+            for name, make in {"get": gets, "update": updates, "90 % get": mixed}.items():
+                self.progress(f"eight threads, {name}")
+                workloads[name] = self.measuring.in_threads(
+                    {peer.name: make(peer) for peer in opened}, 8
+                )
+            self.progress("eight threads, one user")
+            workloads["update of one user"] = self.measuring.in_threads(
+                {peer.name: updates(peer, lambda _: "hot") for peer in opened}, 8
+            )
+        self.report.say("## Eight threads")
+        self.report.say("Calls per second in all, documents of 150 B:")
+        self.report.compare(workloads, rate=True)
+        self.workloads |= {f"eight threads, {name}": times for name, times in workloads.items()}
+
+    def tasks(self) -> None:
+        """Tasks of an event loop."""
+        loop = asyncio.new_event_loop()
+        counts = [1, 8, 64] if self.quick else [1, 8, 64, 512]
+        results: dict[str, dict[int, Times]] = {"get": {}, "update": {}, "90 % get": {}}
+        with tempfile.TemporaryDirectory() as folder:
+            opened = [peer() for peer in peers.CONCURRENT]
+            for peer in opened:
+                loop.run_until_complete(peer.open(Path(folder)))
+                loop.run_until_complete(fill(peer))
+            for name, make in {"get": gets, "update": updates, "90 % get": mixed}.items():
+                for count in counts:
+                    self.progress(f"{count} tasks, {name}")
+                    results[name][count] = self.measuring.in_tasks(
+                        loop, {peer.name: make(peer) for peer in opened}, count
+                    )
+            self.progress("64 tasks, one user")
+            hot = self.measuring.in_tasks(
+                loop, {peer.name: updates(peer, lambda _: "hot") for peer in opened}, 64
+            )
+            for peer in opened:
+                loop.run_until_complete(peer.close())
+        loop.close()
+        self.report.say("## asyncio")
+        self.report.lines(
+            "tasks.svg",
+            {
+                name: {
+                    peer.name: [1 / middle(times[peer.name]) for times in by_count.values()]
+                    for peer in opened
+                }
+                for name, by_count in results.items()
+                if name != "90 % get"
+            },
+            counts,
+            ("concurrent tasks", "calls per second"),
+            "Calls per second over the number of concurrent tasks.",
+        )
+        for name, by_count in results.items():
+            self.report.say(f"`{name}`, calls per second in all, by the number of tasks:")
+            self.report.compare(
+                {f"{count} tasks": times for count, times in by_count.items()}, rate=True
+            )
+        self.report.say("`update` of one hot user by 64 tasks, calls per second:")
+        self.report.compare({"64 tasks": hot}, rate=True)
+        hop, aiosqlite = peers.ThreadHop.name, peers.AioSqlite.name
+        self.aim(
+            "64 concurrent updates: throughput against a thread hop per call",
+            6,
+            relative(results["update"][64], hop),
+            at_most=False,
+        )
+        self.aim(
+            "64 concurrent updates: throughput against aiosqlite",
+            20,
+            relative(results["update"][64], aiosqlite),
+            at_most=False,
+        )
+        self.aim(
+            "64 concurrent gets: throughput against a thread hop per call",
+            5,
+            relative(results["get"][64], hop),
+            at_most=False,
+        )
+        for name in ("get", "update"):
+            self.aim(
+                f"one lone asyncio {name}: time against a bare thread hop",
+                1.2,
+                1 / relative(results[name][1], hop),
+                at_most=True,
+            )
+        for name, by_count in results.items():
+            self.workloads |= {f"{n} tasks, {name}": times for n, times in by_count.items()}
+        self.workloads["64 tasks, one user"] = hot
+
+    def flushes(self) -> None:
+        """Commits and flushes, counted; and what slow flushes do to threads."""
+        compiler = shutil.which("cc")
+        if compiler is None:
+            raise SystemExit("no C compiler (cc), which counting flushes needs")
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "slow_fsync.so"
+            subprocess.run(
+                [compiler, "-shared", "-fPIC", "-O2", "-o", library, HERE / "slow_fsync.c", "-ldl"],
+                check=True,
+            )
+            self.counted(library)
+            self.slow(library)
+
+    def counted(self, library: Path) -> None:
+        """Count commits and flushes per update."""
+        rows: list[list[str]] = []
+        for peer, at_once in (
+            ("Usermetadata", 1),
+            ("Usermetadata", 8),
+            ("Sqlite3", 8),
+            ("AsyncUsermetadata", 1),
+            ("AsyncUsermetadata", 64),
+            ("ThreadHop", 64),
+            ("AioSqlite", 64),
+        ):
+            self.progress(f"commits and flushes, {peer}, {at_once} at once")
+            found = self.child(library, peer, at_once, 0)
+            what = "tasks" if getattr(peers, peer) in peers.CONCURRENT else "threads"
+            rows.append(
+                [
+                    getattr(peers, peer).name,
+                    f"{at_once} {what}",
+                    f"{found['commits']:.3f}",
+                    f"{found['flushes']:.3f}",
+                ]
+            )
+            if (peer, at_once) == ("AsyncUsermetadata", 64):
+                self.aim(
+                    "commits per update, 64 concurrent tasks", 0.05, found["commits"], at_most=True
+                )
+        self.report.say("## Commits and flushes")
+        self.report.say("Counted, for each update:")
+        self.report.table(["", "at once", "commits", "flushes"], rows)
+
+    def slow(self, library: Path) -> None:
+        """Update from eight threads where flushing is slow."""
+        delays = [0, 1000, 5000]
+        shown = (peers.Usermetadata, peers.Sqlite3, peers.DiskCache)
+        rates: dict[str, list[float]] = {peer.name: [] for peer in shown}
+        for delay in delays:
+            for peer in shown:
+                self.progress(f"eight threads, a flush takes {delay} µs more, {peer.name}")
+                found = self.child(library, peer.__name__, 8, delay)
+                rates[peer.name].append(found["per second"])
+        self.report.say(
+            "Eight threads that update, where each flush to the disk takes longer than here,"
+            " updates per second:"
+        )
+        self.report.table(
+            ["", *(f"+ {delay / 1000:g} ms" for delay in delays)],
+            [[name, *(f"{rate:,.0f}" for rate in by_delay)] for name, by_delay in rates.items()],
+        )
+
+    def child(self, library: Path, peer: str, at_once: int, delay: int) -> dict[str, float]:
+        """Run ``flushes.py``."""
+        with tempfile.TemporaryDirectory() as folder:
+            seconds = "0.2" if self.quick else "2"
+            done = subprocess.run(
+                [sys.executable, HERE / "flushes.py", folder, peer, str(at_once), seconds],
+                env={**os.environ, "LD_PRELOAD": str(library), "FSYNC_DELAY_US": str(delay)},
+                stdout=subprocess.PIPE,
+                check=True,
+            )
+        found: dict[str, float] = json.loads(done.stdout)
+        return found
+
+    def stored_users(self) -> None:
+        """The time of a get in ever larger tables."""
+        counts = [10**3, 10**4] if self.quick else [10**3, 10**4, 10**5, 10**6]
+        lines: dict[str, list[float]] = {}
+        workloads: dict[str, Times] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            opened: list[Any] = [peers.Usermetadata(Path(folder)), peers.Sqlite3(Path(folder))]
+            stored = 0
+            for count in counts:
+                self.progress(f"{count:,} stored users")
+                while stored < count:
+                    chunk = range(stored, stored + 1000)
+                    for peer in opened:
+                        peer.fill({f"user {number}": document(150) for number in chunk})
+                    stored += 1000
+                workloads[f"{count:,}"] = times = self.measuring.alone(
+                    {peer.name: gets(peer, functools.partial(user, users=count)) for peer in opened}
+                )
+                for peer in opened:
+                    lines.setdefault(peer.name, []).append(middle(times[peer.name]) * 1e6)
+            size = (Path(folder) / "usermetadata.db").stat().st_size / stored
+            for peer in opened:
+                peer.close()
+        self.report.say("## Many users")
+        self.report.lines(
+            "users.svg",
+            {"get": lines},
+            counts,
+            ("stored users", "microseconds"),
+            "The time of a get over the number of stored users.",
+        )
+        self.report.say("`get` of any user, microseconds, by the number of stored users:")
+        self.report.compare(workloads)
+        self.report.say(f"On disk a user with 150 B takes {size:,.0f} B, keys included.")
+        self.aim(
+            f"get latency, {counts[0]:,} to {counts[-1]:,} users",
+            1.5,
+            lines[OURS][-1] / lines[OURS][0],
+            at_most=True,
+        )
+
+    def in_memory(self) -> None:
+        """The in-memory storage, against JSON and against a dictionary that is copied."""
+        self.progress("in memory")
+        text = json.dumps(document(150))
+        copied = CopiedDict()
+        workloads: dict[str, Times] = {}
+        syncio_calls = {
+            "get": lambda _: syncio.get_user_metadata("user"),
+            "update": lambda n: syncio.update_user_metadata("user", update()),
+        }
+        json_calls = {
+            "get": lambda _: json.loads(text),
+            "update": lambda n: json.dumps({**json.loads(text), **update()}),
+        }
+        copied_calls = {
+            "get": lambda _: copied.get("user"),
+            "update": lambda n: copied.update("user", update()),
+        }
+        usermetadata.init("memory://")
+        syncio.update_user_metadata("user", document(150))
+        copied.update("user", document(150))
+        for name in ("get", "update"):
+            workloads[name] = times = self.measuring.alone(
+                {
+                    OURS: syncio_calls[name],
+                    "json alone": json_calls[name],
+                    "copy.deepcopy under a lock": copied_calls[name],
+                }
+            )
+            self.aim(
+                f"in-memory {name}: time against the JSON it cannot avoid",
+                1.5,
+                1 / relative(times, "json alone"),
+                at_most=True,
+            )
+        UserMetadataRecipe.reset()
+        self.report.say("## In memory")
+        self.report.say(
+            "A document of 150 B, microseconds. `json alone` decodes, and for an update"
+            " encodes, which a store of JSON texts cannot avoid:"
+        )
+        self.report.compare(workloads)
+        users = 10_000 if self.quick else 100_000
+        sizes = {
+            OURS: allocated(lambda: filled_storage(users)),
+            "a dictionary of dictionaries": allocated(
+                lambda: {f"user {n}": document(150) for n in range(users)}
+            ),
+        }
+        self.report.say("Memory per stored user:")
+        self.report.table(
+            ["", "bytes"], [[name, f"{size / users:,.0f}"] for name, size in sizes.items()]
+        )
+
+    def importing(self) -> None:
+        """The time until a program has imported a facade."""
+        self.progress("import")
+        programs = {
+            "bare": "pass",
+            "syncio": "import usermetadata.syncio",
+            "asyncio": "import usermetadata.asyncio",
+            "json": "import json",
+        }
+
+        def start(program: str) -> Callable[[int], object]:
+            return lambda _: subprocess.run([sys.executable, "-c", program], check=True)
+
+        rounds = Measuring(0, 5 if self.quick else 25)
+        times = rounds.alone({name: start(program) for name, program in programs.items()})
+        over = {
+            name: middle(
+                [mine - bare for mine, bare in zip(times[name], times["bare"], strict=True)]
+            )
+            for name in programs
+        }
+        self.report.say("## Importing")
+        self.report.say(
+            "Milliseconds over a bare interpreter, which itself takes"
+            f" {middle(times['bare']) * 1000:.0f} ms here:"
+        )
+        self.report.table(
+            ["", "ms"],
+            [
+                [
+                    f"`import usermetadata.{name}`"
+                    if name != "json"
+                    else "`import json`, to compare",
+                    f"{over[name] * 1000:.1f}",
+                ]
+                for name in ("syncio", "asyncio", "json")
+            ],
+        )
+        self.aim(
+            "import usermetadata.syncio over a bare interpreter, ms",
+            15,
+            over["syncio"] * 1000,
+            at_most=True,
+        )
+
+
+class CopiedDict:
+    """What one would write for a test: a dictionary, deep copies, a lock."""
+
+    def __init__(self) -> None:
+        self.users: dict[str, dict[str, Any]] = {}
+        self.lock = threading.Lock()
+
+    def get(self, user_id: str) -> dict[str, Any]:
+        with self.lock:
+            return copy.deepcopy(self.users.get(user_id, {}))
+
+    def update(self, user_id: str, update: dict[str, Any]) -> dict[str, Any]:
+        with self.lock:
+            merged = peers.merge(self.users.get(user_id, {}), copy.deepcopy(update))
+            self.users[user_id] = merged
+            return copy.deepcopy(merged)
+
+
+def gets(peer: Any, user: Callable[[int], str] = user) -> Callable[[int], Any]:
+    """Return an operation that gets one user after the other."""
+    return lambda number: peer.get(user(number))
+
+
+def updates(peer: Any, user: Callable[[int], str] = user) -> Callable[[int], Any]:
+    """Return an operation that updates one user after the other."""
+    return lambda number: peer.update(user(number), update())
+
+
+def mixed(peer: Any) -> Callable[[int], Any]:
+    """Return an operation that updates once in ten times, and else gets."""
+    return lambda number: (
+        peer.update(user(number), update()) if number % 10 == 0 else peer.get(user(number))
+    )
+
+
+def gets_many(peer: Any, ids: list[str]) -> Callable[[int], Any]:
+    """Return an operation that gets many users at once."""
+    return lambda _: peer.get_many(ids)
+
+
+async def fill(peer: Any) -> None:
+    """Store all users, some at a time."""
+    for first in range(0, USERS, 100):
+        await asyncio.gather(
+            *(peer.update(user(number), document(150)) for number in range(first, first + 100))
+        )
+
+
+def filled_storage(users: int) -> InMemoryStorage:
+    """Fill an in-memory storage."""
+    storage = InMemoryStorage()
+    usermetadata.init(storage)
+    syncio.update_bulk_user_metadata({f"user {n}": document(150) for n in range(users)})
+    UserMetadataRecipe.reset()
+    return storage
+
+
+def allocated(make: Callable[[], object]) -> int:
+    """Return the bytes that an object takes."""
+    tracemalloc.start()
+    made = make()
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    del made
+    return size
+
+
+def middle(values: list[float]) -> float:
+    """Return the median."""
+    return sorted(values)[len(values) // 2]
+
+
+def main() -> None:
+    """Parse the command line, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="only show that everything runs")
+    default = HERE.parent.parent / "docs" / "_static" / "benchmarks"
+    parser.add_argument("--output", type=Path, default=default, help="folder of the results")
+    arguments = parser.parse_args()
+    quick: bool = arguments.quick
+    report = Report(arguments.output)
+    benchmarks = Benchmarks(
+        report, Measuring(0.01, 3) if quick else Measuring(0.05, 7), quick=quick
+    )
+    benchmarks.run()
+    results = report.parts
+    report.parts = []
+    report.say(
+        f"Measured with CPython {platform.python_version()} and SQLite {sqlite3.sqlite_version} on"
+        f" {os.cpu_count()} processors."
+    )
+    report.say("## Aims")
+    rows = [
+        [figure, aim, value, "yes" if reached else "**no**"]
+        for figure, aim, value, reached in benchmarks.aims
+    ]
+    report.table(["figure", "aim", "measured", "reached"], rows)
+    report.parts += results
+    report.write()
+    for row in rows:
+        print("  ".join(row))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Writing what was measured: Markdown tables, and SVG plots that show them at a glance."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+from matplotlib import pyplot as plt
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from measuring import Times
+
+OURS = "usermetadata"
+COLOURS = ["#0b6e4f", "#d1495b", "#30638e", "#edae49", "#7d5ba6", "#6b7280", "#2a9d8f"]
+
+mpl.use("svg")
+mpl.rcParams.update(
+    {
+        "svg.hashsalt": "usermetadata",
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 11,
+        "figure.constrained_layout.use": True,
+    }
+)
+
+
+def microseconds(times: Sequence[float]) -> str:
+    """Show the median, in as many digits as mean something."""
+    us = median(times) * 1e6
+    return f"{us:.1f}" if us < 100 else f"{us:,.0f}"
+
+
+def per_second(times: Sequence[float]) -> str:
+    """Show the median as a rate."""
+    return f"{1 / median(times):,.0f}"
+
+
+def relative(times: Times, name: str, base: str = OURS) -> float:
+    """Return how many times as long ``name`` takes as ``base``: the median over the rounds."""
+    return median(mine / its for mine, its in zip(times[name], times[base], strict=True))
+
+
+class Report:
+    """The page of results, in the order in which they are measured."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.parts: list[str] = []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def say(self, text: str) -> None:
+        """Add a paragraph or a heading."""
+        self.parts.append(text)
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Add a table."""
+        lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+        self.parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+    def compare(self, workloads: Mapping[str, Times], *, rate: bool = False) -> None:
+        """Add a table of peers by workloads: each cell a time or rate, and its relation to ours."""
+        show = per_second if rate else microseconds
+
+        def cell(times: Times, name: str) -> str:
+            if name not in times:
+                return "-"
+            return show(times[name]) + ("" if name == OURS else f" ({relative(times, name):.1f} ×)")
+
+        names = next(iter(workloads.values()))
+        rows = [[name, *(cell(times, name) for times in workloads.values())] for name in names]
+        self.table(["", *workloads], rows)
+
+    def bars(self, file: str, panels: Mapping[str, Times], alt: str) -> None:
+        """Add bars: how many times as long as ours each peer takes."""
+        _, axes = plt.subplots(1, len(panels), figsize=(9, 2.9), squeeze=False)
+        for axis, (title, times) in zip(axes[0], panels.items(), strict=True):
+            names = list(times)[::-1]
+            values = [relative(times, name) for name in names]
+            colours = [COLOURS[0] if name == OURS else "#b8c4ce" for name in names]
+            drawn = axis.barh(names, values, color=colours, height=0.65)
+            axis.bar_label(
+                drawn,
+                [f"{value:.2g} ×" if value < 10 else f"{value:.0f} ×" for value in values],
+                padding=4,
+            )
+            axis.set_xscale("log")
+            axis.set_xlim(min(*values, 1) / 2, max(values) * 4)
+            axis.set_title(title)
+            axis.tick_params(left=False)
+            axis.xaxis.set_visible(False)
+            axis.spines["bottom"].set_visible(False)
+        self._save(file, alt)
+
+    def lines(
+        self,
+        file: str,
+        panels: Mapping[str, Mapping[str, Sequence[float]]],
+        points: Sequence[int],
+        labels: tuple[str, str],
+        alt: str,
+    ) -> None:
+        """Add lines over powers of two or ten, one for each peer."""
+        figure, axes = plt.subplots(1, len(panels), figsize=(9, 3.6), squeeze=False, sharey=True)
+        for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+            for colour, (name, values) in zip(COLOURS, lines.items(), strict=False):
+                width = 2.5 if name == OURS else 1.5
+                axis.plot(points, values, "o-", color=colour, label=name, lw=width, ms=4)
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            axis.set_xticks(points, [f"{point:,}" for point in points])
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            axis.set_title(title)
+            axis.set_xlabel(labels[0])
+            axis.grid(axis="y", color="#e5e7eb")
+        axes[0][0].set_ylabel(labels[1])
+        handles, names = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
+        self._save(file, alt)
+
+    def _save(self, file: str, alt: str) -> None:
+        plt.savefig(self.folder / file, metadata={"Date": None})
+        plt.close()
+        self.parts.append(f"```{{image}} _static/benchmarks/{file}\n:alt: {alt}\n```")
+
+    def write(self) -> None:
+        """Write the page."""
+        text = "\n\n".join(self.parts) + "\n"
+        (self.folder / "results.md").write_text(text, encoding="utf-8")
