@@ -369,6 +369,7 @@ class Benchmarks:
             counts,
             ("stored users", "microseconds"),
             "The time of a get over the number of stored users.",
+            scale="linear",
         )
         self.report.say("`get` of any user, microseconds, by the number of stored users:")
         self.report.compare(workloads)

@@ -101,13 +101,15 @@ class Report:
             axis.spines["bottom"].set_visible(False)
         self._save(file, alt)
 
-    def lines(
+    def lines(  # noqa: PLR0913 - a plot has that many
         self,
         file: str,
         panels: Mapping[str, Mapping[str, Sequence[float]]],
         points: Sequence[int],
         labels: tuple[str, str],
         alt: str,
+        *,
+        scale: str = "log",
     ) -> None:
         """Add lines over powers of two or ten, one for each peer."""
         figure, axes = plt.subplots(1, len(panels), figsize=(9, 3.6), squeeze=False, sharey=True)
@@ -116,7 +118,9 @@ class Report:
                 width = 2.5 if name == OURS else 1.5
                 axis.plot(points, values, "o-", color=colour, label=name, lw=width, ms=4)
             axis.set_xscale("log")
-            axis.set_yscale("log")
+            axis.set_yscale(scale)
+            if scale == "linear":
+                axis.set_ylim(0, 1.2 * max(max(values) for values in lines.values()))
             axis.set_xticks(points, [f"{point:,}" for point in points])
             axis.xaxis.set_minor_locator(NullLocator())
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
