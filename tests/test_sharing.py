@@ -16,13 +16,21 @@ from usermetadata.changes import Clear, Merge, Modify, Replace
 from usermetadata.storage.sqlite_sharing import Sharing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Generator, Sequence
     from pathlib import Path
 
     from usermetadata.changes import Change
     from usermetadata.json import Metadata
 
 THREADS = 8
+
+
+def wait_for(sharing: Any, number: int) -> None:
+    """Wait until so many calls have come: one that is being executed, and others behind it."""
+    deadline = time.monotonic() + 60
+    while not (sharing._leadership.locked() and len(sharing._waiting) == number - 1):
+        assert time.monotonic() < deadline
+        time.sleep(0)
 
 
 class Contended:
@@ -48,20 +56,9 @@ class Contended:
         futures: list[Future[Any]] = []
         for change in changes:
             futures.append(executor.submit(self.storage.write, [change]))
-            self.until(lambda: self.waiting() == len(futures))
+            wait_for(self.sharing, len(futures))
         executor.shutdown(wait=False)
         return futures
-
-    def waiting(self) -> int:
-        """Return how many calls have not been executed."""
-        return len(self.sharing._waiting) + int(self.sharing._leadership.locked())
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        """Wait for a condition."""
-        deadline = time.monotonic() + 60
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0)
 
     def go_on(self) -> None:
         """Let the writers write."""
@@ -168,23 +165,19 @@ class Gated:
             raise self.error
         return list(numbers)
 
-    def call(self, number: int) -> Future[int]:
-        """Call in another thread, and wait until the call waits or is executed."""
-        before = self.calls()
-        future = self.executor.submit(self.sharing.call, number)
-        while self.calls() == before:
-            time.sleep(0)
-        return future
-
-    def calls(self) -> int:
-        """Return how many calls have come."""
-        return len(self.sharing._waiting) + sum(map(len, self.batches))
+    def call(self, *numbers: int) -> list[Future[int]]:
+        """Call in threads of their own; return when all wait, the first one for its permit."""
+        futures: list[Future[int]] = []
+        for number in numbers:
+            futures.append(self.executor.submit(self.sharing.call, number))
+            wait_for(self.sharing, len(futures))
+        return futures
 
 
 def test_each_gets_its_own_error() -> None:
     """What fails together is executed by each thread by itself."""
     gated = Gated(LookupError, timeout=60)
-    futures = [gated.call(number) for number in range(4)]
+    futures = gated.call(0, 1, 2, 3)
     gated.permits.release(9)
     errors = [future.exception(60) for future in futures]
     assert [type(error) for error in errors] == [type(None), LookupError, type(None), LookupError]
@@ -195,15 +188,30 @@ def test_each_gets_its_own_error() -> None:
 def test_a_busy_storage_is_waited_for_once() -> None:
     """All calls of a batch learn of it at once, instead of each waiting for the timeout again."""
     gated = Gated(StorageBusyError, timeout=60)
-    futures = [gated.call(number) for number in range(4)]
+    futures = gated.call(0, 1, 2, 3)
     gated.permits.release(9)
     errors = [future.exception(60) for future in futures]
     assert [type(error) for error in errors[1:]] == [StorageBusyError] * 3
     assert gated.batches == [[0], [1, 2, 3]]
 
 
+class Yielding:
+    """A lock that gives other threads every chance to take it when it is released."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.acquire = self.lock.acquire
+        self.locked = self.lock.locked
+
+    def release(self) -> None:
+        """Release the lock, and let other threads run."""
+        self.lock.release()
+        for _ in range(1000):
+            time.sleep(0)
+
+
 def test_what_is_being_executed_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call that has waited for too long while it is being executed waits for its result."""
+    """A call that has waited for too long while it is being executed gets that result."""
     waited_too_long = threading.Semaphore(0)
 
     def acquire(lock: threading.Lock, timeout: float) -> bool:
@@ -215,10 +223,12 @@ def test_what_is_being_executed_is_not_given_up(monkeypatch: pytest.MonkeyPatch)
         return True
 
     gated = Gated(LookupError, timeout=60)
+    gated.sharing._leadership = Yielding()
     monkeypatch.setattr("usermetadata.storage.sqlite_sharing.acquire", acquire)
-    futures = [gated.call(number) for number in (0, 2, 4)]
+    futures = gated.call(0, 2, 4)
     gated.permits.release()
     for _ in range(3):
         assert waited_too_long.acquire(timeout=60)
-    gated.permits.release()
+    gated.permits.release(9)
     assert [future.result(60) for future in futures] == [0, 2, 4]
+    assert gated.batches == [[0], [2, 4]]

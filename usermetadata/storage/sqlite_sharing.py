@@ -84,21 +84,24 @@ class Sharing(Generic[A, R]):
                 call.is_late = call.is_over = True
 
     def _lead(self, call: _Call[A, R]) -> bool:
-        calls = [call]
+        calls: list[_Call[A, R]] = []
         leads = False
         try:
             leads = self._leadership.acquire(blocking=False)
-            if leads:
+            if leads and not call.is_over:
                 self._leading_thread = threading.get_ident()
                 self._withdraw(call)
+                calls.append(call)
                 self._execute_with_all_that_wait(calls)
             return leads
         finally:
             if leads:
+                # Before another thread may lead: it would execute its call a second time.
+                for each in calls:
+                    each.is_over = True
                 self._leading_thread = None
                 self._leadership.release()
                 for each in calls[1:]:
-                    each.is_over = True
                     each.wake()
                 self._wake_one()
 
