@@ -12,7 +12,7 @@ import atexit
 import threading
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from usermetadata.bridge import private_loop
 from usermetadata.exceptions import StorageBusyError
@@ -59,7 +59,7 @@ class Coalescer:
         refuse_reentry()
         if not self._reads.in_flight or private_loop.get() is asyncio.get_running_loop():
             return finish(self._storage.read(user_ids))
-        return finish(await self._reads.call(user_ids))
+        return finish(await self._reads.submit(user_ids))
 
     async def write(
         self, changes: Sequence[tuple[str, Change]], finish: Callable[[list[Metadata | None]], T]
@@ -68,7 +68,7 @@ class Coalescer:
         refuse_reentry()
         if not self._writes.in_flight or private_loop.get() is asyncio.get_running_loop():
             return finish(self._storage.write(changes))
-        return finish(await self._writes.call(changes))
+        return finish(await self._writes.submit(changes))
 
     def close(self) -> None:
         """Let the calls under way end, and the worker threads with them."""
@@ -89,20 +89,18 @@ class Coalescer:
     def _read_together(self, calls: Sequence[Sequence[str]]) -> list[dict[str, Metadata]]:
         everybody = dict.fromkeys(user_id for user_ids in calls for user_id in user_ids)
         found = self._storage.read(list(everybody))
-        given: set[str] = set()
-        results: list[dict[str, Metadata]] = []
-        for user_ids in calls:
-            result: dict[str, Metadata] = {}
-            for user_id in user_ids:
-                if user_id in found and user_id not in result:
-                    metadata = found[user_id]
-                    # Who asks for the same user gets an object of its own.
-                    if user_id in given:
-                        metadata = decode_metadata(encode_metadata(metadata))
-                    given.add(user_id)
-                    result[user_id] = metadata
-            results.append(result)
-        return results
+        unused = dict(found)
+
+        def take(user_id: str) -> Metadata:
+            # Who asks for the same user gets an object of its own.
+            if user_id in unused:
+                return unused.pop(user_id)
+            return decode_metadata(encode_metadata(found[user_id]))
+
+        return [
+            {user_id: take(user_id) for user_id in user_ids if user_id in found}
+            for user_ids in calls
+        ]
 
     def _write_together(
         self, calls: Sequence[Sequence[tuple[str, Change]]]
@@ -111,16 +109,9 @@ class Coalescer:
         return [[next(written) for _ in changes] for changes in calls]
 
 
-class _Call(NamedTuple):
-    argument: Any
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[Any]
-
-
-class _Outcome(NamedTuple):
-    future: asyncio.Future[Any]
-    result: Any
-    error: BaseException | None
+# Plain tuples, as there are two for each call: what to do and who waits; who, result and error.
+_Call = tuple[A, "asyncio.Future[R]"]
+_Outcome = tuple["asyncio.Future[R]", "R | None", "BaseException | None"]
 
 
 class _Lane(Generic[A, R]):
@@ -130,16 +121,15 @@ class _Lane(Generic[A, R]):
         self._execute = execute
         self.in_flight = in_flight
         self._lock = threading.Lock()
-        self._waiting: list[_Call] = []
+        self._waiting: list[_Call[A, R]] = []
         self._workers: set[threading.Thread] = set()
         self._idle_workers = 0
         self._wake: SimpleQueue[None] = SimpleQueue()
         self._is_closed = False
 
-    async def call(self, argument: A) -> R:
+    def submit(self, argument: A) -> asyncio.Future[R]:
         """Join the next batch, and let it start if there is a place for it."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[R] = loop.create_future()
+        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         with self._lock:
             if self._idle_workers:
                 self._idle_workers -= 1
@@ -149,8 +139,8 @@ class _Lane(Generic[A, R]):
                 worker.start()
                 self._workers.add(worker)
             # Last: a worker looks once it has the lock, and never if it could not be started.
-            self._waiting.append(_Call(argument, loop, future))
-        return await future
+            self._waiting.append((argument, future))
+        return future
 
     def close(self) -> None:
         """Wait for the batches that run or wait, and for the workers to end."""
@@ -165,16 +155,16 @@ class _Lane(Generic[A, R]):
 
     def _work(self) -> None:
         while calls := self._next_batch():
-            calls = [call for call in calls if not call.future.cancelled()]
-            outcomes: dict[asyncio.AbstractEventLoop, list[_Outcome]] = {}
-            for call, outcome in zip(calls, self._run(calls), strict=True):
-                outcomes.setdefault(call.loop, []).append(outcome)
-            for loop, of_loop in outcomes.items():
+            calls = [call for call in calls if not call[1].cancelled()]
+            by_loop: dict[asyncio.AbstractEventLoop, list[_Outcome[R]]] = {}
+            for outcome in self._run(calls):
+                by_loop.setdefault(outcome[0].get_loop(), []).append(outcome)
+            for loop, outcomes in by_loop.items():
                 # A loop that is closed has nobody waiting any more.
                 with suppress(RuntimeError):
-                    loop.call_soon_threadsafe(_deliver, of_loop)
+                    loop.call_soon_threadsafe(_deliver, outcomes)
 
-    def _next_batch(self) -> list[_Call]:
+    def _next_batch(self) -> list[_Call[A, R]]:
         """Return all that waits, as soon as there is any; nothing if the worker is to end."""
         while True:
             with self._lock:
@@ -195,20 +185,18 @@ class _Lane(Generic[A, R]):
                         return []
                     self._wake.get()
 
-    def _run(self, calls: list[_Call]) -> list[_Outcome]:
+    def _run(self, calls: list[_Call[A, R]]) -> list[_Outcome[R]]:
         try:
-            results = self._execute([call.argument for call in calls]) if calls else []
+            results = self._execute([argument for argument, _ in calls]) if calls else []
         except StorageBusyError as busy:
             # Each on its own would wait just as long, one after the other.
-            return [_Outcome(call.future, None, _same(busy)) for call in calls]
+            return [(future, None, _same(busy)) for _, future in calls]
         except BaseException as error:  # noqa: BLE001 - it is the caller's, who gets it
             if len(calls) == 1:
-                return [_Outcome(calls[0].future, None, error)]
+                return [(calls[0][1], None, error)]
             # One of them is to blame, and only that one is to fail.
             return [outcome for call in calls for outcome in self._run([call])]
-        return [
-            _Outcome(call.future, result, None) for call, result in zip(calls, results, strict=True)
-        ]
+        return [(future, result, None) for (_, future), result in zip(calls, results, strict=True)]
 
 
 def _same(busy: StorageBusyError) -> StorageBusyError:
@@ -217,7 +205,7 @@ def _same(busy: StorageBusyError) -> StorageBusyError:
     return error
 
 
-def _deliver(outcomes: list[_Outcome]) -> None:
+def _deliver(outcomes: list[_Outcome[Any]]) -> None:
     for future, result, error in outcomes:
         if future.done():  # cancelled meanwhile
             continue

@@ -42,12 +42,10 @@ class Measuring:
 
         def run(operation: Callable[[int], object], calls: int) -> float:
             def work(first: int) -> None:
-                for number in range(first, first + calls):
+                for number in range(first, calls * threads, threads):
                     operation(number)
 
-            workers = [
-                threading.Thread(target=work, args=[calls * thread]) for thread in range(threads)
-            ]
+            workers = [threading.Thread(target=work, args=[first]) for first in range(threads)]
             begin = time.perf_counter()
             for worker in workers:
                 worker.start()
@@ -67,11 +65,11 @@ class Measuring:
 
         def run(operation: Callable[[int], Awaitable[object]], calls: int) -> float:
             async def work(first: int) -> None:
-                for number in range(first, first + calls):
+                for number in range(first, calls * tasks, tasks):
                     await operation(number)
 
             async def main() -> None:
-                await asyncio.gather(*(work(calls * task) for task in range(tasks)))
+                await asyncio.gather(*map(work, range(tasks)))
 
             begin = time.perf_counter()
             loop.run_until_complete(main())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sqlite_utils import Database
 
@@ -16,7 +16,7 @@ from usermetadata.json import decode_metadata, encode_metadata
 from usermetadata.storage.sqlite_connections import OneConnection, OwnConnections
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from typing_extensions import Self
 
@@ -34,6 +34,8 @@ _STORE = (
     " ON CONFLICT (app_id, user_id) DO UPDATE SET user_metadata = excluded.user_metadata"
 )
 _REMOVE = "DELETE FROM user_metadata WHERE app_id = ? AND user_id = ?"
+
+_BLIND = (Clear, Replace)  # they do not look at what is stored, and so mend a damaged row, too
 
 _MAX_TIMEOUT = 1_000_000  # seconds; SQLite counts milliseconds in 31 bits
 
@@ -106,18 +108,13 @@ class SQLiteStorage:
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         """Return the metadata of those users that have a row, in one query."""
-        if len(user_ids) == 1:
-            rows = self._connections.read(_READ_ONE, (self._app_id, user_ids[0]))
-        else:
-            rows = self._connections.read(_READ_MANY, (self._app_id, json.dumps(list(user_ids))))
+        rows = self._select(self._connections.read, user_ids)
         return {user_id: self._decode(user_id, text) for user_id, text in rows}
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order in one transaction, opened by ``BEGIN IMMEDIATE``."""
         return self._connections.write(
-            lambda connection: [
-                self._apply(connection, user_id, change) for user_id, change in changes
-            ],
+            lambda connection: self._apply(connection, changes),
             # Any other change may be bound to its thread.
             shareable=all(type(change) in (Merge, Replace, Clear) for _, change in changes),
         )
@@ -132,18 +129,38 @@ class SQLiteStorage:
         """Close the connections that the storage opened itself."""
         self._connections.close()
 
-    def _apply(self, connection: Connection, user_id: str, change: Change) -> Metadata | None:
-        old = None
-        # The two that ignore what is stored also mend a damaged row.
-        if not isinstance(change, (Clear, Replace)):
-            for _, text in connection.run(_READ_ONE, (self._app_id, user_id)):
-                old = self._decode(user_id, text)
-        new = change(old)
-        if new is None:
-            connection.run(_REMOVE, (self._app_id, user_id))
-        else:
-            connection.run(_STORE, (self._app_id, user_id, encode_metadata(new)))
-        return new
+    def _apply(
+        self, connection: Connection, changes: Sequence[tuple[str, Change]]
+    ) -> list[Metadata | None]:
+        to_read = [user_id for user_id, change in changes if not isinstance(change, _BLIND)]
+        texts = dict(self._select(connection.run, to_read))
+        results: list[Metadata | None] = []
+        for user_id, change in changes:
+            old = None
+            if user_id in texts and not isinstance(change, _BLIND):
+                old = self._decode(user_id, texts[user_id])
+            new = change(old)
+            results.append(new)
+            if new is None:
+                texts.pop(user_id, None)
+            else:
+                texts[user_id] = encode_metadata(new)
+        to_store, to_remove = [], []
+        for user_id in dict(changes):
+            if user_id in texts:
+                to_store.append((self._app_id, user_id, texts[user_id]))
+            else:
+                to_remove.append((self._app_id, user_id))
+        connection.run_many(_STORE, to_store)
+        connection.run_many(_REMOVE, to_remove)
+        return results
+
+    def _select(
+        self, run: Callable[[str, Sequence[Any]], Iterable[Any]], user_ids: Sequence[str]
+    ) -> Iterable[tuple[str, Any]]:
+        if len(user_ids) == 1:
+            return run(_READ_ONE, (self._app_id, user_ids[0]))
+        return run(_READ_MANY, (self._app_id, json.dumps(user_ids)))
 
     def _decode(self, user_id: str, text: object) -> Metadata:
         try:

@@ -58,6 +58,13 @@ class Connection:
         except self._driver.Error as error:
             raise translate(error, self._name) from error
 
+    def run_many(self, statement: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Execute one statement for each row of parameters."""
+        try:
+            self._plain_cursor().executemany(statement, rows)
+        except self._driver.Error as error:
+            raise translate(error, self._name) from error
+
     def transact(self, work: Callable[[Connection], T]) -> T:
         """Commit what ``work`` does or undo it all; join a transaction of the lender's."""
         joins = self._borrowed and self.in_transaction
