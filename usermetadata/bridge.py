@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
     from usermetadata.changes import Change
+    from usermetadata.interfaces import RecipeInterface
     from usermetadata.json import Metadata
     from usermetadata.storage import Storage
 
@@ -56,6 +57,20 @@ class OnTheSpot:
         """Write, blocking."""
         refuse_reentry()
         return finish(self._storage.write(changes))
+
+
+class InThreads:
+    """The functions of an override, made to return their result itself.
+
+    Works in any thread, also in one whose event loop is running.
+    """
+
+    def __init__(self, implementation: RecipeInterface) -> None:
+        self._implementation = implementation
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self._implementation, name)
+        return lambda *arguments: run_in_thread(lambda: function(*arguments))
 
 
 private_loop: ContextVar[object] = ContextVar("usermetadata_private_loop", default=None)

@@ -9,13 +9,11 @@ from usermetadata.interfaces import RecipeInterface
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-    from typing import Any, ClassVar, TypeVar
+    from collections.abc import Callable
+    from typing import Any, ClassVar
 
     from usermetadata.coalescing import Coalescer
     from usermetadata.storage import Storage
-
-    T = TypeVar("T")
 
 
 class UserMetadataOverrideConfig:
@@ -88,6 +86,8 @@ class UserMetadataRecipe:
         recipe_id: ``"usermetadata"``, as in the SDK.
         storage: where the metadata is kept.
         override: what ``init`` got.
+        blocking_implementation: the functions, as the override left them, each returning its result
+            itself; ``usermetadata.syncio`` calls these.
     """
 
     recipe_id: ClassVar[str] = "usermetadata"
@@ -109,17 +109,20 @@ class UserMetadataRecipe:
         self._owns_storage = owns_storage
         self._coalescer: Coalescer | None = None
         self._implementation: RecipeInterface | None = None
-        self._direct_implementation: Any = None
+        self.blocking_implementation: Any
         if override is None or override.functions is None:
             from usermetadata.bridge import OnTheSpot
             from usermetadata.recipe_implementation import RecipeImplementation
 
             # Its functions return their result itself, whatever the interface says.
             on_the_spot: Any = OnTheSpot(storage)
-            self._direct_implementation = RecipeImplementation(on_the_spot)
+            self.blocking_implementation = RecipeImplementation(on_the_spot)
         else:
+            from usermetadata.bridge import InThreads
+
             original = self._awaitable_implementation()
             self._implementation = _complete(override.functions(original), original)
+            self.blocking_implementation = InThreads(self._implementation)
 
     def __repr__(self) -> str:
         return f"UserMetadataRecipe({self.storage!r})"
@@ -196,25 +199,6 @@ class UserMetadataRecipe:
 
         self._coalescer = Coalescer(self.storage)
         return RecipeImplementation(self._coalescer)
-
-    def run(self, call: Callable[[RecipeInterface], Awaitable[T]]) -> T:
-        """Call a function of the implementation and wait for its end.
-
-        Works in any thread, also in one whose event loop is running.
-
-        Args:
-            call: calls one of the functions and returns what that returns.
-
-        Returns:
-            The result of the function; what it raises is raised.
-        """
-        if self._direct_implementation is None:
-            from usermetadata.bridge import run_in_thread
-
-            return run_in_thread(lambda: call(self.recipe_implementation))
-        on_the_spot: Any = call
-        result: T = on_the_spot(self._direct_implementation)
-        return result
 
 
 def _open_storage(storage: Storage | str | os.PathLike[str]) -> Storage:

@@ -106,8 +106,8 @@ class Sharing(Generic[A, R]):
                 self._wake_one()
 
     def _execute_with_all_that_wait(self, calls: list[_Call[A, R]]) -> None:
-        with suppress(IndexError):
-            while True:
+        with suppress(IndexError):  # some may have withdrawn since we looked
+            while self._waiting:
                 calls.append(self._waiting.popleft())
         try:
             results = self._execute([each.argument for each in calls])
@@ -132,8 +132,9 @@ class Sharing(Generic[A, R]):
 
     def _wake_one(self) -> None:
         # It came after the last leader's last look, and leads now unless yet another does.
-        with suppress(IndexError):
-            self._waiting[0].wake()
+        if self._waiting:
+            with suppress(IndexError):
+                self._waiting[0].wake()
 
 
 class _Call(Generic[A, R]):

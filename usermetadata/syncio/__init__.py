@@ -39,9 +39,10 @@ def get_user_metadata(user_id: str, user_context: dict[str, Any] | None = None) 
         >>> get_user_metadata("alice").metadata
         {}
     """
-    recipe = UserMetadataRecipe.get_instance()
+    functions = UserMetadataRecipe.get_instance().blocking_implementation
     context = {} if user_context is None else user_context
-    return recipe.run(lambda functions: functions.get_user_metadata(user_id, context))
+    result: MetadataResult = functions.get_user_metadata(user_id, context)
+    return result
 
 
 def update_user_metadata(
@@ -77,11 +78,10 @@ def update_user_metadata(
 
     The rule is that of SuperTokens, "Storing data about a user".
     """
-    recipe = UserMetadataRecipe.get_instance()
+    functions = UserMetadataRecipe.get_instance().blocking_implementation
     context = {} if user_context is None else user_context
-    return recipe.run(
-        lambda functions: functions.update_user_metadata(user_id, metadata_update, context)
-    )
+    result: MetadataResult = functions.update_user_metadata(user_id, metadata_update, context)
+    return result
 
 
 def clear_user_metadata(
@@ -107,9 +107,10 @@ def clear_user_metadata(
         >>> clear_user_metadata("alice")
         ClearUserMetadataResult()
     """
-    recipe = UserMetadataRecipe.get_instance()
+    functions = UserMetadataRecipe.get_instance().blocking_implementation
     context = {} if user_context is None else user_context
-    return recipe.run(lambda functions: functions.clear_user_metadata(user_id, context))
+    result: ClearUserMetadataResult = functions.clear_user_metadata(user_id, context)
+    return result
 
 
 def set_user_metadata(
@@ -140,9 +141,10 @@ def set_user_metadata(
         >>> set_user_metadata("alice", {"plan": "pro"}).metadata
         {'plan': 'pro'}
     """
-    recipe = UserMetadataRecipe.get_instance()
+    functions = UserMetadataRecipe.get_instance().blocking_implementation
     context = {} if user_context is None else user_context
-    return recipe.run(lambda functions: functions.set_user_metadata(user_id, metadata, context))
+    result: MetadataResult = functions.set_user_metadata(user_id, metadata, context)
+    return result
 
 
 def modify_user_metadata(
@@ -182,9 +184,10 @@ def modify_user_metadata(
         >>> modify_user_metadata("bob", count_visit).metadata
         {'visits': 1}
     """
-    recipe = UserMetadataRecipe.get_instance()
+    functions = UserMetadataRecipe.get_instance().blocking_implementation
     context = {} if user_context is None else user_context
-    return recipe.run(lambda functions: functions.modify_user_metadata(user_id, function, context))
+    result: MetadataResult = functions.modify_user_metadata(user_id, function, context)
+    return result
 
 
 def get_bulk_user_metadata(
@@ -210,9 +213,10 @@ def get_bulk_user_metadata(
         >>> get_bulk_user_metadata(["nobody", "noone"])
         {'nobody': MetadataResult(metadata={}), 'noone': MetadataResult(metadata={})}
     """
-    recipe = UserMetadataRecipe.get_instance()
+    functions = UserMetadataRecipe.get_instance().blocking_implementation
     context = {} if user_context is None else user_context
-    return recipe.run(lambda functions: functions.get_bulk_user_metadata(user_ids, context))
+    result: dict[str, MetadataResult] = functions.get_bulk_user_metadata(user_ids, context)
+    return result
 
 
 def update_bulk_user_metadata(
@@ -243,8 +247,9 @@ def update_bulk_user_metadata(
         >>> updated["dave"].metadata
         {'seat': 2}
     """
-    recipe = UserMetadataRecipe.get_instance()
+    functions = UserMetadataRecipe.get_instance().blocking_implementation
     context = {} if user_context is None else user_context
-    return recipe.run(
-        lambda functions: functions.update_bulk_user_metadata(metadata_updates, context)
+    result: dict[str, MetadataResult] = functions.update_bulk_user_metadata(
+        metadata_updates, context
     )
+    return result
