@@ -11,8 +11,9 @@ import asyncio
 import atexit
 import threading
 from contextlib import suppress
+from itertools import islice
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from usermetadata.bridge import private_loop
 from usermetadata.exceptions import StorageBusyError
@@ -106,12 +107,34 @@ class Coalescer:
         self, calls: Sequence[Sequence[tuple[str, Change]]]
     ) -> list[list[Metadata | None]]:
         written = iter(self._storage.write([change for changes in calls for change in changes]))
-        return [[next(written) for _ in changes] for changes in calls]
+        return [list(islice(written, len(changes))) for changes in calls]
 
 
-# Plain tuples, as there are two for each call: what to do and who waits; who, result and error.
-_Call = tuple[A, "asyncio.Future[R]"]
-_Outcome = tuple["asyncio.Future[R]", "R | None", "BaseException | None"]
+class _Calls(Generic[A, R]):
+    """Calls of one event loop: what each asks for, and who waits for it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.arguments: list[A] = []
+        self.futures: list[asyncio.Future[R]] = []
+
+    def drop_cancelled(self) -> None:
+        gone = {n for n, future in enumerate(self.futures) if future.cancelled()}
+        if gone:
+            self.arguments = [each for n, each in enumerate(self.arguments) if n not in gone]
+            self.futures = [each for n, each in enumerate(self.futures) if n not in gone]
+
+    def deliver(self, results: list[R | _Failure]) -> None:
+        # A loop that is closed has nobody waiting any more.
+        with suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(_deliver, self.futures, results)
+
+
+class _Failure:
+    """What is delivered in the place of a result."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
 
 
 class _Lane(Generic[A, R]):
@@ -121,7 +144,7 @@ class _Lane(Generic[A, R]):
         self._execute = execute
         self.in_flight = in_flight
         self._lock = threading.Lock()
-        self._waiting: list[_Call[A, R]] = []
+        self._waiting: list[_Calls[A, R]] = []
         self._workers: set[threading.Thread] = set()
         self._idle_workers = 0
         self._wake: SimpleQueue[None] = SimpleQueue()
@@ -129,7 +152,8 @@ class _Lane(Generic[A, R]):
 
     def submit(self, argument: A) -> asyncio.Future[R]:
         """Join the next batch, and let it start if there is a place for it."""
-        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[R] = loop.create_future()
         with self._lock:
             if self._idle_workers:
                 self._idle_workers -= 1
@@ -139,7 +163,11 @@ class _Lane(Generic[A, R]):
                 worker.start()
                 self._workers.add(worker)
             # Last: a worker looks once it has the lock, and never if it could not be started.
-            self._waiting.append((argument, future))
+            if not self._waiting or self._waiting[-1].loop is not loop:
+                self._waiting.append(_Calls(loop))
+            calls = self._waiting[-1]
+            calls.arguments.append(argument)
+            calls.futures.append(future)
         return future
 
     def close(self) -> None:
@@ -154,23 +182,20 @@ class _Lane(Generic[A, R]):
             worker.join()
 
     def _work(self) -> None:
-        while calls := self._next_batch():
-            calls = [call for call in calls if not call[1].cancelled()]
-            by_loop: dict[asyncio.AbstractEventLoop, list[_Outcome[R]]] = {}
-            for outcome in self._run(calls):
-                by_loop.setdefault(outcome[0].get_loop(), []).append(outcome)
-            for loop, outcomes in by_loop.items():
-                # A loop that is closed has nobody waiting any more.
-                with suppress(RuntimeError):
-                    loop.call_soon_threadsafe(_deliver, outcomes)
+        while batch := self._next_batch():
+            for calls in batch:
+                calls.drop_cancelled()
+            results = iter(self._run([argument for calls in batch for argument in calls.arguments]))
+            for calls in batch:
+                calls.deliver(list(islice(results, len(calls.futures))))
 
-    def _next_batch(self) -> list[_Call[A, R]]:
+    def _next_batch(self) -> list[_Calls[A, R]]:
         """Return all that waits, as soon as there is any; nothing if the worker is to end."""
         while True:
             with self._lock:
-                calls, self._waiting = self._waiting, []
-                if calls:
-                    return calls
+                batch, self._waiting = self._waiting, []
+                if batch:
+                    return batch
                 if self._is_closed:
                     self._workers.discard(threading.current_thread())
                     return []
@@ -185,18 +210,17 @@ class _Lane(Generic[A, R]):
                         return []
                     self._wake.get()
 
-    def _run(self, calls: list[_Call[A, R]]) -> list[_Outcome[R]]:
+    def _run(self, arguments: list[A]) -> list[R | _Failure]:
         try:
-            results = self._execute([argument for argument, _ in calls]) if calls else []
+            return [*self._execute(arguments)] if arguments else []
         except StorageBusyError as busy:
             # Each on its own would wait just as long, one after the other.
-            return [(future, None, _same(busy)) for _, future in calls]
+            return [_Failure(_same(busy)) for _ in arguments]
         except BaseException as error:  # noqa: BLE001 - it is the caller's, who gets it
-            if len(calls) == 1:
-                return [(calls[0][1], None, error)]
+            if len(arguments) == 1:
+                return [_Failure(error)]
             # One of them is to blame, and only that one is to fail.
-            return [outcome for call in calls for outcome in self._run([call])]
-        return [(future, result, None) for (_, future), result in zip(calls, results, strict=True)]
+            return [result for argument in arguments for result in self._run([argument])]
 
 
 def _same(busy: StorageBusyError) -> StorageBusyError:
@@ -205,16 +229,16 @@ def _same(busy: StorageBusyError) -> StorageBusyError:
     return error
 
 
-def _deliver(outcomes: list[_Outcome[Any]]) -> None:
-    for future, result, error in outcomes:
+def _deliver(futures: list[asyncio.Future[R]], results: list[R | _Failure]) -> None:
+    for future, result in zip(futures, results, strict=True):
         if future.done():  # cancelled meanwhile
             continue
-        if error is None:
+        if not isinstance(result, _Failure):
             future.set_result(result)
-        elif isinstance(error, StopIteration):
+        elif isinstance(result.error, StopIteration):
             # A future cannot hold it; a coroutine would raise this instead, too.
             replaced = RuntimeError("the function raised StopIteration")
-            replaced.__cause__ = error
+            replaced.__cause__ = result.error
             future.set_exception(replaced)
         else:
-            future.set_exception(error)
+            future.set_exception(result.error)

@@ -35,6 +35,7 @@ _STORE = (
 )
 _REMOVE = "DELETE FROM user_metadata WHERE app_id = ? AND user_id = ?"
 
+_SHAREABLE = {Merge, Replace, Clear}  # any other change may be bound to its thread
 _BLIND = (Clear, Replace)  # they do not look at what is stored, and so mend a damaged row, too
 
 _MAX_TIMEOUT = 1_000_000  # seconds; SQLite counts milliseconds in 31 bits
@@ -115,8 +116,7 @@ class SQLiteStorage:
         """Apply the changes in order in one transaction, opened by ``BEGIN IMMEDIATE``."""
         return self._connections.write(
             lambda connection: self._apply(connection, changes),
-            # Any other change may be bound to its thread.
-            shareable=all(type(change) in (Merge, Replace, Clear) for _, change in changes),
+            shareable={type(change) for _, change in changes} <= _SHAREABLE,
         )
 
     def for_app(self, app_id: str) -> Self:
