@@ -393,6 +393,19 @@ def test_another_programs_table(storage: SQLiteStorage, database: Path) -> None:
     fails(storage, "its table user_metadata is another program's")
 
 
+def test_a_damaged_row_leaves_no_query_open(storage: SQLiteStorage, database: Path) -> None:
+    """Whoever keeps the error does not keep SQLite from tidying its log."""
+    users = [f"user {number}" for number in range(1000)]
+    storage.write([(user_id, Merge({"n": 1})) for user_id in users])
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        connection.execute("UPDATE user_metadata SET user_metadata = '['")
+        with pytest.raises(DamagedMetadataError) as kept:
+            storage.read(users)
+        [busy, _, _] = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    assert busy == 0
+    assert kept.value.__traceback__ is not None
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from sqlite_utils import Database
 
@@ -16,7 +16,7 @@ from usermetadata.json import decode_metadata, encode_metadata
 from usermetadata.storage.sqlite_connections import OneConnection, OwnConnections
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Sequence
 
     from typing_extensions import Self
 
@@ -109,8 +109,8 @@ class SQLiteStorage:
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         """Return the metadata of those users that have a row, in one query."""
-        rows = self._select(self._connections.read, user_ids)
-        return {user_id: self._decode(user_id, text) for user_id, text in rows}
+        query, parameters = self._query(user_ids)
+        return self._connections.read(query, parameters, self._decode)
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order in one transaction, opened by ``BEGIN IMMEDIATE``."""
@@ -133,7 +133,7 @@ class SQLiteStorage:
         self, connection: Connection, changes: Sequence[tuple[str, Change]]
     ) -> list[Metadata | None]:
         to_read = [user_id for user_id, change in changes if not isinstance(change, _BLIND)]
-        texts = dict(self._select(connection.run, to_read))
+        texts: dict[str, str] = dict(connection.run(*self._query(to_read)))
         results: list[Metadata | None] = []
         for user_id, change in changes:
             old = None
@@ -155,12 +155,10 @@ class SQLiteStorage:
         connection.run_many(_REMOVE, to_remove)
         return results
 
-    def _select(
-        self, run: Callable[[str, Sequence[Any]], Iterable[Any]], user_ids: Sequence[str]
-    ) -> Iterable[tuple[str, Any]]:
+    def _query(self, user_ids: Sequence[str]) -> tuple[str, tuple[str, str]]:
         if len(user_ids) == 1:
-            return run(_READ_ONE, (self._app_id, user_ids[0]))
-        return run(_READ_MANY, (self._app_id, json.dumps(user_ids)))
+            return _READ_ONE, (self._app_id, user_ids[0])
+        return _READ_MANY, (self._app_id, json.dumps(user_ids))
 
     def _decode(self, user_id: str, text: object) -> Metadata:
         try:

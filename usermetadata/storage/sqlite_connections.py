@@ -14,13 +14,22 @@ from weakref import WeakSet, finalize
 
 from sqlite_utils import Database, Migrations
 
-from usermetadata.exceptions import StorageBusyError, StorageError, UsageError
+from usermetadata.exceptions import (
+    DamagedMetadataError,
+    StorageBusyError,
+    StorageError,
+    UsageError,
+)
 from usermetadata.forking import watch
 from usermetadata.storage.sqlite_errors import busy, orphaned, translate
 from usermetadata.storage.sqlite_sharing import Sharing, acquire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from usermetadata.json import Metadata
+
+    Decode = Callable[[str, object], Metadata]
 
 T = TypeVar("T")
 
@@ -55,6 +64,18 @@ class Connection:
             # The cursor has no name, so that it goes, and with it a half-read statement's lock on
             # the file, with whatever error or interrupt comes.
             return self._execute(statement, parameters).fetchall()
+        except self._driver.Error as error:
+            raise translate(error, self._name) from error
+
+    def read(self, query: str, parameters: Sequence[Any], decode: Decode) -> dict[str, Metadata]:
+        """Run a query for ids and texts, and decode each text as it comes."""
+        try:
+            rows = self._execute(query, parameters)
+            try:
+                return {user_id: decode(user_id, text) for user_id, text in rows}
+            except BaseException:
+                rows.close()  # The error knows it, and may be kept; the file's lock must go.
+                raise
         except self._driver.Error as error:
             raise translate(error, self._name) from error
 
@@ -177,8 +198,8 @@ class OwnConnections:
         # Also at the interpreter's exit, and when the storage is dropped without close().
         finalize(self, _close_all, self._writers, self._idle_readers)
 
-    def read(self, query: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
-        """Run one query, whatever the writer is doing."""
+    def read(self, query: str, parameters: Sequence[Any], decode: Decode) -> dict[str, Metadata]:
+        """Run a query for ids and texts, whatever the writer is doing; decode the texts."""
         if self._is_suspect or not self._writers:
             self._lend_writer(lambda _: None)  # It has created what the reader needs.
         reader = None
@@ -188,7 +209,9 @@ class OwnConnections:
                 reader = self._idle_readers.pop()
             except IndexError:
                 reader = self._open_reader()
-            return reader.run(query, parameters)
+            return reader.read(query, parameters, decode)
+        except DamagedMetadataError:
+            raise
         except StorageError:
             # Whatever is wrong with the file, the next call looks at it afresh.
             self._is_suspect = True
@@ -342,8 +365,9 @@ class OneConnection:
         self._lock = threading.RLock()
         self._held_for_fork = False
 
-    def read(self, query: str, parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
-        return self._lend(lambda connection: connection.run(query, parameters))
+    def read(self, query: str, parameters: Sequence[Any], decode: Decode) -> dict[str, Metadata]:
+        rows = self._lend(lambda connection: connection.run(query, parameters))
+        return {user_id: decode(user_id, text) for user_id, text in rows}
 
     def write(self, work: Callable[[Connection], T], *, shareable: bool) -> T:
         lock = self._write_lock
