@@ -143,6 +143,7 @@ class Benchmarks:
                     {peer.name: gets_many(peer, ids) for peer in opened}
                 )
         self.report.say("## One thread")
+        self.report.say("How many times as long as usermetadata; lengths are logarithmic:")
         self.report.bars(
             "blocking.svg",
             {f"{name}, 150 B": results[name]["150 B"] for name in ("get", "update")},
