@@ -182,7 +182,7 @@ def test_every_public_name_is_there() -> None:
     """``__all__`` is what ``from usermetadata import *`` gives, lazily loaded names included."""
     for name in usermetadata.__all__:
         assert getattr(usermetadata, name).__doc__
-    assert not hasattr(usermetadata, "PostgresStorage")
+    assert not hasattr(usermetadata, "NoStorage")
 
 
 def test_every_error_is_ours_and_documented() -> None:

@@ -60,13 +60,16 @@ _STORE = _UPSERT + "excluded.user_metadata RETURNING user_id, user_metadata"
 _LOCK = _UPSERT + "stored.user_metadata RETURNING user_id, user_metadata"
 # The type json keeps each value's text as it is, to the last digit, and the order of properties.
 _MERGED = """(
-    SELECT '{{' || concat_ws(
-        ',',
-        string_agg(to_json(key)::text || ':' || value::text, ','),
-        nullif(substr(excluded.user_metadata, 2, length(excluded.user_metadata) - 2), '')
+    SELECT '{{' || coalesce(
+        string_agg(
+            to_json(key)::text || ':' || coalesce(new.value, old.value)::text,
+            ',' ORDER BY old.place, new.place
+        ), ''
     ) || '}}'
-    FROM json_each(stored.user_metadata::json)
-    WHERE NOT (%(keys)s -> excluded.user_id::text) ? key)
+    FROM json_each(stored.user_metadata::json) WITH ORDINALITY AS old (key, value, place)
+    FULL JOIN json_each(excluded.user_metadata::json) WITH ORDINALITY AS new (key, value, place)
+        USING (key)
+    WHERE new.place IS NOT NULL OR NOT coalesce(%(removed)s -> excluded.user_id::text ? key, false))
 RETURNING user_id, user_metadata"""
 _MERGE = _UPSERT + _MERGED
 _REMOVE = """
@@ -228,8 +231,11 @@ class PostgresStorage:
         ]
         if kind is Replace:
             return self._execute(connection, _STORE, rows=Json(rows))
-        keys = {user_id: list(change.update) for user_id, (_, change) in by_user.items()}
-        return self._execute(connection, _MERGE, rows=Json(rows), keys=Jsonb(keys))
+        removed = {
+            user_id: [key for key, value in change.update.items() if value is None]
+            for user_id, (_, change) in by_user.items()
+        }
+        return self._execute(connection, _MERGE, rows=Json(rows), removed=Jsonb(removed))
 
     def _apply_holding(
         self, connection: Connection, changes: Sequence[tuple[str, Change]]
