@@ -9,12 +9,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from postgres_server import empty_schema, server_url, server_version, stop_servers
 from sqlite_utils import Database
 
 import usermetadata
 import usermetadata.asyncio
 import usermetadata.syncio
-from usermetadata import InMemoryStorage, SQLiteStorage, UserMetadataRecipe
+from usermetadata import InMemoryStorage, PostgresStorage, SQLiteStorage, UserMetadataRecipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator
@@ -26,11 +27,16 @@ pytest_plugins = ["pytester"]
 
 
 def pytest_report_header() -> str:
-    """Say which SQLite the run is about."""
-    return f"sqlite: {sqlite3.sqlite_version}"
+    """Say which databases the run is about."""
+    return f"sqlite: {sqlite3.sqlite_version}, postgresql: {server_version()}"
 
 
-STORAGES = ["memory", "sqlite file", "sqlite memory", "sqlite borrowed"]
+def pytest_unconfigure() -> None:
+    """Stop the database server."""
+    stop_servers()
+
+
+STORAGES = ["memory", "sqlite file", "sqlite memory", "sqlite borrowed", "postgres"]
 
 
 @contextlib.contextmanager
@@ -43,6 +49,9 @@ def open_storage(kind: str, folder: Path) -> Generator[Storage, None, None]:
         elif kind == "sqlite borrowed":
             connection = sqlite3.connect(":memory:", check_same_thread=False)
             storage = SQLiteStorage(Database(stack.enter_context(contextlib.closing(connection))))
+        elif kind == "postgres":
+            schema = stack.enter_context(empty_schema())
+            storage = PostgresStorage(server_url(), schema=schema)
         else:
             storage = SQLiteStorage(folder / "users.db" if kind == "sqlite file" else ":memory:")
         yield stack.enter_context(contextlib.closing(storage))

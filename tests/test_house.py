@@ -25,7 +25,15 @@ PACKAGE = Path(usermetadata.__file__).parent
 # Who may import whom at run time; below stands what knows nothing of what is above.
 HOUSE: dict[str, set[str]] = {
     "testing": {"changes", "exceptions", "recipe", "storage.memory"},
-    "": {"exceptions", "merge", "recipe", "storage", "storage.memory", "storage.sqlite"},
+    "": {
+        "exceptions",
+        "merge",
+        "recipe",
+        "storage",
+        "storage.memory",
+        "storage.postgres",
+        "storage.sqlite",
+    },
     "asyncio": {"interfaces", "recipe"},
     "syncio": {"interfaces", "recipe"},
     "recipe": {
@@ -35,6 +43,7 @@ HOUSE: dict[str, set[str]] = {
         "interfaces",
         "recipe_implementation",
         "storage.memory",
+        "storage.postgres",
         "storage.sqlite",
     },
     "recipe_implementation": {
@@ -65,6 +74,14 @@ HOUSE: dict[str, set[str]] = {
     },
     "storage.sqlite_sharing": {"exceptions"},
     "storage.sqlite_errors": {"exceptions"},
+    "storage.postgres": {
+        "changes",
+        "exceptions",
+        "identifiers",
+        "json",
+        "storage.postgres_connections",
+    },
+    "storage.postgres_connections": {"exceptions", "forking"},
     "changes": {"merge"},
     "merge": set(),
     "identifiers": {"exceptions"},
@@ -165,7 +182,7 @@ def test_every_public_name_is_there() -> None:
     """``__all__`` is what ``from usermetadata import *`` gives, lazily loaded names included."""
     for name in usermetadata.__all__:
         assert getattr(usermetadata, name).__doc__
-    assert not hasattr(usermetadata, "PostgresStorage")
+    assert not hasattr(usermetadata, "NoStorage")
 
 
 def test_every_error_is_ours_and_documented() -> None:

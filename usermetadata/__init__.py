@@ -25,6 +25,7 @@ TYPE_CHECKING = False  # typing's own would import typing, which takes longer th
 if TYPE_CHECKING:
     from usermetadata.storage import Storage
     from usermetadata.storage.memory import InMemoryStorage
+    from usermetadata.storage.postgres import PostgresStorage
     from usermetadata.storage.sqlite import SQLiteStorage
 else:
 
@@ -34,6 +35,10 @@ else:
             from usermetadata.storage.memory import InMemoryStorage
 
             return InMemoryStorage
+        if name == "PostgresStorage":
+            from usermetadata.storage.postgres import PostgresStorage
+
+            return PostgresStorage
         if name == "SQLiteStorage":
             from usermetadata.storage.sqlite import SQLiteStorage
 
@@ -50,6 +55,7 @@ __all__ = [
     "InMemoryStorage",
     "InputOverrideConfig",
     "InvalidInputError",
+    "PostgresStorage",
     "SQLiteStorage",
     "Storage",
     "StorageBusyError",

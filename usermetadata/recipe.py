@@ -55,10 +55,10 @@ def init(
     that forks its workers later.
 
     Args:
-        storage: a storage; or a URL, ``memory://`` or ``sqlite:///users.db`` (four slashes before
-            an absolute path); or the path of an SQLite file. ``None`` means the URL or path in the
-            environment variable ``USERMETADATA_URL``, and ``sqlite:///usermetadata.db`` if that is
-            not set.
+        storage: a storage; or a URL, ``memory://``, ``postgresql://...`` or ``sqlite:///users.db``
+            (four slashes before an absolute path); or the path of an SQLite file. ``None`` means
+            the URL or path in the environment variable ``USERMETADATA_URL``, and
+            ``sqlite:///usermetadata.db`` if that is not set.
         override: replaces or wraps the functions, for both facades.
 
     Raises:
@@ -212,9 +212,11 @@ def _open_storage(storage: Storage | str | os.PathLike[str]) -> Storage:
             return InMemoryStorage()
         if scheme == "sqlite" and rest[:1] in ("", "/"):
             return _open_sqlite(rest[1:] or ":memory:")
+        if scheme in ("postgresql", "postgres"):
+            return _open_postgres(storage)
         raise InvalidInputError(
-            f'storage: {storage!r} is not a URL that is known: pass "memory://",'
-            ' "sqlite:///users.db" or "sqlite:////absolute/path/users.db"'
+            f'storage: {scheme}:// is not a URL that is known: pass "memory://",'
+            ' "sqlite:///users.db", "sqlite:////absolute/path/users.db" or "postgresql://..."'
         )
     if isinstance(storage, os.PathLike):
         return _open_sqlite(storage)
@@ -232,6 +234,18 @@ def _open_sqlite(path: str | os.PathLike[str]) -> Storage:
     from usermetadata.storage.sqlite import SQLiteStorage
 
     return SQLiteStorage(path)
+
+
+def _open_postgres(url: str) -> Storage:
+    try:
+        from usermetadata.storage.postgres import PostgresStorage
+    except ModuleNotFoundError as error:
+        if error.name not in ("psycopg", "psycopg_pool"):
+            raise
+        raise UsageError(
+            "PostgreSQL needs psycopg: pip install 'usermetadata[postgres]'"
+        ) from error
+    return PostgresStorage(url)
 
 
 def _complete(overridden: RecipeInterface, original: RecipeInterface) -> RecipeInterface:
