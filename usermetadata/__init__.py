@@ -1,4 +1,4 @@
-"""Keep a JSON object about each user, in memory, in SQLite or in a storage of your own.
+"""Keep a JSON object about each user, in memory, SQLite, PostgreSQL or a storage of your own.
 
 ``init`` says where; the functions are in ``usermetadata.syncio`` and ``usermetadata.asyncio``.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from usermetadata.exceptions import (
     DamagedMetadataError,
     InvalidInputError,
+    OutcomeUnknownError,
     StorageBusyError,
     StorageError,
     UsageError,
@@ -55,6 +56,7 @@ __all__ = [
     "InMemoryStorage",
     "InputOverrideConfig",
     "InvalidInputError",
+    "OutcomeUnknownError",
     "PostgresStorage",
     "SQLiteStorage",
     "Storage",

@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from usermetadata.bridge import private_loop
-from usermetadata.exceptions import StorageBusyError
+from usermetadata.exceptions import OutcomeUnknownError, StorageBusyError
 from usermetadata.forking import watch
 from usermetadata.json import decode_metadata, encode_metadata
 from usermetadata.reentry import refuse_reentry
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from usermetadata.changes import Change
+    from usermetadata.exceptions import StorageError
     from usermetadata.json import Metadata
     from usermetadata.storage import Storage
 
@@ -213,9 +214,9 @@ class _Lane(Generic[A, R]):
     def _run(self, arguments: list[A]) -> list[R | _Failure]:
         try:
             return [*self._execute(arguments)] if arguments else []
-        except StorageBusyError as busy:
-            # Each on its own would wait just as long, one after the other.
-            return [_Failure(_same(busy)) for _ in arguments]
+        except (StorageBusyError, OutcomeUnknownError) as shared:
+            # Each on its own would wait just as long, one after the other; or might be done twice.
+            return [_Failure(_same(shared)) for _ in arguments]
         except BaseException as error:  # noqa: BLE001 - it is the caller's, who gets it
             if len(arguments) == 1:
                 return [_Failure(error)]
@@ -223,9 +224,9 @@ class _Lane(Generic[A, R]):
             return [result for argument in arguments for result in self._run([argument])]
 
 
-def _same(busy: StorageBusyError) -> StorageBusyError:
-    error = StorageBusyError(*busy.args)
-    error.__cause__ = busy.__cause__
+def _same(shared: StorageError) -> StorageError:
+    error = type(shared)(*shared.args)
+    error.__cause__ = shared.__cause__
     return error
 
 

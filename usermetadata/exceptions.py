@@ -19,8 +19,15 @@ class StorageError(UserMetadataError):
     """The storage failed and nothing was written; ``__cause__`` is the driver's own error."""
 
 
+class OutcomeUnknownError(StorageError):
+    """The connection was lost during a write, which was done whole or not at all: not known which.
+
+    To repeat an update is safe if nobody else writes the same properties meanwhile.
+    """
+
+
 class StorageBusyError(StorageError, TimeoutError):
-    """Other writers held the storage for longer than its timeout; the call may be repeated."""
+    """The storage was not to be had within its timeout; nothing was written: repeat the call."""
 
 
 class DamagedMetadataError(StorageError, ValueError):

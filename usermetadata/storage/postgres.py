@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from psycopg import DataError, sql
-from psycopg.types.json import Json, Jsonb
+from psycopg import Cursor, DataError
+from psycopg.rows import tuple_row
+from psycopg.sql import Identifier
 
 from usermetadata.changes import Clear, Merge, Replace
 from usermetadata.exceptions import DamagedMetadataError, InvalidInputError
-from usermetadata.identifiers import USER_ID_MAX_LENGTH, check_app_id
+from usermetadata.identifiers import check_app_id
 from usermetadata.json import decode_metadata, encode_metadata
 from usermetadata.storage.postgres_connections import Connections
+from usermetadata.storage.postgres_statements import (
+    HOLD,
+    MERGE,
+    READ_MANY,
+    READ_ONE,
+    REMOVE,
+    STORE,
+    Table,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
-    from psycopg import Connection, Cursor
+    from psycopg import Connection
     from psycopg_pool import ConnectionPool
     from typing_extensions import LiteralString, Self
 
@@ -31,52 +42,6 @@ _NATIVE = {Merge, Replace, Clear}
 _BLIND = (Clear, Replace)  # they do not look at what is stored, and so mend a damaged row, too
 _NO_ROW = "no row"  # stands in a row that is locked before it is written; no JSON
 
-_CREATE = """
-CREATE TABLE IF NOT EXISTS {table} (
-    app_id varchar(64) NOT NULL DEFAULT 'public',
-    user_id varchar(255) NOT NULL,
-    user_metadata text NOT NULL,
-    PRIMARY KEY (app_id, user_id))
-"""
-_WIDTH = """
-SELECT atttypmod - 4 FROM pg_attribute
-WHERE attrelid = %(table)s::regclass AND attname = 'user_id' AND atttypmod > 0
-"""
-_READ_ONE = """
-SELECT user_id, user_metadata FROM {table} WHERE app_id = %(app_id)s AND user_id = %(user_id)s
-"""
-_READ_MANY = """
-SELECT user_id, user_metadata FROM {table}
-WHERE app_id = %(app_id)s AND user_id IN (SELECT json_array_elements_text(%(user_ids)s))
-"""
-# In an order that all writers keep to, so that two of them never wait for each other.
-_UPSERT = """
-INSERT INTO {table} AS stored (app_id, user_id, user_metadata)
-SELECT %(app_id)s, user_id, user_metadata
-FROM json_to_recordset(%(rows)s) AS row (user_id text, user_metadata text) ORDER BY user_id
-ON CONFLICT (app_id, user_id) DO UPDATE SET user_metadata = """
-_STORE = _UPSERT + "excluded.user_metadata RETURNING user_id, user_metadata"
-# Replaces a row by itself, which locks it.
-_LOCK = _UPSERT + "stored.user_metadata RETURNING user_id, user_metadata"
-# The type json keeps each value's text as it is, to the last digit, and the order of properties.
-_MERGED = """(
-    SELECT '{{' || coalesce(
-        string_agg(
-            to_json(key)::text || ':' || coalesce(new.value, old.value)::text,
-            ',' ORDER BY old.place, new.place
-        ), ''
-    ) || '}}'
-    FROM json_each(stored.user_metadata::json) WITH ORDINALITY AS old (key, value, place)
-    FULL JOIN json_each(excluded.user_metadata::json) WITH ORDINALITY AS new (key, value, place)
-        USING (key)
-    WHERE new.place IS NOT NULL OR NOT coalesce(%(removed)s -> excluded.user_id::text ? key, false))
-RETURNING user_id, user_metadata"""
-_MERGE = _UPSERT + _MERGED
-_REMOVE = """
-DELETE FROM {table}
-WHERE app_id = %(app_id)s AND user_id IN (SELECT json_array_elements_text(%(user_ids)s))
-"""
-
 
 class PostgresStorage:
     """Keeps metadata in a table of a PostgreSQL database, which many machines may share.
@@ -85,7 +50,8 @@ class PostgresStorage:
     hold their users' rows, also those that are not there yet, until they are written.
 
     The table is that of SuperTokens' core, ``user_metadata (app_id, user_id, user_metadata)``. It
-    is created if it is not there, and used as it is if a core has created it.
+    is created if it is not there. One that a core has created is used as it is, under the locks
+    that the core takes, so that both may write to it.
 
     Args:
         database: what libpq takes, ``"postgresql://..."`` or ``"host=... dbname=..."``; or a
@@ -93,10 +59,10 @@ class PostgresStorage:
         app_id: the app whose rows these are.
         table: the name of the table.
         schema: the schema it is in; without it, the first of the ``search_path``.
-        max_connections: how many connections a storage opens at most, when it needs them. Not for a
-            pool.
-        timeout: seconds that a call waits for a connection before it raises
-            ``StorageBusyError``. Not for a pool.
+        max_connections: how many connections are opened at most; none is before it is needed. A
+            pool has its own limit.
+        timeout: seconds that a call waits for a connection, and a write for other writers of its
+            users, before it raises ``StorageBusyError``.
 
     Raises:
         InvalidInputError: an argument is not valid. Nothing is opened before the first call.
@@ -106,6 +72,7 @@ class PostgresStorage:
         PostgresStorage('db.internal/users', app_id='shop')
     """
 
+    # Updates keep their order if one batch is written at a time; reads have none to keep.
     reads_in_flight, writes_in_flight = 2, 1
 
     def __init__(  # noqa: PLR0913 - the table's name has two parts
@@ -123,24 +90,38 @@ class PostgresStorage:
             raise InvalidInputError(f"timeout: {timeout!r} is not a number of seconds from 0 on")
         if not isinstance(max_connections, int) or max_connections < 1:
             raise InvalidInputError(f"max_connections: {max_connections!r} is not 1 or more")
-        self._table = sql.Identifier(*([schema] if schema else []), table)
+        self._table = Table(Identifier(*([schema] if schema else []), table))
         self._connections = Connections(database, max_connections, timeout)
-        self._statements: dict[str, sql.Composed] = {}
-        self._width: list[int] = []  # of user_id, once it is known; shared by the apps
+        # The server takes 0 for no limit.
+        self._timeout = str(max(1, round(timeout * 1000)))
 
     def __repr__(self) -> str:
         return f"PostgresStorage({self._connections.name!r}, app_id={self._app_id!r})"
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         """Return the metadata of those users that have a row, in one query."""
-        rows = self._run(lambda connection: self._select(connection, user_ids).fetchall())
+        self._prepare()
+        rows = self._connections.run(lambda connection: self._select(connection, user_ids))
         return {user_id: self._decode(user_id, text) for user_id, text in rows}
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order in one transaction: one round trip, if none is a function."""
+        self._prepare()
+        for user_id, _ in changes:
+            if len(user_id) > self._table.user_id_length:
+                raise InvalidInputError(
+                    f"user_id: has {len(user_id)} characters; the column user_id of this"
+                    f" database's table takes {self._table.user_id_length}"
+                )
         is_native = {type(change) for _, change in changes} <= _NATIVE
         apply = self._apply_natively if is_native else self._apply_holding
-        return self._run(lambda connection: apply(connection, changes), changes)
+        try:
+            return self._connections.run(
+                lambda connection: apply(connection, changes), is_write=True
+            )
+        except _ChangeError as failed:
+            error = failed.error
+        raise error
 
     def for_app(self, app_id: str) -> Self:
         """Return the same storage, seen from another app."""
@@ -152,62 +133,37 @@ class PostgresStorage:
         """Close the connections that the storage opened itself."""
         self._connections.close()
 
-    def _run(
-        self,
-        work: Callable[[Connection], T],
-        changes: Sequence[tuple[str, Change]] = (),
-    ) -> T:
-        if not self._width:
-            self._width[:] = [self._connections.run(self._prepare)]
-        [width] = self._width
-        for user_id, _ in changes:
-            if len(user_id) > width:
-                raise InvalidInputError(
-                    f"user_id: has {len(user_id)} characters; the column user_id of this"
-                    f" database allows {width}"
-                )
-        return self._connections.run(work)
-
-    def _prepare(self, connection: Connection) -> int:
-        """Create the table where it is missing; return how long a user id may be."""
-        name = self._table.as_string(connection)
-        found = connection.execute("SELECT to_regclass(%s)", [name]).fetchone()
-        if found is None or found[0] is None:
-            with connection.transaction():
-                # Two who create a table at once fail, IF NOT EXISTS or not.
-                connection.execute("SELECT pg_advisory_xact_lock(hashtext('usermetadata'))")
-                connection.execute(self._statement(_CREATE))
-        width = connection.execute(_WIDTH, {"table": name}).fetchone()
-        return width[0] if width else USER_ID_MAX_LENGTH
-
-    def _statement(self, template: LiteralString) -> sql.Composed:
-        statement = self._statements.get(template)
-        if statement is None:
-            statement = self._statements[template] = sql.SQL(template).format(table=self._table)
-        return statement
+    def _prepare(self) -> None:
+        if not self._table.user_id_length:
+            self._connections.run_first(self._table.prepare)
 
     def _execute(
-        self, connection: Connection, template: LiteralString, **parameters: object
-    ) -> Cursor[tuple[Any, ...]]:
-        return connection.execute(self._statement(template), {"app_id": self._app_id, **parameters})
+        self, connection: Connection[Any], statement: LiteralString, **parameters: object
+    ) -> Cursor[tuple[str, str]]:
+        # Whatever cursors and rows a lent pool makes.
+        cursor = Cursor(connection, row_factory=tuple_row)
+        parameters |= {"app_id": self._app_id, "timeout": self._timeout}
+        return cursor.execute(self._table[statement], parameters)
 
-    def _select(self, connection: Connection, user_ids: Sequence[str]) -> Cursor[tuple[Any, ...]]:
+    def _select(
+        self, connection: Connection[Any], user_ids: Sequence[str]
+    ) -> list[tuple[str, str]]:
         if len(user_ids) == 1:
-            return self._execute(connection, _READ_ONE, user_id=user_ids[0])
-        return self._execute(connection, _READ_MANY, user_ids=Json(user_ids))
+            return self._execute(connection, READ_ONE, user_id=user_ids[0]).fetchall()
+        return self._execute(connection, READ_MANY, user_ids=_dump(user_ids)).fetchall()
 
     def _apply_natively(
-        self, connection: Connection, changes: Sequence[tuple[str, Change]]
+        self, connection: Connection[Any], changes: Sequence[tuple[str, Change]]
     ) -> list[Metadata | None]:
         texts: list[str | None] = [None] * len(changes)
-        statements = list(_statements(changes))
+        groups = list(_grouped(changes))
         try:
-            if len(statements) == 1:
-                cursors = [self._send(connection, *statements[0])]
+            if len(groups) == 1:
+                cursors = [self._send(connection, *groups[0])]
             else:
                 with connection.pipeline(), connection.transaction():
-                    cursors = [self._send(connection, *each) for each in statements]
-            for (_, by_user), cursor in zip(statements, cursors, strict=True):
+                    cursors = [self._send(connection, *group) for group in groups]
+            for (_, by_user), cursor in zip(groups, cursors, strict=True):
                 if cursor is not None:
                     for user_id, text in cursor.fetchall():
                         texts[by_user[user_id][0]] = text
@@ -220,47 +176,48 @@ class PostgresStorage:
         ]
 
     def _send(
-        self, connection: Connection, kind: type, by_user: dict[str, tuple[int, Any]]
-    ) -> Cursor[tuple[Any, ...]] | None:
+        self, connection: Connection[Any], kind: type, by_user: dict[str, tuple[int, Any]]
+    ) -> Cursor[tuple[str, str]] | None:
         if kind is Clear:
-            self._execute(connection, _REMOVE, user_ids=Json(list(by_user)))
+            self._execute(connection, REMOVE, user_ids=_dump(list(by_user)))
             return None
-        rows = [
-            {"user_id": user_id, "user_metadata": encode_metadata(change(None) or {})}
+        rows = _rows(
+            (user_id, encode_metadata(change(None) or {}))
             for user_id, (_, change) in by_user.items()
-        ]
+        )
         if kind is Replace:
-            return self._execute(connection, _STORE, rows=Json(rows))
+            return self._execute(connection, STORE, rows=rows)
         removed = {
             user_id: [key for key, value in change.update.items() if value is None]
             for user_id, (_, change) in by_user.items()
         }
-        return self._execute(connection, _MERGE, rows=Json(rows), removed=Jsonb(removed))
+        return self._execute(connection, MERGE, rows=rows, removed=_dump(removed))
 
     def _apply_holding(
-        self, connection: Connection, changes: Sequence[tuple[str, Change]]
+        self, connection: Connection[Any], changes: Sequence[tuple[str, Change]]
     ) -> list[Metadata | None]:
         users = dict.fromkeys(user_id for user_id, _ in changes)
-        with connection.transaction():
-            placeholders = [{"user_id": user, "user_metadata": _NO_ROW} for user in users]
-            held = self._execute(connection, _LOCK, rows=Json(placeholders)).fetchall()
-            texts = {user_id: text for user_id, text in held if text != _NO_ROW}
+        # Two round trips: to begin and hold the rows, and to write and commit.
+        with connection.pipeline(), connection.transaction():
+            held = self._execute(connection, HOLD, rows=_rows((user, _NO_ROW) for user in users))
+            texts = {user_id: text for user_id, text in held.fetchall() if text != _NO_ROW}
             results: list[Metadata | None] = []
             for user_id, change in changes:
                 old = None
                 if user_id in texts and not isinstance(change, _BLIND):
                     old = self._decode(user_id, texts[user_id])
-                new = change(old)
+                try:
+                    new = change(old)
+                except BaseException as error:
+                    raise _ChangeError(error) from error
                 results.append(new)
                 if new is None:
                     texts.pop(user_id, None)
                 else:
                     texts[user_id] = encode_metadata(new)
-            rows = [{"user_id": user, "user_metadata": text} for user, text in texts.items()]
+            self._execute(connection, STORE, rows=_rows(texts.items()))
             gone = [user_id for user_id in users if user_id not in texts]
-            with connection.pipeline():
-                self._execute(connection, _STORE, rows=Json(rows))
-                self._execute(connection, _REMOVE, user_ids=Json(gone))
+            self._execute(connection, REMOVE, user_ids=_dump(gone))
         return results
 
     def _decode(self, user_id: str, text: str) -> Metadata:
@@ -273,7 +230,22 @@ class PostgresStorage:
             ) from error
 
 
-def _statements(
+class _ChangeError(Exception):
+    """What a change has raised, which may look like an error of the database."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+def _rows(texts: Iterable[tuple[str, str]]) -> str:
+    return _dump([{"user_id": user_id, "user_metadata": text} for user_id, text in texts])
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _grouped(
     changes: Sequence[tuple[str, Change]],
 ) -> Iterable[tuple[type, dict[str, tuple[int, Any]]]]:
     """Put changes that one statement can apply together, and a user's own one after the other."""

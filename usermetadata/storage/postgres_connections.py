@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
-import select
+import selectors
 import threading
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 from psycopg import conninfo, errors
@@ -15,6 +16,7 @@ from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
 
 from usermetadata.exceptions import (
     InvalidInputError,
+    OutcomeUnknownError,
     StorageBusyError,
     StorageError,
     UsageError,
@@ -28,8 +30,28 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_ATTEMPTS = 10  # at a transaction that the server has undone
+_ATTEMPTS = 10
 _LONGEST_PAUSE = 0.5  # seconds between two of them
+
+# With one of these as its answer to a statement, a server says that it has undone the transaction,
+# and that the next attempt may do better: so to repeat it loses nothing and does nothing twice.
+_UNDONE = (
+    errors.SerializationFailure,
+    errors.DeadlockDetected,
+    errors.AdminShutdown,  # a restart, a failover, pg_terminate_backend
+    errors.ReadOnlySqlTransaction,  # it was the primary once; another connection may find the new
+)
+_TOOK_TOO_LONG = (errors.LockNotAvailable, errors.QueryCanceled)
+
+# What libpq does if the database's URL says nothing of it: it notices a peer that is gone.
+_DEFAULTS = {
+    "connect_timeout": "10",
+    "tcp_user_timeout": "30000",
+    "keepalives_idle": "30",
+    "keepalives_interval": "10",
+    "keepalives_count": "3",
+    "fallback_application_name": "usermetadata",
+}
 
 
 class Connections:
@@ -39,11 +61,11 @@ class Connections:
         self, database: str | ConnectionPool, max_connections: int, timeout: float
     ) -> None:
         self._borrowed: ConnectionPool | None = None
-        self._conninfo = ""
+        self._arguments: dict[str, Any] = {}
         self.name = "the borrowed pool"
         if isinstance(database, str):
-            self._conninfo = database
-            self.name = _name(database)
+            self._arguments = _parse(database)
+            self.name = _name(self._arguments)
         elif isinstance(database, ConnectionPool):
             self._borrowed = database
         else:
@@ -55,25 +77,41 @@ class Connections:
         self._timeout = timeout
         self._lock = threading.Lock()
         self._pool: ConnectionPool | None = None
+        self._lent: set[Connection[Any]] = set()
         self._closed = False
         watch(self)
 
-    def run(self, work: Callable[[Connection], T]) -> T:
-        """Let ``work`` have a connection; again where the server has undone what it did."""
-        attempt = 0
+    def run_first(self, work: Callable[[Connection[Any]], object]) -> None:
+        """Do what comes before all else, on a connection that says why it cannot be opened."""
+        if self._opened() is self._borrowed:
+            self.run(work, is_write=False)
+            return
+        try:
+            # The pool would try again and again, and not tell.
+            with psycopg.connect(**self._arguments, autocommit=True) as connection:
+                work(connection)
+        except psycopg.Error as error:
+            raise self._translated(error, is_write=False) from error
+
+    def run(self, work: Callable[[Connection[Any]], T], *, is_write: bool = False) -> T:
+        """Let ``work`` have a connection, and another one where it is safe to do it again."""
+        process = os.getpid()
+        attempt = 1
         while True:
             try:
                 with self._lend() as connection:
                     return work(connection)
-            except (errors.SerializationFailure, errors.DeadlockDetected) as error:
-                # It has been undone, so doing it again loses nothing and repeats nothing.
-                attempt += 1
-                if attempt == _ATTEMPTS:
-                    raise StorageBusyError(
-                        f"{self.name}: other writers were in the way {attempt} times:"
-                        " repeat the call"
+            except psycopg.Error as error:
+                if os.getpid() != process:
+                    raise UsageError(
+                        f"{self.name}: this process was forked in the middle of a write, which is"
+                        " its parent's to end: fork elsewhere"
                     ) from error
+                can_repeat = isinstance(error, _UNDONE) or (_is_lost(error) and not is_write)
+                if not can_repeat or attempt == _ATTEMPTS:
+                    raise self._translated(error, is_write=is_write) from error
             time.sleep(random.uniform(0, min(_LONGEST_PAUSE, 0.01 * 2**attempt)))  # noqa: S311
+            attempt += 1
 
     def close(self) -> None:
         """Close the pool, unless it is the caller's."""
@@ -91,88 +129,135 @@ class Connections:
 
     def after_fork_in_child(self) -> None:
         """Leave the parent its connections, and open others when they are needed."""
-        if self._pool is not None:
-            # Not even closed: that would say goodbye to the server in the parent's name.
-            _of_the_parent_process.append(self._pool)
+        pool = self._borrowed or self._pool
+        if pool is not None:
+            # Not even closed, which would say goodbye to the server in the parent's name.
+            _of_the_parent_process.append(pool)
+        with open(os.devnull, "rb") as nothing:
+            for connection in self._lent:
+                # Whoever uses it goes on here, too, and must not interfere.
+                os.dup2(nothing.fileno(), connection.fileno())
+        self._lent = set()
         self._lock = threading.Lock()
         self._pool = None
 
     @contextmanager
-    def _lend(self) -> Generator[Connection, None, None]:
+    def _lend(self) -> Generator[Connection[Any], None, None]:
+        pool = self._opened()
         try:
-            with self._opened().connection() as connection:
+            with pool.connection(self._timeout) as connection:
                 autocommit = connection.autocommit
                 connection.autocommit = True
+                self._lent.add(connection)
                 try:
                     yield connection
+                except errors.ReadOnlySqlTransaction:
+                    connection.close()
+                    raise
                 finally:
+                    self._lent.discard(connection)
                     if not connection.closed:
                         connection.autocommit = autocommit
         except PoolTimeout as error:
-            raise StorageBusyError(
-                f"{self.name}: no connection was free or could be opened within the pool's timeout:"
-                " is the server up, and are there enough connections for all callers?"
-            ) from error
+            raise StorageBusyError(f"{self.name}: {self._why_none()}: nothing was done") from error
         except PoolClosed as error:
             raise UsageError(f"{self.name}: the pool is closed: pass one that is open") from error
-        except (errors.SerializationFailure, errors.DeadlockDetected):
-            raise
-        except (errors.LockNotAvailable, errors.QueryCanceled) as error:
-            raise StorageBusyError(f"{self.name}: {_first_line(error)}: repeat the call") from error
-        except psycopg.Error as error:
-            advice = (
-                ": whether it has stored anything is not known"
-                if isinstance(error, psycopg.OperationalError)
-                and error.sqlstate in _CONNECTION_LOST
-                else ""
-            )
-            raise StorageError(f"{self.name}: {_first_line(error)}{advice}") from error
 
     def _opened(self) -> ConnectionPool:
-        if self._borrowed is not None and not self._closed:
-            return self._borrowed
         with self._lock:
             if self._closed:
                 raise UsageError(f"this PostgresStorage of {self.name} is closed: make a new one")
+            if self._borrowed is not None:
+                if self._borrowed in _of_the_parent_process:
+                    raise UsageError(
+                        f"{self.name} is the parent process's: make one in each process"
+                    )
+                return self._borrowed
             if self._pool is None:
                 self._pool = ConnectionPool(
-                    self._conninfo,
                     min_size=0,
                     max_size=self._max_connections,
-                    timeout=self._timeout,
-                    kwargs={"autocommit": True},
+                    kwargs={**self._arguments, "autocommit": True},
+                    configure=_configure,
                     check=_check,
                     name="usermetadata",
                     open=True,
                 )
             return self._pool
 
+    def _why_none(self) -> str:
+        """Say why the pool had no connection: it only knows that it had none."""
+        waited = f"no connection was free within {self._timeout:g} seconds"
+        if self._borrowed is None:
+            try:
+                psycopg.connect(**self._arguments).close()
+            except psycopg.Error as error:
+                return _first_line(error)
+            return f"{waited}, all {self._max_connections} (max_connections) were in use"
+        return waited
 
-# SQLSTATEs of a server that goes away, and none where libpq itself noticed.
-_CONNECTION_LOST = {None, "57P01", "57P02", "57P03", "08000", "08003", "08006"}
+    def _translated(self, error: psycopg.Error, *, is_write: bool) -> Exception:
+        text = f"{self.name}: {_first_line(error)}"
+        if isinstance(error, errors.ForeignKeyViolation):
+            return InvalidInputError(
+                f"{text}: is app_id an app of the SuperTokens core whose table this is?"
+            )
+        if isinstance(error, _TOOK_TOO_LONG):
+            return StorageBusyError(f"{text}: nothing was done, so the call may be repeated")
+        if isinstance(error, _UNDONE):
+            return StorageBusyError(f"{text}: {_ATTEMPTS} attempts have failed, nothing was done")
+        if is_write and _is_lost(error):
+            return OutcomeUnknownError(
+                f"{text}: the connection was lost during a write, which was done whole or not at"
+                " all: read to find out"
+            )
+        return StorageError(text)
+
+
 _of_the_parent_process: list[ConnectionPool] = []
 
 
-def _check(connection: Connection) -> None:
+def _is_lost(error: psycopg.Error) -> bool:
+    """Tell whether the server may not have had the last word."""
+    if not isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)):
+        return False
+    # None: libpq itself noticed. Class 08: a pooler did. A crash undoes what has not been done.
+    state = error.sqlstate
+    return state is None or state.startswith("08") or state == errors.CrashShutdown.sqlstate
+
+
+def _configure(connection: Connection[Any]) -> None:
+    """Prepare no statements behind a pooler, where the next one's session is somebody else's."""
+    [served_by] = connection.execute("SELECT pg_backend_pid()").fetchone() or [None]
+    # A pooler has told us a number of its own.
+    if served_by != connection.info.backend_pid:
+        connection.prepare_threshold = None
+
+
+def _check(connection: Connection[Any]) -> None:
     """Refuse a connection that the server has closed; it costs no round trip."""
-    readable, _, _ = select.select([connection.fileno()], [], [], 0)
-    # Nobody has asked anything: it can only be the server's farewell.
-    if readable:
-        connection.close()
-        raise psycopg.OperationalError("the server has closed the connection")
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection.fileno(), selectors.EVENT_READ)
+        # Nobody has asked anything: it can only be the server's farewell.
+        if selector.select(0):
+            connection.close()
+            raise psycopg.OperationalError("the server has closed the connection")
 
 
 def _first_line(error: psycopg.Error) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _name(database: str) -> str:
+def _parse(database: str) -> dict[str, Any]:
     try:
-        parts = conninfo.conninfo_to_dict(database)
+        return _DEFAULTS | conninfo.conninfo_to_dict(database)
     except psycopg.ProgrammingError:
         # Without its text, which may quote the password.
         raise InvalidInputError(
             'database: it cannot be read: pass "postgresql://user@host/name"'
         ) from None
-    host = parts.get("host") or "localhost"
-    return f"{host}/{parts.get('dbname') or parts.get('user') or 'postgres'}"
+
+
+def _name(arguments: dict[str, Any]) -> str:
+    host = arguments.get("host") or "localhost"
+    return f"{host}/{arguments.get('dbname') or arguments.get('user') or 'postgres'}"

@@ -1,0 +1,129 @@
+"""The PostgreSQL storage's table and its statements: each is one, for any number of users.
+
+A list is one parameter, a JSON text: that is faster for the driver than an array, and one text of a
+statement, which the server prepares once, serves every length.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from psycopg.sql import SQL, Identifier
+
+from usermetadata.identifiers import USER_ID_MAX_LENGTH
+
+if TYPE_CHECKING:
+    from psycopg import Connection
+    from typing_extensions import LiteralString
+
+_CREATE = """
+CREATE TABLE IF NOT EXISTS {table} (
+    app_id varchar(64) NOT NULL DEFAULT 'public',
+    user_id varchar(255) NOT NULL,
+    user_metadata text NOT NULL,
+    PRIMARY KEY (app_id, user_id))
+"""
+# How long a user id may be, and whether the table is that of a SuperTokens core, whose app_id
+# refers to its apps.
+_DESCRIBE = """
+SELECT
+    (SELECT atttypmod - 4 FROM pg_attribute
+     WHERE attrelid = to_regclass(%(table)s) AND attname = 'user_id' AND atttypmod > 0),
+    EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass(%(table)s) AND contype = 'f')
+WHERE to_regclass(%(table)s) IS NOT NULL
+"""
+# Two who create a table at once fail, IF NOT EXISTS or not.
+_LOCK_CREATION = "SELECT pg_advisory_xact_lock(hashtext('usermetadata'))"
+
+READ_ONE = """
+SELECT user_id, user_metadata FROM {table} WHERE app_id = %(app_id)s AND user_id = %(user_id)s
+"""
+READ_MANY = """
+SELECT user_id, user_metadata FROM {table}
+WHERE app_id = %(app_id)s AND user_id IN (SELECT json_array_elements_text(%(user_ids)s))
+"""
+
+# All writers keep to one order of users, so that two of them never wait for each other. How long
+# they wait is said in the statement itself: behind a pooler, a session is nobody's own.
+_UPSERT = """
+INSERT INTO {table} AS stored (app_id, user_id, user_metadata)
+SELECT %(app_id)s, user_id, user_metadata
+FROM (
+    SELECT user_id, user_metadata{lock}
+    FROM json_to_recordset(%(rows)s) AS row (user_id text, user_metadata text),
+        set_config('lock_timeout', %(timeout)s, true)
+    ORDER BY user_id) AS rows
+ON CONFLICT (app_id, user_id) DO UPDATE SET user_metadata = """
+_RETURNING = " RETURNING user_id, user_metadata"
+STORE = _UPSERT + "excluded.user_metadata" + _RETURNING
+# Replaces a row by itself, which locks it; where there is none it leaves one that must be replaced.
+HOLD = _UPSERT + "stored.user_metadata" + _RETURNING
+# The type json keeps each value's text as it is, to the last digit, and the order of properties.
+MERGE = (
+    _UPSERT  # noqa: S608 - of constants
+    + """(
+    SELECT '{{' || coalesce(
+        string_agg(
+            to_json(key)::text || ':' || coalesce(new.value, old.value)::text,
+            ',' ORDER BY old.place, new.place
+        ), ''
+    ) || '}}'
+    FROM json_each(stored.user_metadata::json) WITH ORDINALITY AS old (key, value, place)
+    FULL JOIN json_each(excluded.user_metadata::json) WITH ORDINALITY AS new (key, value, place)
+        USING (key)
+    WHERE new.place IS NOT NULL
+        OR NOT coalesce(%(removed)s::jsonb -> excluded.user_id::text ? key, false))
+"""
+    + _RETURNING
+)
+REMOVE = """
+DELETE FROM {table} AS stored
+USING (
+    SELECT user_id{lock}
+    FROM json_array_elements_text(%(user_ids)s) AS user_id,
+        set_config('lock_timeout', %(timeout)s, true)
+    ORDER BY user_id) AS gone
+WHERE stored.app_id = %(app_id)s AND stored.user_id = gone.user_id
+"""
+
+# A SuperTokens core reads, merges and writes under this lock and no other.
+_CORES_LOCK = ", pg_advisory_xact_lock(hashtext(%(app_id)s || '~' || user_id))"
+
+
+class Table:
+    """A table of metadata: what there is to know about it, and the statements on it.
+
+    Args:
+        name: its name, with a schema or without.
+
+    Attributes:
+        user_id_length: how many characters a user id may have; 0 before ``prepare``.
+    """
+
+    def __init__(self, name: Identifier) -> None:
+        self._name = name
+        self._lock = SQL("")
+        self._statements: dict[str, bytes] = {}
+        self.user_id_length = 0
+
+    def prepare(self, connection: Connection) -> None:
+        """Create the table if it is missing, and learn about the one that is there."""
+        name = {"table": self._name.as_string(connection)}
+        found = connection.execute(_DESCRIBE, name).fetchone()
+        if found is None:
+            with connection.transaction():
+                connection.execute(_LOCK_CREATION)
+                connection.execute(self[_CREATE])
+            found = (USER_ID_MAX_LENGTH, False)
+        length, is_shared = found
+        if is_shared:
+            self._lock = SQL(_CORES_LOCK)
+        self.user_id_length = length or USER_ID_MAX_LENGTH
+
+    def __getitem__(self, template: LiteralString) -> bytes:
+        """Return the statement that a template of this module becomes for this table."""
+        statement = self._statements.get(template)
+        if statement is None:
+            composed = SQL(template).format(table=self._name, lock=self._lock)
+            statement = self._statements[template] = composed.as_bytes(None)
+        return statement
