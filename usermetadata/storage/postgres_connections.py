@@ -7,7 +7,7 @@ import random
 import selectors
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
@@ -153,6 +153,11 @@ class Connections:
                     yield connection
                 except errors.ReadOnlySqlTransaction:
                     connection.close()
+                    raise
+                except BaseException:
+                    # Where that fails, what has failed before matters more.
+                    with suppress(psycopg.Error):
+                        connection.rollback()
                     raise
                 finally:
                     self._lent.discard(connection)

@@ -1,0 +1,178 @@
+"""What may stand between the storage and a server: a network that fails, and a pooler."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+import struct
+import threading
+
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+
+class Proxy:
+    """Passes on what goes to and from the server, and counts, or cuts, or keeps silent.
+
+    Args:
+        url: the server's.
+
+    Attributes:
+        url: the proxy's.
+        round_trips: how often a client has sent something that it waits for the answer to.
+        loses_replies: whether connections are cut when the server answers, before its answer is
+            passed on.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._server = _address(url)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        port = str(self._listener.getsockname()[1])
+        self.url = make_conninfo(
+            url, host="127.0.0.1", port=port, sslmode="disable", gssencmode="disable"
+        )
+        self.round_trips = 0
+        self.loses_replies = False
+        self._sockets: set[socket.socket] = set()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Cut every connection."""
+        for each in list(self._sockets):
+            _close(each)
+        self._sockets.clear()
+
+    def close(self) -> None:
+        """Cut every connection, and accept no other."""
+        _close(self._listener)
+        self.cut()
+
+    def serve(self, client: socket.socket) -> None:
+        """Look after one connection until it ends."""
+        server = _connect(self._server)
+        self._sockets |= {client, server}
+        threading.Thread(target=self._answer, args=(server, client), daemon=True).start()
+        server.sendall(_startup(client))
+        while not (message := _message(client)).startswith(b"X"):
+            # Sync and Query: what a client sends when it begins to wait.
+            self.round_trips += message[:1] in b"SQ"
+            server.sendall(message)
+
+    def _answer(self, server: socket.socket, client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := server.recv(65536):
+                if self.loses_replies:
+                    break
+                client.sendall(data)
+        _close(server)
+        _close(client)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._try_to_serve, args=(client,), daemon=True).start()
+
+    def _try_to_serve(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            self.serve(client)
+        _close(client)
+
+
+class Pooler(Proxy):
+    """Like pgbouncer in transaction mode, at its worst: each transaction is in another session."""
+
+    def __init__(self, url: str, sessions: int = 3) -> None:
+        options = {key: value for key, value in conninfo_to_dict(url).items() if value}
+        startup = b"".join(
+            f"{name}\0{options.get(option, default)}\0".encode()
+            for name, option, default in (
+                ("user", "user", "postgres"),
+                ("database", "dbname", "postgres"),
+                ("client_encoding", "client_encoding", "UTF8"),
+            )
+        )
+        self._sessions = [_connect(_address(url)) for _ in range(sessions)]
+        for session in self._sessions:
+            session.sendall(struct.pack("!ii", 9 + len(startup), 3 << 16) + startup + b"\0")
+            greeting = b"".join(_until_ready(session)[0])
+        # The pid and the key for a cancellation (K) are the pooler's own.
+        place = greeting.index(b"K\0\0\0\x0c") + 5
+        self._greeting = greeting[:place] + b"\0\0\0\x07" + greeting[place + 4 :]
+        self._locks = [threading.Lock() for _ in self._sessions]
+        self._turn = itertools.count()
+        super().__init__(url)
+
+    def close(self) -> None:
+        """End the sessions, too."""
+        super().close()
+        for session in self._sessions:
+            session.close()
+
+    def serve(self, client: socket.socket) -> None:
+        """Take the next session for each transaction."""
+        self._sockets.add(client)
+        _startup(client)
+        client.sendall(self._greeting)
+        message = _message(client)
+        while not message.startswith(b"X"):
+            number = next(self._turn) % len(self._sessions)
+            session = self._sessions[number]
+            with self._locks[number]:
+                status = b"T"
+                while status != b"I":
+                    session.sendall(message)
+                    if message[:1] in b"SQ":
+                        replies, status = _until_ready(session)
+                        client.sendall(b"".join(replies))
+                    if status != b"I":
+                        message = _message(client)
+            message = _message(client)
+
+
+def _address(url: str) -> str | tuple[str, int]:
+    options = conninfo_to_dict(url)
+    host, port = str(options.get("host") or "/var/run/postgresql"), options.get("port") or 5432
+    return f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, int(port))
+
+
+def _connect(address: str | tuple[str, int]) -> socket.socket:
+    if isinstance(address, tuple):
+        return socket.create_connection(address)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address)
+    return connection
+
+
+def _close(connection: socket.socket) -> None:
+    # close() alone would not wake the thread that waits for it.
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = connection.recv(size - len(data))
+        if not part:
+            raise ConnectionResetError
+        data += part
+    return data
+
+
+def _startup(client: socket.socket) -> bytes:
+    head = _receive(client, 4)
+    return head + _receive(client, struct.unpack("!i", head)[0] - 4)
+
+
+def _message(connection: socket.socket) -> bytes:
+    head = _receive(connection, 5)
+    return head + _receive(connection, struct.unpack("!i", head[1:])[0] - 4)
+
+
+def _until_ready(session: socket.socket) -> tuple[list[bytes], bytes]:
+    messages = [_message(session)]
+    while messages[-1][:1] != b"Z":
+        messages.append(_message(session))
+    return messages, messages[-1][5:]

@@ -1,0 +1,431 @@
+"""The PostgreSQL storage: its table, its statements, and a SuperTokens core beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+from postgres_proxy import Proxy
+from postgres_server import empty_schema, server_url, waiting_for_locks
+from psycopg.rows import dict_row
+from psycopg.sql import SQL, Identifier
+from psycopg_pool import ConnectionPool
+
+import usermetadata
+from usermetadata import (
+    DamagedMetadataError,
+    InvalidInputError,
+    PostgresStorage,
+    StorageError,
+    UsageError,
+    UserMetadataRecipe,
+)
+from usermetadata.changes import Clear, Merge, Modify, Replace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from usermetadata.changes import Change
+
+# As the core's PostgreSQL plugin creates them.
+CORES_TABLES = """
+CREATE TABLE apps (app_id varchar(64) PRIMARY KEY);
+INSERT INTO apps VALUES ('public');
+CREATE TABLE user_metadata (
+    app_id varchar(64) DEFAULT 'public',
+    user_id varchar(128) NOT NULL,
+    user_metadata text NOT NULL,
+    CONSTRAINT user_metadata_pkey PRIMARY KEY (app_id, user_id),
+    CONSTRAINT user_metadata_app_id_fkey FOREIGN KEY (app_id) REFERENCES apps (app_id)
+        ON DELETE CASCADE);
+CREATE INDEX user_metadata_app_id_index ON user_metadata (app_id);
+"""
+
+
+@pytest.fixture
+def schema() -> Generator[str, None, None]:
+    """An empty schema."""
+    with empty_schema() as schema:
+        yield schema
+
+
+@pytest.fixture
+def direct(schema: str) -> Generator[psycopg.Connection[Any], None, None]:
+    """A connection that sees what is really there."""
+    with psycopg.connect(server_url(), autocommit=True) as connection:
+        connection.execute(SQL("SET search_path = {}").format(Identifier(schema)))
+        yield connection
+
+
+@pytest.fixture
+def postgres(schema: str) -> Generator[PostgresStorage, None, None]:
+    """A storage in that schema."""
+    with contextlib.closing(PostgresStorage(server_url(), schema=schema)) as storage:
+        yield storage
+
+
+class Core:
+    """Does with the table what a SuperTokens core does with it."""
+
+    def __init__(self, schema: str) -> None:
+        self._connection = psycopg.connect(server_url(), options=f"-c search_path={schema}")
+
+    def update(self, user_id: str, update: dict[str, Any], meanwhile: Any = None) -> None:
+        """Lock, select, merge, upsert, commit; the core tries again when it gets no lock."""
+        locked = False
+        while not locked:
+            [locked] = self._query(
+                "SELECT pg_try_advisory_xact_lock(hashtext(%s))", f"public~{user_id}"
+            ) or [False]
+            if not locked:
+                self._connection.rollback()
+        row = self._query(
+            "SELECT user_metadata FROM user_metadata WHERE app_id = 'public' AND user_id = %s",
+            user_id,
+        )
+        if meanwhile:
+            meanwhile()
+        merged = usermetadata.merge_metadata(json.loads(row[0]) if row else {}, update)
+        self._connection.execute(
+            "INSERT INTO user_metadata (app_id, user_id, user_metadata) VALUES ('public', %s, %s)"
+            " ON CONFLICT (app_id, user_id) DO UPDATE SET user_metadata = excluded.user_metadata",
+            [user_id, json.dumps(merged)],
+        )
+        self._connection.commit()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _query(self, query: Any, parameter: str) -> tuple[Any, ...] | None:
+        return self._connection.execute(query, [parameter]).fetchone()
+
+
+# The table.
+
+
+def test_the_table_has_the_cores_columns(
+    postgres: PostgresStorage, direct: psycopg.Connection[Any]
+) -> None:
+    """Whoever knows SuperTokens' table finds what they expect: a row of text by app and user."""
+    postgres.write([("alice", Merge({"theme": "dark"}))])
+    rows = direct.execute("SELECT app_id, user_id, user_metadata FROM user_metadata").fetchall()
+    assert rows == [("public", "alice", '{"theme":"dark"}')]
+
+
+def test_table_and_schema_have_the_names_that_were_asked_for(
+    schema: str, direct: psycopg.Connection[Any]
+) -> None:
+    """Any names will do, those that need quotes included, and the search path without a schema."""
+    storage = PostgresStorage(server_url(), schema=schema, table='the "users"; --')
+    with contextlib.closing(storage):
+        storage.write([("alice", Merge({"n": 1}))])
+        assert direct.execute('SELECT user_id FROM "the ""users""; --"').fetchall() == [("alice",)]
+    url = psycopg.conninfo.make_conninfo(server_url(), options=f"-c search_path={schema}")
+    with contextlib.closing(PostgresStorage(url, table="other")) as storage:
+        storage.write([("alice", Merge({"n": 1}))])
+        assert direct.execute("SELECT user_id FROM other").fetchall() == [("alice",)]
+
+
+def test_the_table_may_be_created_by_many_at_once(schema: str) -> None:
+    """Eight storages that meet an empty database each write what they have to."""
+
+    def write(number: int) -> None:
+        with contextlib.closing(PostgresStorage(server_url(), schema=schema)) as storage:
+            storage.write([("alice", Merge({str(number): number}))])
+
+    with ThreadPoolExecutor(8) as executor:
+        list(executor.map(write, range(8)))
+    with contextlib.closing(PostgresStorage(server_url(), schema=schema)) as storage:
+        assert storage.read(["alice"]) == {"alice": {str(n): n for n in range(8)}}
+
+
+def test_values_of_others_stay_as_they_are(
+    postgres: PostgresStorage, direct: psycopg.Connection[Any]
+) -> None:
+    """A merge leaves other properties letter by letter, also those that no Python number holds."""
+    postgres.read([])
+    others = '{"z": 1.10, "big": 12345678901234567890.123456789, "nested": {"b" : -0.0, "a": null}}'
+    direct.execute("INSERT INTO user_metadata VALUES ('public', 'alice', %s)", [others])
+    postgres.write([("alice", Merge({"new": 1, "z": 2}))])
+    [[text]] = direct.execute("SELECT user_metadata FROM user_metadata").fetchall()
+    assert text == (
+        '{"z":2,"big":12345678901234567890.123456789,"nested":{"b" : -0.0, "a": null},"new":1}'
+    )
+
+
+@pytest.mark.parametrize("change", [Merge({"n": 1}), Modify(dict)])
+def test_a_damaged_row_is_named(
+    postgres: PostgresStorage, direct: psycopg.Connection[Any], change: Change
+) -> None:
+    """Who needs a row that is no JSON object learns whose it is; ``set`` and ``clear`` mend it."""
+    postgres.write([("alice", Merge({"n": 1})), ("bob", Merge({"n": 1}))])
+    direct.execute("UPDATE user_metadata SET user_metadata = '[1' WHERE user_id = 'alice'")
+    with pytest.raises(DamagedMetadataError, match="of user 'alice' in app 'public' is damaged"):
+        postgres.write([("bob", Merge({"n": 2})), ("alice", change)])
+    with pytest.raises(DamagedMetadataError, match="'alice'"):
+        postgres.read(["bob", "alice"])
+    assert postgres.read(["bob"]) == {"bob": {"n": 1}}
+    assert postgres.write([("alice", Clear())]) == [None]
+    direct.execute("INSERT INTO user_metadata VALUES ('public', 'alice', 'null')")
+    assert postgres.write([("alice", Replace({"n": 3})), ("alice", change)])
+    assert postgres.read(["alice"])["alice"]["n"] in {1, 3}
+
+
+def test_what_a_change_raises_is_not_the_databases(postgres: PostgresStorage) -> None:
+    """A function may talk to a database of its own; its errors are passed on as they are."""
+    for error in (
+        psycopg.errors.SerializationFailure("mine"),
+        psycopg.DataError("mine"),
+        psycopg.Rollback(),
+        KeyboardInterrupt(),
+    ):
+
+        def fail(_: Any, error: BaseException = error) -> Any:
+            raise error
+
+        with pytest.raises(type(error)) as raised:
+            postgres.write([("alice", Merge({"n": 1})), ("alice", fail)])
+        assert raised.value is error
+        assert postgres.read(["alice"]) == {}
+
+
+# Round trips.
+
+
+@pytest.mark.parametrize(
+    ("number", "changes"),
+    [
+        (1, [("alice", Merge({"n": 1, "gone": None}))]),
+        (1, [("alice", Replace({"n": 1}))]),
+        (1, [("alice", Clear())]),
+        (1, [(f"user {n}", Merge({"n": n})) for n in range(500)]),
+        (1, [("alice", Merge({})), ("bob", Clear()), ("carol", Replace({}))]),
+        (1, [("alice", Merge({str(n): n})) for n in range(3)]),
+        (2, [("alice", Merge({str(n): n})) for n in range(50)]),
+        (2, [("alice", Modify(dict)), ("bob", Modify(dict)), ("alice", Merge({}))]),
+    ],
+    ids=["merge", "replace", "clear", "500", "all kinds", "one 3 times", "one 50 times", "modify"],
+)
+def test_round_trips_of_a_write(
+    schema: str, number: int, changes: list[tuple[str, Change]]
+) -> None:
+    """A write of any size is one round trip; with functions, or a user many times, it is two."""
+    proxy = Proxy(server_url())
+    with contextlib.closing(proxy):
+        storage = PostgresStorage(proxy.url, schema=schema)
+        with contextlib.closing(storage):
+            storage.write([("somebody", Merge({}))])
+            before = proxy.round_trips
+            storage.write(changes)
+            assert proxy.round_trips - before == number
+
+
+@pytest.mark.parametrize("count", [1, 500])
+def test_round_trips_of_a_read(schema: str, count: int) -> None:
+    """A read is one round trip for any number of users."""
+    proxy = Proxy(server_url())
+    with contextlib.closing(proxy):
+        storage = PostgresStorage(proxy.url, schema=schema)
+        with contextlib.closing(storage):
+            users = [f"user {n}" for n in range(count)]
+            storage.write([(user, Merge({})) for user in users])
+            before = proxy.round_trips
+            assert len(storage.read(users)) == count
+            assert proxy.round_trips - before == 1
+
+
+# A SuperTokens core on the same table.
+
+
+@pytest.fixture
+def core(schema: str, direct: psycopg.Connection[Any]) -> Generator[Core, None, None]:
+    """A core that has made its tables."""
+    direct.execute(CORES_TABLES)
+    with contextlib.closing(Core(schema)) as core:
+        yield core
+
+
+def test_a_cores_table_is_used_as_it_is(core: Core, postgres: PostgresStorage) -> None:
+    """What a core has stored is read, and the other way round."""
+    core.update("alice", {"theme": "dark", "n": 1})
+    assert postgres.write([("alice", Merge({"n": None}))]) == [{"theme": "dark"}]
+    core.update("alice", {"language": "fr"})
+    assert postgres.read(["alice"]) == {"alice": {"theme": "dark", "language": "fr"}}
+
+
+def test_a_cores_columns_have_their_limits(core: Core, postgres: PostgresStorage) -> None:
+    """A core's user ids have 128 characters, its apps are in a table: other input is refused."""
+    longest = "\u00e9" * 128
+    assert postgres.write([(longest, Merge({"n": 1}))]) == [{"n": 1}]
+    with pytest.raises(InvalidInputError, match=r"user_id: has 129 characters; .* takes 128"):
+        postgres.write([("alice", Merge({})), (longest + "x", Merge({}))])
+    assert postgres.read(["alice", longest + "x"]) == {}
+    with pytest.raises(InvalidInputError, match="is app_id an app of the SuperTokens core"):
+        postgres.for_app("shop").write([("alice", Merge({}))])
+
+
+@pytest.mark.parametrize("row", [True, False])
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (Merge({"ours": 1}), {"core": 1, "ours": 1}),
+        (Modify(lambda metadata: {**metadata, "ours": 1}), {"core": 1, "ours": 1}),
+        (Replace({"ours": 1}), {"ours": 1}),
+    ],
+    ids=["merge", "modify", "replace"],
+)
+def test_a_write_waits_for_the_core(
+    core: Core,
+    postgres: PostgresStorage,
+    change: Change,
+    expected: Any,
+    row: bool,  # noqa: FBT001
+) -> None:
+    """A core that has read and not yet written loses nothing of ours, and we nothing of it."""
+    if row:
+        postgres.write([("alice", Merge({}))])
+    postgres.read([])
+    threads: list[threading.Thread] = []
+
+    def meanwhile() -> None:
+        ours = threading.Thread(target=postgres.write, args=([("alice", change)],))
+        threads.append(ours)
+        ours.start()
+        waiting_for_locks(1)
+
+    core.update("alice", {"core": 1}, meanwhile)
+    threads[0].join()
+    assert postgres.read(["alice"]) == {"alice": expected}
+
+
+def test_a_clear_waits_for_the_core(core: Core, postgres: PostgresStorage) -> None:
+    """What a core writes back after a clear began does not bring the old metadata back."""
+    postgres.write([("alice", Merge({"old": 1}))])
+    threads: list[threading.Thread] = []
+
+    def meanwhile() -> None:
+        threads.append(threading.Thread(target=postgres.write, args=([("alice", Clear())],)))
+        threads[0].start()
+        waiting_for_locks(1)
+
+    core.update("alice", {"core": 1}, meanwhile)
+    threads[0].join()
+    assert postgres.read(["alice"]) == {}
+
+
+def test_two_kinds_of_writers_lose_nothing(
+    core: Core, schema: str, postgres: PostgresStorage
+) -> None:
+    """Four cores and four threads of ours that update two users keep every property."""
+    users = ("alice", "bob")
+    cores = [Core(schema) for _ in range(4)]
+
+    def as_core(number: int) -> None:
+        for n in range(25):
+            for user in users:
+                cores[number].update(user, {f"core {number} {n}": n})
+
+    def as_ours(number: int) -> None:
+        for n in range(25):
+            postgres.write([(user, Merge({f"ours {number} {n}": n})) for user in users])
+
+    with ThreadPoolExecutor(8) as executor:
+        done = [executor.submit(as_core, number) for number in range(4)]
+        done += [executor.submit(as_ours, number) for number in range(4)]
+        for each in done:
+            each.result()
+    for each in cores:
+        each.close()
+    expected = {
+        f"{kind} {m} {n}": n for kind in ("core", "ours") for m in range(4) for n in range(25)
+    }
+    assert postgres.read(users) == dict.fromkeys(users, expected)
+
+
+# A pool of the application's.
+
+
+def test_a_borrowed_pool_is_left_as_it_was(schema: str) -> None:
+    """Whatever rows, cursors and transactions the pool's connections make, and it stays open."""
+    url = server_url()
+    kwargs = {"row_factory": dict_row, "cursor_factory": psycopg.ClientCursor}
+    with ConnectionPool(url, min_size=1, max_size=1, kwargs=kwargs) as pool:
+        storage = PostgresStorage(pool, schema=schema)
+        assert storage.write([("alice", Merge({"n": 1}))]) == [{"n": 1}]
+        assert storage.write([("alice", Modify(lambda _: {"n": 2}))]) == [{"n": 2}]
+        assert storage.read(["alice", "bob"]) == {"alice": {"n": 2}}
+        assert repr(storage) == "PostgresStorage('the borrowed pool', app_id='public')"
+        storage.close()
+        with pytest.raises(UsageError, match="closed"):
+            storage.read(["alice"])
+        with pool.connection() as connection:
+            assert not connection.autocommit
+            assert connection.execute("SELECT 1 AS one").fetchone() == {"one": 1}
+    with pytest.raises(UsageError, match="the pool is closed: pass one that is open"):
+        PostgresStorage(pool).read(["alice"])
+
+
+# What it is made of.
+
+
+def test_a_url_is_all_it_takes(schema: str) -> None:
+    """``init`` takes the URL in either spelling, and closes what it opened."""
+    options = psycopg.conninfo.conninfo_to_dict(server_url())
+    host, user, name = options.get("host", ""), options.get("user", ""), options.get("dbname", "")
+    for scheme in ("postgresql", "postgres"):
+        usermetadata.init(f"{scheme}://{user}@/{name}?host={host}&options=-csearch_path%3D{schema}")
+        storage = UserMetadataRecipe.get_instance().storage
+        assert isinstance(storage, PostgresStorage)
+        assert storage.read(["alice"]) == {}
+        UserMetadataRecipe.reset()
+        with pytest.raises(UsageError, match="closed: make a new one"):
+            storage.read(["alice"])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PostgresStorage(1), "database: int is neither a URL nor a ConnectionPool"),  # type: ignore[arg-type]
+        (lambda: PostgresStorage("what?"), "database: it cannot be read: pass"),
+        (lambda: PostgresStorage("", timeout=-1), "timeout: -1 is not a number of seconds"),
+        (lambda: PostgresStorage("", max_connections=0), "max_connections: 0 is not 1 or more"),
+        (lambda: PostgresStorage("", app_id=""), "app_id: "),
+        (lambda: PostgresStorage("", table=""), "table: '' is no name"),
+        (lambda: PostgresStorage("", schema="\0"), "schema: '\\\\x00' is no name"),
+    ],
+)
+def test_bad_arguments_are_refused(make: Callable[[], object], message: str) -> None:
+    """Before anything is opened, with what is wrong and what would be right."""
+    with pytest.raises(InvalidInputError, match=message):
+        make()
+
+
+def test_the_extra_is_named_where_it_is_missing() -> None:
+    """Who has not installed psycopg reads how."""
+    program = """
+import sys
+sys.modules["psycopg"] = None
+import usermetadata
+try:
+    usermetadata.init("postgresql://localhost/users")
+except ImportError as error:
+    print(error)
+"""
+    output = subprocess.check_output([sys.executable, "-c", program], text=True)
+    assert output == "PostgresStorage needs psycopg: pip install 'usermetadata[postgres]'\n"
+
+
+def test_a_table_of_something_else_is_an_error_of_ours(
+    postgres: PostgresStorage, direct: psycopg.Connection[Any]
+) -> None:
+    """A table that has the name and not the columns is left alone."""
+    direct.execute("CREATE TABLE user_metadata (n integer)")
+    with pytest.raises(StorageError, match='column "user_id" does not exist'):
+        postgres.read(["alice"])
