@@ -20,8 +20,8 @@ class Proxy:
     Attributes:
         url: the proxy's.
         round_trips: how often a client has sent something that it waits for the answer to.
-        loses_replies: whether connections are cut when the server answers, before its answer is
-            passed on.
+        replies_to_lose: how many of the server's next answers are not passed on; the connection is
+            cut instead.
     """
 
     def __init__(self, url: str) -> None:
@@ -32,7 +32,7 @@ class Proxy:
             url, host="127.0.0.1", port=port, sslmode="disable", gssencmode="disable"
         )
         self.round_trips = 0
-        self.loses_replies = False
+        self.replies_to_lose = 0
         self._sockets: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -61,7 +61,8 @@ class Proxy:
     def _answer(self, server: socket.socket, client: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := server.recv(65536):
-                if self.loses_replies:
+                if self.replies_to_lose:
+                    self.replies_to_lose -= 1
                     break
                 client.sendall(data)
         _close(server)
@@ -93,6 +94,7 @@ class Pooler(Proxy):
             )
         )
         self._sessions = [_connect(_address(url)) for _ in range(sessions)]
+        greeting = b""
         for session in self._sessions:
             session.sendall(struct.pack("!ii", 9 + len(startup), 3 << 16) + startup + b"\0")
             greeting = b"".join(_until_ready(session)[0])
@@ -114,7 +116,7 @@ class Pooler(Proxy):
         self._sockets.add(client)
         _startup(client)
         client.sendall(self._greeting)
-        message = _message(client)
+        message = _request(client)
         while not message.startswith(b"X"):
             number = next(self._turn) % len(self._sessions)
             session = self._sessions[number]
@@ -126,8 +128,8 @@ class Pooler(Proxy):
                         replies, status = _until_ready(session)
                         client.sendall(b"".join(replies))
                     if status != b"I":
-                        message = _message(client)
-            message = _message(client)
+                        message = _request(client)
+            message = _request(client)
 
 
 def _address(url: str) -> str | tuple[str, int]:
@@ -169,6 +171,14 @@ def _startup(client: socket.socket) -> bytes:
 def _message(connection: socket.socket) -> bytes:
     head = _receive(connection, 5)
     return head + _receive(connection, struct.unpack("!i", head[1:])[0] - 4)
+
+
+def _request(client: socket.socket) -> bytes:
+    message = _message(client)
+    # Flush, which may come when there is nothing left to flush: all we get, we pass on at once.
+    while message.startswith(b"H"):
+        message = _message(client)
+    return message
 
 
 def _until_ready(session: socket.socket) -> tuple[list[bytes], bytes]:

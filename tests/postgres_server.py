@@ -63,6 +63,7 @@ class OwnServer:
 
     def stop(self) -> None:
         """Stop, and remove the data."""
+        servers.remove(self)
         for folder in (self._standby, self.folder):
             if folder is not None and (folder / "postmaster.pid").exists():
                 self._pg_ctl("stop", "-m", "immediate", folder=folder)
@@ -87,8 +88,8 @@ def server_url() -> str:
 
 def stop_servers() -> None:
     """Stop what was started."""
-    while servers:
-        servers.pop().stop()
+    for server in [*servers]:
+        server.stop()
 
 
 def server_version() -> str:
@@ -101,12 +102,14 @@ def server_version() -> str:
 def empty_schema(url: str = "") -> Generator[str, None, None]:
     """Create a schema for one test, and drop it."""
     schema = f"test_{uuid.uuid4().hex}"
-    with psycopg.connect(url or server_url(), autocommit=True) as connection:
-        connection.execute(SQL("CREATE SCHEMA {}").format(Identifier(schema)))
-        try:
-            yield schema
-        finally:
-            connection.execute(SQL("DROP SCHEMA {} CASCADE").format(Identifier(schema)))
+    name = Identifier(schema)
+    with psycopg.connect(url or server_url()) as connection:
+        connection.execute(SQL("CREATE SCHEMA {}").format(name))
+    try:
+        yield schema
+    finally:
+        with psycopg.connect(url or server_url()) as connection:
+            connection.execute(SQL("DROP SCHEMA {} CASCADE").format(name))
 
 
 def waiting_for_locks(number: int) -> None:

@@ -14,6 +14,7 @@ import psycopg
 import pytest
 from postgres_proxy import Proxy
 from postgres_server import empty_schema, server_url, waiting_for_locks
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
 from psycopg.sql import SQL, Identifier
 from psycopg_pool import ConnectionPool
@@ -127,7 +128,7 @@ def test_table_and_schema_have_the_names_that_were_asked_for(
     with contextlib.closing(storage):
         storage.write([("alice", Merge({"n": 1}))])
         assert direct.execute('SELECT user_id FROM "the ""users""; --"').fetchall() == [("alice",)]
-    url = psycopg.conninfo.make_conninfo(server_url(), options=f"-c search_path={schema}")
+    url = make_conninfo(server_url(), options=f"-c search_path={schema}")
     with contextlib.closing(PostgresStorage(url, table="other")) as storage:
         storage.write([("alice", Merge({"n": 1}))])
         assert direct.execute("SELECT user_id FROM other").fetchall() == [("alice",)]
@@ -341,8 +342,8 @@ def test_two_kinds_of_writers_lose_nothing(
         done += [executor.submit(as_ours, number) for number in range(4)]
         for each in done:
             each.result()
-    for each in cores:
-        each.close()
+    for another in cores:
+        another.close()
     expected = {
         f"{kind} {m} {n}": n for kind in ("core", "ours") for m in range(4) for n in range(25)
     }
@@ -355,7 +356,7 @@ def test_two_kinds_of_writers_lose_nothing(
 def test_a_borrowed_pool_is_left_as_it_was(schema: str) -> None:
     """Whatever rows, cursors and transactions the pool's connections make, and it stays open."""
     url = server_url()
-    kwargs = {"row_factory": dict_row, "cursor_factory": psycopg.ClientCursor}
+    kwargs: dict[str, Any] = {"row_factory": dict_row, "cursor_factory": psycopg.ClientCursor}
     with ConnectionPool(url, min_size=1, max_size=1, kwargs=kwargs) as pool:
         storage = PostgresStorage(pool, schema=schema)
         assert storage.write([("alice", Merge({"n": 1}))]) == [{"n": 1}]
@@ -367,7 +368,8 @@ def test_a_borrowed_pool_is_left_as_it_was(schema: str) -> None:
             storage.read(["alice"])
         with pool.connection() as connection:
             assert not connection.autocommit
-            assert connection.execute("SELECT 1 AS one").fetchone() == {"one": 1}
+            row: Any = connection.execute("SELECT 1 AS one").fetchone()
+            assert row == {"one": 1}
     with pytest.raises(UsageError, match="the pool is closed: pass one that is open"):
         PostgresStorage(pool).read(["alice"])
 
@@ -377,7 +379,7 @@ def test_a_borrowed_pool_is_left_as_it_was(schema: str) -> None:
 
 def test_a_url_is_all_it_takes(schema: str) -> None:
     """``init`` takes the URL in either spelling, and closes what it opened."""
-    options = psycopg.conninfo.conninfo_to_dict(server_url())
+    options = conninfo_to_dict(server_url())
     host, user, name = options.get("host", ""), options.get("user", ""), options.get("dbname", "")
     for scheme in ("postgresql", "postgres"):
         usermetadata.init(f"{scheme}://{user}@/{name}?host={host}&options=-csearch_path%3D{schema}")

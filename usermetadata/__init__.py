@@ -11,6 +11,7 @@ from usermetadata.exceptions import (
     OutcomeUnknownError,
     StorageBusyError,
     StorageError,
+    StorageUnavailableError,
     UsageError,
     UserMetadataError,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "Storage",
     "StorageBusyError",
     "StorageError",
+    "StorageUnavailableError",
     "UsageError",
     "UserMetadataError",
     "UserMetadataOverrideConfig",

@@ -16,7 +16,11 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from usermetadata.bridge import private_loop
-from usermetadata.exceptions import OutcomeUnknownError, StorageBusyError
+from usermetadata.exceptions import (
+    OutcomeUnknownError,
+    StorageBusyError,
+    StorageUnavailableError,
+)
 from usermetadata.forking import watch
 from usermetadata.json import decode_metadata, encode_metadata
 from usermetadata.reentry import refuse_reentry
@@ -33,6 +37,7 @@ A = TypeVar("A")
 R = TypeVar("R")
 T = TypeVar("T")
 
+_SHARED = (StorageBusyError, StorageUnavailableError, OutcomeUnknownError)
 _LONGEST_IDLENESS = 1.0  # seconds that a worker waits for work before it ends
 
 
@@ -214,7 +219,7 @@ class _Lane(Generic[A, R]):
     def _run(self, arguments: list[A]) -> list[R | _Failure]:
         try:
             return [*self._execute(arguments)] if arguments else []
-        except (StorageBusyError, OutcomeUnknownError) as shared:
+        except _SHARED as shared:
             # Each on its own would wait just as long, one after the other; or might be done twice.
             return [_Failure(_same(shared)) for _ in arguments]
         except BaseException as error:  # noqa: BLE001 - it is the caller's, who gets it

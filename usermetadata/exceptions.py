@@ -19,6 +19,10 @@ class StorageError(UserMetadataError):
     """The storage failed and nothing was written; ``__cause__`` is the driver's own error."""
 
 
+class StorageUnavailableError(StorageError, ConnectionError):
+    """The database server cannot be reached; nothing was written."""
+
+
 class OutcomeUnknownError(StorageError):
     """The connection was lost during a write, which was done whole or not at all: not known which.
 
@@ -27,7 +31,7 @@ class OutcomeUnknownError(StorageError):
 
 
 class StorageBusyError(StorageError, TimeoutError):
-    """The storage was not to be had within its timeout; nothing was written: repeat the call."""
+    """Others held the storage for longer than its timeout; nothing was written: repeat the call."""
 
 
 class DamagedMetadataError(StorageError, ValueError):

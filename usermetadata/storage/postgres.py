@@ -20,7 +20,7 @@ from usermetadata.changes import Clear, Merge, Replace
 from usermetadata.exceptions import DamagedMetadataError, InvalidInputError
 from usermetadata.identifiers import check_app_id
 from usermetadata.json import decode_metadata, encode_metadata
-from usermetadata.storage.postgres_connections import Connections
+from usermetadata.storage.postgres_connections import Connections, before_commit
 from usermetadata.storage.postgres_statements import (
     HOLD,
     MERGE,
@@ -84,7 +84,7 @@ class PostgresStorage:
 
     def __init__(  # noqa: PLR0913 - the table's name has two parts
         self,
-        database: str | ConnectionPool,
+        database: str | ConnectionPool[Any],
         *,
         app_id: str = "public",
         table: str = "user_metadata",
@@ -210,27 +210,27 @@ class PostgresStorage:
         users = dict.fromkeys(user_id for user_id, _ in changes)
         # Two round trips: to begin and hold the rows, and to write and commit. What is raised
         # between them leaves a transaction that whoever gets the connection back undoes.
-        with connection.pipeline() as pipeline:
+        with before_commit(), connection.pipeline():
             connection.execute("BEGIN")
             held = self._execute(connection, HOLD, rows=_rows((user, _NO_ROW) for user in users))
-            pipeline.sync()
-            texts = {user_id: text for user_id, text in held.fetchall() if text != _NO_ROW}
-            results: list[Metadata | None] = []
-            for user_id, change in changes:
-                old = None
-                if user_id in texts and not isinstance(change, _BLIND):
-                    old = self._decode(user_id, texts[user_id])
-                try:
-                    new = change(old)
-                except BaseException as error:
-                    raise _ChangeError(error) from error
-                results.append(new)
-                if new is None:
-                    texts.pop(user_id, None)
-                else:
-                    texts[user_id] = encode_metadata(new)
+        texts = {user_id: text for user_id, text in held.fetchall() if text != _NO_ROW}
+        results: list[Metadata | None] = []
+        for user_id, change in changes:
+            old = None
+            if user_id in texts and not isinstance(change, _BLIND):
+                old = self._decode(user_id, texts[user_id])
+            try:
+                new = change(old)
+            except BaseException as error:
+                raise _ChangeError(error) from error
+            results.append(new)
+            if new is None:
+                texts.pop(user_id, None)
+            else:
+                texts[user_id] = encode_metadata(new)
+        gone = [user_id for user_id in users if user_id not in texts]
+        with connection.pipeline():
             self._execute(connection, STORE, rows=_rows(texts.items()))
-            gone = [user_id for user_id in users if user_id not in texts]
             self._execute(connection, REMOVE, user_ids=_dump(gone))
             connection.execute("COMMIT")
         return results

@@ -19,6 +19,7 @@ from usermetadata.exceptions import (
     OutcomeUnknownError,
     StorageBusyError,
     StorageError,
+    StorageUnavailableError,
     UsageError,
 )
 from usermetadata.forking import watch
@@ -33,9 +34,15 @@ T = TypeVar("T")
 _ATTEMPTS = 10
 _LONGEST_PAUSE = 0.5  # seconds between two of them
 
+
+class _UncommittedError(psycopg.OperationalError):
+    """The connection was lost before COMMIT was sent."""
+
+
 # With one of these as its answer to a statement, a server says that it has undone the transaction,
 # and that the next attempt may do better: so to repeat it loses nothing and does nothing twice.
 _UNDONE = (
+    _UncommittedError,
     errors.SerializationFailure,
     errors.DeadlockDetected,
     errors.AdminShutdown,  # a restart, a failover, pg_terminate_backend
@@ -54,13 +61,24 @@ _DEFAULTS = {
 }
 
 
+@contextmanager
+def before_commit() -> Generator[None, None, None]:
+    """Whatever is lost in this block has been undone, and can be repeated."""
+    try:
+        yield
+    except psycopg.Error as error:
+        if _is_lost(error):
+            raise _UncommittedError(*error.args) from error
+        raise
+
+
 class Connections:
     """Lends connections in autocommit mode, opened when they are needed."""
 
     def __init__(
-        self, database: str | ConnectionPool, max_connections: int, timeout: float
+        self, database: str | ConnectionPool[Any], max_connections: int, timeout: float
     ) -> None:
-        self._borrowed: ConnectionPool | None = None
+        self._borrowed: ConnectionPool[Any] | None = None
         self._arguments: dict[str, Any] = {}
         self.name = "the borrowed pool"
         if isinstance(database, str):
@@ -76,7 +94,7 @@ class Connections:
         self._max_connections = max_connections
         self._timeout = timeout
         self._lock = threading.Lock()
-        self._pool: ConnectionPool | None = None
+        self._pool: ConnectionPool[Any] | None = None
         self._lent: set[Connection[Any]] = set()
         self._closed = False
         watch(self)
@@ -86,12 +104,12 @@ class Connections:
         if self._opened() is self._borrowed:
             self.run(work, is_write=False)
             return
-        try:
-            # The pool would try again and again, and not tell.
-            with psycopg.connect(**self._arguments, autocommit=True) as connection:
+        # The pool would try again and again, and not tell.
+        with self._connect() as connection:
+            try:
                 work(connection)
-        except psycopg.Error as error:
-            raise self._translated(error, is_write=False) from error
+            except psycopg.Error as error:
+                raise self._translated(error, is_write=False) from error
 
     def run(self, work: Callable[[Connection[Any]], T], *, is_write: bool = False) -> T:
         """Let ``work`` have a connection, and another one where it is safe to do it again."""
@@ -103,9 +121,9 @@ class Connections:
                     return work(connection)
             except psycopg.Error as error:
                 if os.getpid() != process:
-                    raise UsageError(
-                        f"{self.name}: this process was forked in the middle of a write, which is"
-                        " its parent's to end: fork elsewhere"
+                    raise StorageError(
+                        f"{self.name}: this process was forked inside a write, which is its"
+                        " parent's to end"
                     ) from error
                 can_repeat = isinstance(error, _UNDONE) or (_is_lost(error) and not is_write)
                 if not can_repeat or attempt == _ATTEMPTS:
@@ -164,11 +182,16 @@ class Connections:
                     if not connection.closed:
                         connection.autocommit = autocommit
         except PoolTimeout as error:
-            raise StorageBusyError(f"{self.name}: {self._why_none()}: nothing was done") from error
+            if self._borrowed is None:
+                self._connect().close()
+            raise StorageBusyError(
+                f"{self.name}: no connection was free within {self._timeout:g} seconds:"
+                " let the pool open more (max_connections), or repeat the call"
+            ) from error
         except PoolClosed as error:
             raise UsageError(f"{self.name}: the pool is closed: pass one that is open") from error
 
-    def _opened(self) -> ConnectionPool:
+    def _opened(self) -> ConnectionPool[Any]:
         with self._lock:
             if self._closed:
                 raise UsageError(f"this PostgresStorage of {self.name} is closed: make a new one")
@@ -190,16 +213,12 @@ class Connections:
                 )
             return self._pool
 
-    def _why_none(self) -> str:
-        """Say why the pool had no connection: it only knows that it had none."""
-        waited = f"no connection was free within {self._timeout:g} seconds"
-        if self._borrowed is None:
-            try:
-                psycopg.connect(**self._arguments).close()
-            except psycopg.Error as error:
-                return _first_line(error)
-            return f"{waited}, all {self._max_connections} (max_connections) were in use"
-        return waited
+    def _connect(self) -> Connection[Any]:
+        """Open a connection beside the pool's, which only knows that it has none, and not why."""
+        try:
+            return psycopg.connect(**self._arguments, autocommit=True)
+        except psycopg.Error as error:
+            raise StorageUnavailableError(f"{self.name}: {_first_line(error)}") from error
 
     def _translated(self, error: psycopg.Error, *, is_write: bool) -> Exception:
         text = f"{self.name}: {_first_line(error)}"
@@ -219,7 +238,7 @@ class Connections:
         return StorageError(text)
 
 
-_of_the_parent_process: list[ConnectionPool] = []
+_of_the_parent_process: list[ConnectionPool[Any]] = []
 
 
 def _is_lost(error: psycopg.Error) -> bool:

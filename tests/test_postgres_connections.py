@@ -1,0 +1,570 @@
+"""The PostgreSQL storage's connections: limits, and all that can happen to them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+from postgres_proxy import Pooler, Proxy
+from postgres_server import OwnServer, empty_schema, server_url, waiting_for_locks
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.sql import SQL, Identifier
+from psycopg_pool import ConnectionPool
+
+import usermetadata
+from usermetadata import (
+    OutcomeUnknownError,
+    PostgresStorage,
+    StorageBusyError,
+    StorageError,
+    StorageUnavailableError,
+    UserMetadataError,
+)
+from usermetadata.asyncio import modify_user_metadata
+from usermetadata.changes import Clear, Merge, Modify, Replace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from usermetadata.changes import Change
+    from usermetadata.json import Metadata
+
+NAME = "usermetadata tests"
+
+
+@pytest.fixture
+def schema() -> Generator[str, None, None]:
+    """An empty schema."""
+    with empty_schema() as schema:
+        yield schema
+
+
+@pytest.fixture
+def direct(schema: str) -> Generator[psycopg.Connection[Any], None, None]:
+    """A connection to whatever stands in that schema."""
+    with psycopg.connect(server_url(), autocommit=True) as connection:
+        connection.execute(SQL("SET search_path = {}").format(Identifier(schema)))
+        yield connection
+
+
+@pytest.fixture
+def open_storage(schema: str) -> Generator[Callable[..., PostgresStorage], None, None]:
+    """Open storages in that schema, whose connections bear a name."""
+    with contextlib.ExitStack() as stack:
+
+        def open_storage(url: str = "", options: str = "", **arguments: Any) -> PostgresStorage:
+            url = make_conninfo(url or server_url(), application_name=NAME, options=options)
+            storage = PostgresStorage(url, schema=schema, **arguments)
+            return stack.enter_context(contextlib.closing(storage))
+
+        yield open_storage
+
+
+@pytest.fixture
+def proxy() -> Generator[Proxy, None, None]:
+    """A network between the storage and the server."""
+    with contextlib.closing(Proxy(server_url())) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def own_server() -> Generator[OwnServer, None, None]:
+    """A server that may be stopped."""
+    server = OwnServer()
+    yield server
+    server.stop()
+
+
+def count(metadata: Metadata) -> Metadata:
+    """Count one more."""
+    return {"n": metadata.get("n", 0) + 1}
+
+
+def sessions(direct: psycopg.Connection[Any]) -> list[int]:
+    """Return the server's processes that serve storages."""
+    query = "SELECT pid FROM pg_stat_activity WHERE application_name = %s"
+    return [pid for (pid,) in direct.execute(query, [NAME])]
+
+
+@contextlib.contextmanager
+def locked_row(direct: psycopg.Connection[Any]) -> Generator[None, None, None]:
+    """Hold alice's row as another application may."""
+    with direct.transaction():
+        direct.execute("SELECT FROM user_metadata WHERE user_id = 'alice' FOR UPDATE")
+        yield
+
+
+# Limits.
+
+
+def test_connections_are_opened_when_they_are_needed(
+    open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
+) -> None:
+    """None before the first call, at most ``max_connections``, none after ``close``."""
+    storage = open_storage(max_connections=3)
+    assert sessions(direct) == []
+    barrier = threading.Barrier(3)
+
+    def at_once(metadata: Metadata) -> Metadata:
+        barrier.wait(timeout=30)
+        return metadata
+
+    with ThreadPoolExecutor(6) as executor:
+        list(executor.map(lambda n: storage.write([(f"user {n}", Modify(at_once))]), range(6)))
+        assert len(sessions(direct)) == 3
+    storage.close()
+    while sessions(direct):
+        time.sleep(0.001)
+
+
+def test_a_locked_row_is_waited_for_until_the_timeout(
+    open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
+) -> None:
+    """Then it is a ``StorageBusyError``, nothing is written, and readers never wait."""
+    storage = open_storage(timeout=0.1)
+    storage.write([("alice", Merge({"n": 0}))])
+    changes: list[list[tuple[str, Change]]] = [
+        [("bob", Merge({})), ("alice", Merge({"n": 1}))],
+        [("alice", Replace({"n": 1}))],
+        [("alice", Clear())],
+        [("bob", Replace({})), ("alice", Clear())],
+        [("bob", Merge({})), ("alice", Modify(count))],
+    ]
+    with locked_row(direct):
+        for each in changes:
+            with pytest.raises(StorageBusyError, match="lock timeout: nothing was done, so"):
+                storage.write(each)
+            assert storage.read(["alice", "bob"]) == {"alice": {"n": 0}}
+    assert storage.write([("alice", Modify(count))]) == [{"n": 1}]
+
+
+def test_the_servers_own_limits_are_kept(
+    open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
+) -> None:
+    """A ``statement_timeout``, of the URL or the role or the database, is busy as well."""
+    storage = open_storage(options="-c statement_timeout=100ms")
+    storage.write([("alice", Merge({"n": 0}))])
+    with locked_row(direct), pytest.raises(StorageBusyError, match="due to statement timeout"):
+        storage.write([("alice", Modify(count))])
+    assert storage.write([("alice", Modify(count))]) == [{"n": 1}]
+
+
+def test_a_pool_may_be_exhausted(open_storage: Callable[..., PostgresStorage]) -> None:
+    """Who finds no free connection within the timeout is told what to do."""
+    storage = open_storage(max_connections=1, timeout=0.1)
+    storage.read([])
+    with ThreadPoolExecutor(1) as executor:
+
+        def hold(metadata: Metadata) -> Metadata:
+            with pytest.raises(StorageBusyError, match=r"within 0\.1 seconds.*max_connections"):
+                executor.submit(storage.read, ["alice"]).result()
+            return metadata
+
+        assert storage.write([("alice", Modify(hold))]) == [{}]
+    assert storage.read(["alice"]) == {"alice": {}}
+
+
+# Lost connections.
+
+
+def test_an_idle_connection_may_be_gone(
+    open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
+) -> None:
+    """What the server closed while nobody used it is not noticed by anybody."""
+    storage = open_storage()
+    for n in range(3):
+        assert storage.write([("alice", Modify(count))]) == [{"n": n + 1}]
+        for pid in sessions(direct):
+            direct.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
+
+
+@pytest.mark.parametrize("change", [Merge({"n": 1}), Modify(count)], ids=["merge", "modify"])
+def test_a_write_whose_backend_is_killed_is_repeated(
+    open_storage: Callable[..., PostgresStorage],
+    direct: psycopg.Connection[Any],
+    change: Change,
+) -> None:
+    """The server says that it has undone the write, so it can be done again: once in all."""
+    storage = open_storage()
+    storage.write([("alice", Merge({}))])
+    with ThreadPoolExecutor(1) as executor:
+        with locked_row(direct):
+            written = executor.submit(storage.write, [("alice", change), ("bob", change)])
+            waiting_for_locks(1)
+            for pid in sessions(direct):
+                direct.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
+        assert written.result() == [{"n": 1}, {"n": 1}]
+    assert storage.read(["alice", "bob"]) == {"alice": {"n": 1}, "bob": {"n": 1}}
+
+
+def test_a_write_whose_answer_is_lost_is_not_repeated(
+    open_storage: Callable[..., PostgresStorage], proxy: Proxy
+) -> None:
+    """It may have been done: the error says so, and nothing is done twice."""
+    storage = open_storage(proxy.url)
+    storage.write([("alice", Merge({"n": 0}))])
+    proxy.replies_to_lose = 1
+    with pytest.raises(OutcomeUnknownError, match="done whole or not at all: read to find out"):
+        storage.write([("alice", Merge({"n": 1})), ("bob", Merge({"n": 1}))])
+    assert storage.read(["alice", "bob"]) == {"alice": {"n": 1}, "bob": {"n": 1}}
+
+
+def test_a_read_whose_answer_is_lost_is_repeated(
+    open_storage: Callable[..., PostgresStorage], proxy: Proxy
+) -> None:
+    """To read again harms nobody."""
+    storage = open_storage(proxy.url)
+    storage.write([("alice", Merge({"n": 1}))])
+    proxy.replies_to_lose = 2
+    assert storage.read(["alice"]) == {"alice": {"n": 1}}
+    assert proxy.replies_to_lose == 0
+
+
+def test_a_batch_whose_answer_is_lost_is_not_repeated(
+    open_storage: Callable[..., PostgresStorage], proxy: Proxy
+) -> None:
+    """With ``asyncio``, too, whose batches are otherwise repeated one by one."""
+    storage = open_storage(proxy.url)
+    usermetadata.init(storage)
+
+    async def main() -> list[Any]:
+        await modify_user_metadata("alice", count)
+        # What the first of them meets, the others share in the second batch: its COMMIT is lost.
+        first = asyncio.create_task(modify_user_metadata("alice", lose_the_next_but_one))
+        calls = [modify_user_metadata("alice", count) for _ in range(20)]
+        return [*await asyncio.gather(first, *calls, return_exceptions=True)]
+
+    def lose_the_next_but_one(metadata: Metadata) -> Metadata:
+        proxy.replies_to_lose = 1
+        return count(metadata)
+
+    results = asyncio.run(main())
+    lost = [result for result in results if isinstance(result, OutcomeUnknownError)]
+    done = [result for result in results if not isinstance(result, BaseException)]
+    assert lost
+    assert len(lost) + len(done) == 21
+    # All of those whose answer was lost have been done, and none twice.
+    assert storage.read(["alice"]) == {"alice": {"n": 22}}
+
+
+def test_a_server_that_is_not_there_is_named(schema: str) -> None:
+    """At once, at the first call, with the reason; nobody's password is told."""
+    with contextlib.closing(Proxy(server_url())) as proxy:
+        url = proxy.url
+    storage = PostgresStorage(url, schema=schema)
+    with contextlib.closing(storage):
+        for _ in range(2):
+            with pytest.raises(StorageUnavailableError, match=r"127\.0\.0\.1/.*refused") as caught:
+                storage.read(["alice"])
+            assert isinstance(caught.value, ConnectionError)
+
+
+def test_a_server_that_went_away_is_named(
+    open_storage: Callable[..., PostgresStorage], proxy: Proxy
+) -> None:
+    """After the timeout, as it may come back."""
+    storage = open_storage(proxy.url, timeout=0.2)
+    storage.write([("alice", Merge({}))])
+    proxy.close()
+    with pytest.raises(StorageUnavailableError, match="refused"):
+        storage.read(["alice"])
+
+
+def test_passwords_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    """No error, no representation and no log has the password that is in the URL."""
+    caplog.set_level(logging.DEBUG)
+    options = conninfo_to_dict(server_url())
+    options |= {"password": "open sesame", "dbname": "not there"}
+    storage = PostgresStorage(make_conninfo("", **options), timeout=0.1)
+    with contextlib.closing(storage), pytest.raises(StorageUnavailableError) as unavailable:
+        storage.read(["alice"])
+    with pytest.raises(UserMetadataError) as unreadable:
+        usermetadata.init("postgresql://me:open sesame@host:port:port/")
+    with pytest.raises(UserMetadataError) as unknown:
+        usermetadata.init("mysql://me:open sesame@host/")
+    told = [repr(storage), caplog.text]
+    for caught in (unavailable, unreadable, unknown):
+        error: BaseException | None = caught.value
+        while error is not None:
+            told.append(str(error))
+            error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    assert 'database "not there" does not exist' in told[2]
+    assert "sesame" not in "".join(told)
+
+
+# Servers that stop.
+
+
+def counts(folder: list[int], storage: PostgresStorage, name: str, stop: threading.Event) -> None:
+    """Update until told to stop; note the number of each update that was acknowledged."""
+    number = 0
+    while not stop.is_set():
+        number += 1
+        with contextlib.suppress(OutcomeUnknownError, StorageUnavailableError):
+            storage.write([("alice", Merge({f"{name} {number}": number}))])
+            folder.append(number)
+
+
+def trouble(url: str, schema: str, make_trouble: Callable[[], None]) -> None:
+    """Let four threads update one user while there is trouble, and see that nothing is lost."""
+    stop = threading.Event()
+    acknowledged: list[list[int]] = [[] for _ in range(4)]
+    storage = PostgresStorage(url, schema=schema)
+
+    def seen(number: int) -> None:
+        goals = [len(each) + number for each in acknowledged]
+        while any(len(each) < goal for each, goal in zip(acknowledged, goals, strict=True)):
+            if any(each.done() for each in threads):
+                break
+            time.sleep(0.001)
+
+    with contextlib.closing(storage), ThreadPoolExecutor(4) as executor:
+        storage.write([("alice", Merge({}))])
+        threads = [
+            executor.submit(counts, each, storage, str(name), stop)
+            for name, each in enumerate(acknowledged)
+        ]
+        try:
+            seen(10)
+            make_trouble()
+            seen(10)
+        finally:
+            stop.set()
+        for each in threads:
+            each.result()
+        stored = storage.read(["alice"])["alice"]
+    for name, numbers in enumerate(acknowledged):
+        assert all(stored[f"{name} {number}"] == number for number in numbers)
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_a_restart_loses_nothing(own_server: OwnServer, mode: str) -> None:
+    """Orderly or by a crash: what was acknowledged is there, and calls go on by themselves."""
+    with empty_schema(own_server.url) as schema:
+        trouble(own_server.url, schema, lambda: own_server.restart(mode))
+
+
+def test_a_failover_loses_nothing() -> None:
+    """With two servers in the URL the storage finds the one that has been promoted."""
+    server = OwnServer()  # the end of the run stops it
+    standby = server.start_standby()
+    first, second = conninfo_to_dict(server.url), conninfo_to_dict(standby)
+    url = make_conninfo(
+        server.url, host=f"{first['host']},{second['host']}", target_session_attrs="read-write"
+    )
+    with psycopg.connect(server.url) as connection:
+        connection.execute("CREATE SCHEMA app")
+
+    def fail_over() -> None:
+        server.crash()
+        server.promote_standby()
+
+    trouble(url, "app", fail_over)
+    with contextlib.closing(PostgresStorage(standby, schema="app")) as storage:
+        assert len(storage.read(["alice"])["alice"]) > 80
+
+
+def test_a_read_only_server_says_so(
+    open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
+) -> None:
+    """A replica, or a primary that is none any more, is read from; writing is refused."""
+    open_storage().write([("alice", Merge({"n": 1}))])
+    storage = open_storage(options="-c default_transaction_read_only=on")
+    assert storage.read(["alice"]) == {"alice": {"n": 1}}
+    with pytest.raises(StorageError, match=r"read-only transaction: .* nothing was done"):
+        storage.write([("alice", Merge({"n": 2}))])
+
+
+# Other isolation, poolers, forks.
+
+
+@pytest.mark.parametrize("level", [r"repeatable\ read", "serializable"])
+def test_strict_isolation_loses_nothing(
+    open_storage: Callable[..., PostgresStorage], level: str
+) -> None:
+    """Where the database's default makes writers of one user fail, they are repeated."""
+    storage = open_storage(options=f"-c default_transaction_isolation={level}")
+    with ThreadPoolExecutor(4) as executor:
+        list(executor.map(lambda _: storage.write([("alice", Modify(count))]), range(40)))
+        list(executor.map(lambda n: storage.write([("bob", Merge({str(n): n}))]), range(40)))
+    assert storage.read(["alice", "bob"]) == {
+        "alice": {"n": 40},
+        "bob": {str(n): n for n in range(40)},
+    }
+
+
+def test_a_deadlock_is_repeated(
+    open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
+) -> None:
+    """When the server undoes a write to let another go on, the write is done again."""
+    storage = open_storage()
+    storage.write([("alice", Merge({})), ("bob", Merge({}))])
+
+    with ThreadPoolExecutor(1) as executor:
+        direct.execute("SET deadlock_timeout = '10min'")
+        with direct.transaction():
+            direct.execute("SELECT FROM user_metadata WHERE user_id = 'bob' FOR UPDATE")
+            written = executor.submit(
+                storage.write, [("alice", Merge({"n": 1})), ("bob", Merge({"n": 1}))]
+            )
+            waiting_for_locks(1)
+            # Both wait for each other now; ours is the one that looks for deadlocks.
+            direct.execute("SELECT FROM user_metadata WHERE user_id = 'alice' FOR UPDATE")
+        assert written.result() == [{"n": 1}, {"n": 1}]
+
+
+def test_a_pooler_may_give_each_transaction_another_session(own_server: OwnServer) -> None:
+    """Behind pgbouncer in transaction mode nothing may be left in a session, or expected there."""
+    with (
+        empty_schema(own_server.url) as schema,
+        contextlib.closing(Pooler(own_server.url)) as pooler,
+        contextlib.closing(PostgresStorage(pooler.url, schema=schema)) as storage,
+        ThreadPoolExecutor(4) as executor,
+    ):
+
+        def use(name: int) -> None:
+            for n in range(20):
+                storage.write([("alice", Modify(count))])
+                storage.write([("alice", Merge({f"{name} {n}": n})), ("bob", Clear())])
+                storage.write([(f"user {name}", Merge({"n": n}))])
+                assert storage.read([f"user {name}"]) == {f"user {name}": {"n": n}}
+                assert len(storage.read([f"user {name}", "alice"])) == 2
+
+        def keep(metadata: Metadata) -> Metadata:
+            return {**metadata, **count(metadata)}
+
+        list(executor.map(use, range(4)))
+        assert storage.write([("alice", Modify(keep))])[0]["n"] >= 1  # type: ignore[index]
+
+
+def test_a_fork_leaves_both_sides_working(schema: str) -> None:
+    """Parent and child go on with a busy storage, each over connections of its own."""
+    program = """
+import asyncio, os, sys, threading
+import usermetadata
+from usermetadata import PostgresStorage, syncio
+from usermetadata.asyncio import update_user_metadata
+
+storage = PostgresStorage(sys.argv[1], schema=sys.argv[2])
+usermetadata.init(storage)
+
+def work(name):
+    async def several():
+        updates = (update_user_metadata("alice", {f"{name}:a{n}": n}) for n in range(20))
+        await asyncio.gather(*updates)
+    def one_by_one():
+        for n in range(20):
+            syncio.update_user_metadata("alice", {f"{name}:s{n}": n})
+            syncio.get_user_metadata("alice")
+    several_at_once = threading.Thread(target=lambda: asyncio.run(several()))
+    threads = [threading.Thread(target=one_by_one), several_at_once]
+    for thread in threads:
+        thread.start()
+    return threads
+
+for thread in work("before"):
+    thread.join()
+busy = work("meanwhile")
+children = []
+for number in range(3):
+    child = os.fork()
+    if child == 0:
+        for thread in work(f"child {number}"):
+            thread.join()
+        if number:
+            storage.close()
+        if number == 2:
+            os._exit(0)
+        sys.exit()
+    children.append(child)
+busy += work("parent")
+for thread in busy:
+    thread.join()
+for child in children:
+    assert os.waitpid(child, 0)[1] == 0
+print(len(syncio.get_user_metadata("alice").metadata))
+storage.close()
+"""
+    assert run(program, server_url(), schema) == f"{6 * 40}\n"
+
+
+def test_a_fork_inside_a_change_cannot_commit_twice(schema: str) -> None:
+    """A child forked inside a transaction may not end it; the parent is not disturbed."""
+    program = """
+import logging, os, sys
+from usermetadata import PostgresStorage, StorageError
+logging.disable()  # psycopg complains, in the child, of the connection that we took away
+from usermetadata.changes import Merge, Modify
+storage = PostgresStorage(sys.argv[1], schema=sys.argv[2])
+storage.write([("alice", Merge({}))])
+children = []
+def fork(metadata):
+    children.append(os.fork())
+    return {"forked": children[0] > 0}
+try:
+    print(storage.write([("alice", Modify(fork))]), flush=True)
+except StorageError as error:
+    assert children == [0] and "forked inside a write" in str(error)
+    print(storage.write([("bob", Merge({"child": True}))]), flush=True)
+    os._exit(0)
+assert os.waitpid(children[0], 0)[1] == 0
+print(storage.write([("alice", Merge({"after": True}))]))
+storage.close()
+"""
+    output = run(program, server_url(), schema)
+    assert sorted(output.splitlines()) == [
+        "[{'child': True}]",
+        "[{'forked': True, 'after': True}]",
+        "[{'forked': True}]",
+    ]
+
+
+def test_a_borrowed_pool_stays_with_its_process(schema: str) -> None:
+    """A pool cannot be used on both sides of a fork; the child is told before it does harm."""
+    program = """
+import os, sys
+from psycopg_pool import ConnectionPool
+from usermetadata import PostgresStorage, UsageError
+from usermetadata.changes import Merge
+with ConnectionPool(sys.argv[1], min_size=1, max_size=2) as pool:
+    storage = PostgresStorage(pool, schema=sys.argv[2])
+    storage.write([("alice", Merge({}))])
+    child = os.fork()
+    if child == 0:
+        try:
+            storage.read(["alice"])
+        except UsageError as error:
+            print(error, flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    print(storage.write([("alice", Merge({"n": 1}))]))
+"""
+    assert run(program, server_url(), schema) == (
+        "the borrowed pool is the parent process's: make one in each process\n[{'n': 1}]\n"
+    )
+
+
+def run(program: str, *arguments: str) -> str:
+    """Run a program whose threads fork; warnings of that apart, it has nothing to complain of."""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program, *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    return finished.stdout
+
+
+def test_a_borrowed_pool_may_be_exhausted(schema: str) -> None:
+    """The storage's timeout is for a borrowed pool, too."""
+    with ConnectionPool(server_url(), min_size=1, max_size=1) as pool:
+        storage = PostgresStorage(pool, schema=schema, timeout=0.05)
+        with pool.connection(), pytest.raises(StorageBusyError, match=r"within 0\.05 seconds"):
+            storage.read(["alice"])
+        assert storage.read(["alice"]) == {}
