@@ -115,6 +115,8 @@ def empty_schema(url: str = "") -> Generator[str, None, None]:
 def waiting_for_locks(number: int) -> None:
     """Return as soon as that many sessions wait for a lock."""
     query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    deadline = time.monotonic() + 30
     with psycopg.connect(server_url(), autocommit=True) as connection:
         while connection.execute(query).fetchone() != (number,):
+            assert time.monotonic() < deadline
             time.sleep(0.001)

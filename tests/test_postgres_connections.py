@@ -130,7 +130,7 @@ def test_a_locked_row_is_waited_for_until_the_timeout(
     open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
 ) -> None:
     """Then it is a ``StorageBusyError``, nothing is written, and readers never wait."""
-    storage = open_storage(timeout=0.1)
+    storage = open_storage(options="-c statement_timeout=20s", timeout=0.1)
     storage.write([("alice", Merge({"n": 0}))])
     changes: list[list[tuple[str, Change]]] = [
         [("bob", Merge({})), ("alice", Merge({"n": 1}))],
@@ -176,15 +176,25 @@ def test_a_pool_may_be_exhausted(open_storage: Callable[..., PostgresStorage]) -
 # Lost connections.
 
 
-def test_an_idle_connection_may_be_gone(
+def test_an_idle_connection_may_be_closed(
     open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
 ) -> None:
-    """What the server closed while nobody used it is not noticed by anybody."""
+    """Nobody notices what the server closed while nobody used it."""
     storage = open_storage()
     for n in range(3):
         assert storage.write([("alice", Modify(count))]) == [{"n": n + 1}]
         for pid in sessions(direct):
             direct.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
+
+
+def test_an_idle_connection_may_be_cut(
+    open_storage: Callable[..., PostgresStorage], proxy: Proxy
+) -> None:
+    """Nor what is lost without a word: the write goes over another connection, and is certain."""
+    storage = open_storage(proxy.url)
+    for n in range(3):
+        assert storage.write([("alice", Merge({"n": n}))]) == [{"n": n}]
+        proxy.cut()
 
 
 @pytest.mark.parametrize("change", [Merge({"n": 1}), Modify(count)], ids=["merge", "modify"])
@@ -382,6 +392,23 @@ def test_a_read_only_server_says_so(
     assert storage.read(["alice"]) == {"alice": {"n": 1}}
     with pytest.raises(StorageError, match=r"read-only transaction: .* nothing was done"):
         storage.write([("alice", Merge({"n": 2}))])
+
+
+def test_a_server_that_was_read_only_is_left(own_server: OwnServer) -> None:
+    """A connection from before a replica was promoted is given up for one that may write."""
+    with (
+        psycopg.connect(own_server.url, autocommit=True) as direct,
+        contextlib.closing(PostgresStorage(own_server.url)) as storage,
+    ):
+        storage.write([("alice", Merge({"n": 1}))])
+        direct.execute("ALTER ROLE CURRENT_USER SET default_transaction_read_only = on")
+        direct.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+            " WHERE application_name = 'usermetadata'"
+        )
+        assert storage.read(["alice"]) == {"alice": {"n": 1}}
+        direct.execute("ALTER ROLE CURRENT_USER RESET default_transaction_read_only")
+        assert storage.write([("alice", Merge({"n": 2}))]) == [{"n": 2}]
 
 
 # Other isolation, poolers, forks.
