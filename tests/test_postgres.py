@@ -157,7 +157,7 @@ def test_values_of_others_stay_as_they_are(
     postgres.write([("alice", Merge({"new": 1, "z": 2}))])
     [[text]] = direct.execute("SELECT user_metadata FROM user_metadata").fetchall()
     assert text == (
-        '{"z":2,"big":12345678901234567890.123456789,"nested":{"b" : -0.0, "a": null},"new":1}'
+        '{"big":12345678901234567890.123456789,"nested":{"b" : -0.0, "a": null},"new":1,"z":2}'
     )
 
 
@@ -396,7 +396,10 @@ def test_a_url_is_all_it_takes(schema: str) -> None:
     [
         (lambda: PostgresStorage(1), "database: int is neither a URL nor a ConnectionPool"),  # type: ignore[arg-type]
         (lambda: PostgresStorage("what?"), "database: it cannot be read: pass"),
-        (lambda: PostgresStorage("", timeout=-1), "timeout: -1 is not a number of seconds"),
+        (
+            lambda: PostgresStorage("", timeout=-1),
+            "timeout: -1 is not a number of seconds, 0.001 or more",
+        ),
         (lambda: PostgresStorage("", max_connections=0), "max_connections: 0 is not 1 or more"),
         (lambda: PostgresStorage("", app_id=""), "app_id: "),
         (lambda: PostgresStorage("", table=""), "table: '' is no name"),

@@ -197,6 +197,24 @@ def test_an_idle_connection_may_be_cut(
         proxy.cut()
 
 
+def test_all_connections_may_be_gone(
+    open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
+) -> None:
+    """After a restart a single caller is not held up by all that many callers had opened."""
+    storage = open_storage(max_connections=10, timeout=5)
+    barrier = threading.Barrier(10)
+
+    def at_once(metadata: Metadata) -> Metadata:
+        barrier.wait(timeout=30)
+        return metadata
+
+    with ThreadPoolExecutor(10) as executor:
+        list(executor.map(lambda n: storage.write([(f"user {n}", Modify(at_once))]), range(10)))
+    for pid in sessions(direct):
+        direct.execute("SELECT pg_terminate_backend(%s, 10000)", [pid])
+    assert storage.read(["user 1"]) == {"user 1": {}}
+
+
 @pytest.mark.parametrize("change", [Merge({"n": 1}), Modify(count)], ids=["merge", "modify"])
 def test_a_write_whose_backend_is_killed_is_repeated(
     open_storage: Callable[..., PostgresStorage],
@@ -578,6 +596,22 @@ with ConnectionPool(sys.argv[1], min_size=1, max_size=2) as pool:
     assert run(program, server_url(), schema) == (
         "the borrowed pool is the parent process's: make one in each process\n[{'n': 1}]\n"
     )
+
+
+def test_who_forgets_to_close_is_not_held_up(schema: str) -> None:
+    """A storage that is dropped, or still there at the end, ends its threads and connections."""
+    program = """
+import sys, threading
+from usermetadata import PostgresStorage
+storage = PostgresStorage(sys.argv[1], schema=sys.argv[2])
+storage.read(["alice"])
+assert threading.active_count() > 1
+storage = None
+assert threading.active_count() == 1
+storage = PostgresStorage(sys.argv[1], schema=sys.argv[2])
+print(storage.read(["alice"]))
+"""
+    assert run(program, server_url(), schema) == "{}\n"
 
 
 def run(program: str, *arguments: str) -> str:

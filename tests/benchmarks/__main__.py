@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import copy
 import functools
-import itertools
 import json
 import os
 import platform
@@ -27,8 +26,21 @@ from typing import TYPE_CHECKING, Any
 
 import parts
 import peers
+import postgres
 from measuring import Measuring, Times
-from report import OURS, Report, relative
+from report import OURS, Report, middle, relative
+from workloads import (
+    USERS,
+    WORKLOADS,
+    awaited,
+    document,
+    fill,
+    gets,
+    gets_many,
+    update,
+    updates,
+    user,
+)
 
 import usermetadata
 from usermetadata import InMemoryStorage, SQLiteStorage, UserMetadataRecipe, syncio
@@ -38,36 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
 HERE = Path(__file__).parent
-USERS = 1000
 SIZES = {"150 B": 150, "2 KB": 2_000, "50 KB": 50_000}
-
-
-@functools.cache
-def document(size: int) -> dict[str, Any]:
-    """Make metadata whose JSON has about so many bytes."""
-    made: dict[str, Any] = {
-        "preferences": {"theme": "dark", "language": "en"},
-        "notifications": {"email": True},
-        "visits": 0,
-        "stripe": "cus_NffrFeUfNV2Hib",
-        "todos": [],
-    }
-    while len(json.dumps(made)) < size - 20:
-        made["todos"].append(f"use-text-notifs-{len(made['todos'])}")
-    return made
-
-
-visits = itertools.count()
-
-
-def update() -> dict[str, Any]:
-    """Make an update that changes something each time."""
-    return {"notifications": {"email": True}, "visits": next(visits)}
-
-
-def user(number: int, users: int = USERS) -> str:
-    """Name one of the stored users, in no order."""
-    return f"user {number * 7919 % users}"
 
 
 class Benchmarks:
@@ -91,6 +74,7 @@ class Benchmarks:
         self.flushes()
         self.stored_users()
         self.in_memory()
+        postgres.measure(self)
         self.importing()
 
     def progress(self, text: str) -> None:
@@ -598,54 +582,10 @@ class CopiedDict:
             return copy.deepcopy(merged)
 
 
-def awaited(
-    loop: asyncio.AbstractEventLoop, operation: Callable[[int], Any]
-) -> Callable[[int], object]:
-    """Return an operation that waits for another to end."""
-    return lambda number: loop.run_until_complete(operation(number))
-
-
-def gets(peer: Any, user: Callable[[int], str] = user) -> Callable[[int], Any]:
-    """Return an operation that gets one user after the other."""
-    return lambda number: peer.get(user(number))
-
-
 def gets_from(storage: SQLiteStorage, user: Callable[[int], str]) -> Callable[[int], object]:
     """Return an operation that gets from this storage, whichever ``init`` was called with."""
     get = UserMetadataRecipe(storage).blocking_implementation.get_user_metadata
     return lambda number: get(user(number), {})
-
-
-def updates(peer: Any, user: Callable[[int], str] = user) -> Callable[[int], Any]:
-    """Return an operation that updates one user after the other."""
-    return lambda number: peer.update(user(number), update())
-
-
-def mixed(peer: Any) -> Callable[[int], Any]:
-    """Return an operation that updates once in ten times, and else gets."""
-    return lambda number: (
-        peer.update(user(number), update()) if number % 10 == 0 else peer.get(user(number))
-    )
-
-
-WORKLOADS: dict[str, Callable[[Any], Callable[[int], Any]]] = {
-    "get": gets,
-    "update": updates,
-    "90 % get": mixed,
-}
-
-
-def gets_many(peer: Any, ids: list[str]) -> Callable[[int], Any]:
-    """Return an operation that gets many users at once."""
-    return lambda _: peer.get_many(ids)
-
-
-async def fill(peer: Any) -> None:
-    """Store all users, some at a time."""
-    for first in range(0, USERS, 100):
-        await asyncio.gather(
-            *(peer.update(user(number), document(150)) for number in range(first, first + 100))
-        )
 
 
 def filled_storage(users: int) -> InMemoryStorage:
@@ -667,11 +607,6 @@ def allocated(make: Callable[[], object]) -> int:
     return size
 
 
-def middle(values: list[float]) -> float:
-    """Return the median."""
-    return sorted(values)[len(values) // 2]
-
-
 def main() -> None:
     """Parse the command line, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -688,8 +623,8 @@ def main() -> None:
     results = report.parts
     report.parts = []
     report.say(
-        f"Measured with CPython {platform.python_version()} and SQLite {sqlite3.sqlite_version} on"
-        f" {os.cpu_count()} processors."
+        f"Measured with CPython {platform.python_version()}, SQLite {sqlite3.sqlite_version} and"
+        f" PostgreSQL {postgres.server_version()} on {os.cpu_count()} processors."
     )
     report.say("## Aims")
     rows = [
@@ -699,6 +634,7 @@ def main() -> None:
     report.table(["figure", "aim", "measured", "reached"], rows)
     report.parts += results
     report.write()
+    postgres.stop_servers()
     for row in rows:
         print("  ".join(row))
 

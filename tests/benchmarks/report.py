@@ -45,6 +45,11 @@ def per_second(times: Sequence[float]) -> str:
     return f"{1 / median(times):,.0f}"
 
 
+def middle(values: list[float]) -> float:
+    """Return the median."""
+    return sorted(values)[len(values) // 2]
+
+
 def relative(times: Times, name: str, base: str = OURS) -> float:
     """Return how many times as long ``name`` takes as ``base``: the median over the rounds."""
     return median(mine / its for mine, its in zip(times[name], times[base], strict=True))

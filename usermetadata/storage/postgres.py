@@ -24,10 +24,12 @@ from usermetadata.storage.postgres_connections import Connections, before_commit
 from usermetadata.storage.postgres_statements import (
     HOLD,
     MERGE,
+    MERGE_ONE,
     READ_MANY,
     READ_ONE,
     REMOVE,
     STORE,
+    STORE_ONE,
     Table,
 )
 
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_MAX_TIMEOUT = 1_000_000  # seconds
+_MIN_TIMEOUT, _MAX_TIMEOUT = 0.001, 1_000_000  # seconds
 _NATIVE = {Merge, Replace, Clear}
 _BLIND = (Clear, Replace)  # they do not look at what is stored, and so mend a damaged row, too
 _MOST_STATEMENTS = 3  # with more of them, one round trip takes longer than two without
@@ -93,8 +95,10 @@ class PostgresStorage:
         timeout: float = 30.0,
     ) -> None:
         self._app_id = check_app_id(app_id)
-        if not isinstance(timeout, (int, float)) or not 0 <= timeout <= _MAX_TIMEOUT:
-            raise InvalidInputError(f"timeout: {timeout!r} is not a number of seconds from 0 on")
+        if not isinstance(timeout, (int, float)) or not _MIN_TIMEOUT <= timeout <= _MAX_TIMEOUT:
+            raise InvalidInputError(
+                f"timeout: {timeout!r} is not a number of seconds, {_MIN_TIMEOUT} or more"
+            )
         if not isinstance(max_connections, int) or max_connections < 1:
             raise InvalidInputError(f"max_connections: {max_connections!r} is not 1 or more")
         names = {"table": table} if schema is None else {"schema": schema, "table": table}
@@ -103,8 +107,7 @@ class PostgresStorage:
                 raise InvalidInputError(f"{argument}: {name!r} is no name")
         self._table = Table(Identifier(*names.values()))
         self._connections = Connections(database, max_connections, timeout)
-        # The server takes 0 for no limit.
-        self._timeout = str(max(1, round(timeout * 1000)))
+        self._timeout = str(round(timeout * 1000))
 
     def __repr__(self) -> str:
         return f"PostgresStorage({self._connections.name!r}, app_id={self._app_id!r})"
@@ -192,17 +195,21 @@ class PostgresStorage:
         if kind is Clear:
             self._execute(connection, REMOVE, user_ids=_dump(list(by_user)))
             return None
-        rows = _rows(
-            (user_id, encode_metadata(change(None) or {}))
-            for user_id, (_, change) in by_user.items()
-        )
-        if kind is Replace:
-            return self._execute(connection, STORE, rows=rows)
-        removed = {
-            user_id: [key for key, value in change.update.items() if value is None]
-            for user_id, (_, change) in by_user.items()
+        texts = {
+            user_id: encode_metadata(change(None) or {}) for user_id, (_, change) in by_user.items()
         }
-        return self._execute(connection, MERGE, rows=rows, removed=_dump(removed))
+        parameters: dict[str, Any] = {}
+        if kind is Merge:
+            keys = {user_id: [*change.update] for user_id, (_, change) in by_user.items()}
+            parameters["keys"] = _dump(keys)
+        if len(texts) > 1:
+            statement = MERGE if kind is Merge else STORE
+            return self._execute(connection, statement, rows=_rows(texts.items()), **parameters)
+        [(user_id, text)] = texts.items()
+        statement = MERGE_ONE if kind is Merge else STORE_ONE
+        return self._execute(
+            connection, statement, user_id=user_id, user_metadata=text, **parameters
+        )
 
     def _apply_holding(
         self, connection: Connection[Any], changes: Sequence[tuple[str, Change]]

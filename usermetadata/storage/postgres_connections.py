@@ -7,6 +7,7 @@ import random
 import selectors
 import threading
 import time
+import weakref
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -95,6 +96,7 @@ class Connections:
         self._timeout = timeout
         self._lock = threading.Lock()
         self._pool: ConnectionPool[Any] | None = None
+        self._close_pool: weakref.finalize[[], Connections] | None = None
         self._lent: set[Connection[Any]] = set()
         self._closed = False
         watch(self)
@@ -135,9 +137,8 @@ class Connections:
         """Close the pool, unless it is the caller's."""
         with self._lock:
             self._closed = True
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.close()
+        if self._close_pool is not None:
+            self._close_pool()
 
     def before_fork(self) -> None:
         """Nothing to wait for: the server's side of a connection does not fork."""
@@ -151,6 +152,8 @@ class Connections:
         if pool is not None:
             # Not even closed, which would say goodbye to the server in the parent's name.
             _of_the_parent_process.append(pool)
+        if self._close_pool is not None:
+            self._close_pool.detach()
         with open(os.devnull, "rb") as nothing:
             for connection in self._lent:
                 # Whoever uses it goes on here, too, and must not interfere.
@@ -162,25 +165,36 @@ class Connections:
     @contextmanager
     def _lend(self) -> Generator[Connection[Any], None, None]:
         pool = self._opened()
+        connection = self._take(pool)
+        was_autocommit = connection.autocommit
+        self._lent.add(connection)
         try:
-            with pool.connection(self._timeout) as connection:
-                autocommit = connection.autocommit
+            if not was_autocommit:
                 connection.autocommit = True
-                self._lent.add(connection)
-                try:
-                    yield connection
-                except errors.ReadOnlySqlTransaction:
-                    connection.close()
-                    raise
-                except BaseException:
-                    # Where that fails, what has failed before matters more.
-                    with suppress(psycopg.Error):
-                        connection.rollback()
-                    raise
-                finally:
-                    self._lent.discard(connection)
-                    if not connection.closed:
-                        connection.autocommit = autocommit
+            yield connection
+        except errors.ReadOnlySqlTransaction:
+            connection.close()
+            raise
+        except BaseException:
+            # Where that fails, what has failed before matters more.
+            with suppress(psycopg.Error):
+                connection.rollback()
+            raise
+        finally:
+            self._lent.discard(connection)
+            if not was_autocommit and not connection.closed:
+                connection.autocommit = False
+            pool.putconn(connection)
+
+    def _take(self, pool: ConnectionPool[Any]) -> Connection[Any]:
+        """Take a connection that is still open; the pool opens others for those that are not."""
+        deadline = time.monotonic() + self._timeout
+        try:
+            connection: Connection[Any] = pool.getconn(self._timeout)
+            while _is_gone(connection):
+                connection.close()
+                pool.putconn(connection)
+                connection = pool.getconn(deadline - time.monotonic())
         except PoolTimeout as error:
             if self._borrowed is None:
                 self._connect().close()
@@ -190,6 +204,7 @@ class Connections:
             ) from error
         except PoolClosed as error:
             raise UsageError(f"{self.name}: the pool is closed: pass one that is open") from error
+        return connection
 
     def _opened(self) -> ConnectionPool[Any]:
         with self._lock:
@@ -207,10 +222,11 @@ class Connections:
                     max_size=self._max_connections,
                     kwargs={**self._arguments, "autocommit": True},
                     configure=_configure,
-                    check=_check,
                     name="usermetadata",
                     open=True,
                 )
+                # Also for who forgets it: the pool's threads would hold up the end of the process.
+                self._close_pool = weakref.finalize(self, self._pool.close)
             return self._pool
 
     def _connect(self) -> Connection[Any]:
@@ -258,14 +274,16 @@ def _configure(connection: Connection[Any]) -> None:
         connection.prepare_threshold = None
 
 
-def _check(connection: Connection[Any]) -> None:
-    """Refuse a connection that the server has closed; it costs no round trip."""
-    with selectors.DefaultSelector() as selector:
+# Where there is poll, it is faster than what is best for many sockets.
+_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+
+
+def _is_gone(connection: Connection[Any]) -> bool:
+    """Tell whether the server has closed a connection; it costs no round trip."""
+    with _Selector() as selector:
         selector.register(connection.fileno(), selectors.EVENT_READ)
-        # Nobody has asked anything: it can only be the server's farewell.
-        if selector.select(0):
-            connection.close()
-            raise psycopg.OperationalError("the server has closed the connection")
+        # Nobody has asked anything: whatever there is to read can only be a farewell.
+        return bool(selector.select(0))
 
 
 def _first_line(error: psycopg.Error) -> str:

@@ -45,37 +45,41 @@ WHERE app_id = %(app_id)s AND user_id IN (SELECT json_array_elements_text(%(user
 
 # All writers keep to one order of users, so that two of them never wait for each other. How long
 # they wait is said in the statement itself: behind a pooler, a session is nobody's own.
-_UPSERT = """
+_ROWS = "json_to_recordset(%(rows)s) AS row (user_id text, user_metadata text)"
+_UPSERT = (
+    """
 INSERT INTO {table} AS stored (app_id, user_id, user_metadata)
 SELECT %(app_id)s, user_id, user_metadata
 FROM (
     SELECT user_id, user_metadata{lock}
-    FROM json_to_recordset(%(rows)s) AS row (user_id text, user_metadata text),
+    FROM """
+    + _ROWS
+    + """,
         set_config('lock_timeout', %(timeout)s, true)
     ORDER BY user_id) AS rows
 ON CONFLICT (app_id, user_id) DO UPDATE SET user_metadata = """
+)
 _RETURNING = " RETURNING user_id, user_metadata"
 STORE = _UPSERT + "excluded.user_metadata" + _RETURNING
 # Replaces a row by itself, which locks it; where there is none it leaves one that must be replaced.
 HOLD = _UPSERT + "stored.user_metadata" + _RETURNING
-# The type json keeps each value's text as it is, to the last digit, and the order of properties.
+# What is stored, without the keys of the update, and then what the update sets. The type json keeps
+# each value's text as it is, to the last digit.
 MERGE = (
-    _UPSERT  # noqa: S608 - of constants
+    _UPSERT
     + """(
-    SELECT '{{' || coalesce(
-        string_agg(
-            to_json(key)::text || ':' || coalesce(new.value, old.value)::text,
-            ',' ORDER BY old.place, new.place
-        ), ''
+    SELECT '{{' || concat_ws(',',
+        string_agg(to_json(key)::text || ':' || value::text, ','),
+        nullif(substr(excluded.user_metadata, 2, length(excluded.user_metadata) - 2), '')
     ) || '}}'
-    FROM json_each(stored.user_metadata::json) WITH ORDINALITY AS old (key, value, place)
-    FULL JOIN json_each(excluded.user_metadata::json) WITH ORDINALITY AS new (key, value, place)
-        USING (key)
-    WHERE new.place IS NOT NULL
-        OR NOT coalesce(%(removed)s::jsonb -> excluded.user_id::text ? key, false))
-"""
+    FROM json_each(stored.user_metadata::json) AS old (key, value)
+    WHERE NOT %(keys)s::jsonb -> excluded.user_id::text ? key)"""
     + _RETURNING
 )
+# To wrap a single row in JSON would take a tenth of the time.
+_ROW = "(VALUES (%(user_id)s, %(user_metadata)s)) AS row (user_id, user_metadata)"
+STORE_ONE = STORE.replace(_ROWS, _ROW)
+MERGE_ONE = MERGE.replace(_ROWS, _ROW)
 REMOVE = """
 DELETE FROM {table} AS stored
 USING (
