@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import FUNCTIONS
+from postgres_server import empty_schema, server_url
+from psycopg.conninfo import make_conninfo
 from sybil import Document
 from sybil.parsers.markdown import PythonCodeBlockParser
 
@@ -22,7 +24,7 @@ import usermetadata
 from usermetadata import syncio
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Generator
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -33,9 +35,14 @@ MODULES = ["usermetadata"] + [
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let examples write where they are."""
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[None, None, None]:
+    """Let examples write where they are, and into a database that is empty."""
     monkeypatch.chdir(tmp_path)
+    with empty_schema() as schema:
+        url = make_conninfo(server_url(), options=f"-csearch_path={schema}")
+        monkeypatch.setenv("DATABASE_URL", url)
+        yield
+        usermetadata.UserMetadataRecipe.reset()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

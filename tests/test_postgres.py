@@ -321,6 +321,20 @@ def test_a_clear_waits_for_the_core(core: Core, postgres: PostgresStorage) -> No
     assert postgres.read(["alice"]) == {}
 
 
+def test_an_older_core_locks_the_row(
+    core: Core, postgres: PostgresStorage, direct: psycopg.Connection[Any]
+) -> None:
+    """A core that locks the row instead, as older ones do, loses nothing where there is one."""
+    postgres.write([("alice", Merge({}))])
+    with ThreadPoolExecutor(1) as executor:
+        with direct.transaction():
+            direct.execute("SELECT FROM user_metadata WHERE user_id = 'alice' FOR UPDATE")
+            written = executor.submit(postgres.write, [("alice", Merge({"ours": 1}))])
+            waiting_for_locks(1)
+            direct.execute("""UPDATE user_metadata SET user_metadata = '{"core": 1}'""")
+        assert written.result() == [{"core": 1, "ours": 1}]
+
+
 def test_two_kinds_of_writers_lose_nothing(
     core: Core, schema: str, postgres: PostgresStorage
 ) -> None:
@@ -434,3 +448,23 @@ def test_a_table_of_something_else_is_an_error_of_ours(
     direct.execute("CREATE TABLE user_metadata (n integer)")
     with pytest.raises(StorageError, match='column "user_id" does not exist'):
         postgres.read(["alice"])
+
+
+def test_a_partitioned_table_is_used_as_it_is(
+    postgres: PostgresStorage, direct: psycopg.Connection[Any]
+) -> None:
+    """Whoever has very many users divides the table, and nothing else changes."""
+    direct.execute("""
+        CREATE TABLE user_metadata (
+            app_id varchar(64), user_id varchar(255), user_metadata text NOT NULL,
+            PRIMARY KEY (app_id, user_id)) PARTITION BY HASH (app_id, user_id);
+        CREATE TABLE even PARTITION OF user_metadata FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+        CREATE TABLE odd PARTITION OF user_metadata FOR VALUES WITH (MODULUS 2, REMAINDER 1);
+    """)
+    users = [f"user {n}" for n in range(20)]
+    for n in range(2):
+        assert len(postgres.write([(user, Merge({str(n): n})) for user in users])) == 20
+    postgres.write([("user 0", Clear()), ("user 1", Modify(lambda _: {}))])
+    assert postgres.read(users) == {"user 1": {}} | {user: {"0": 0, "1": 1} for user in users[2:]}
+    assert direct.execute("SELECT count(*) > 0 FROM even").fetchone() == (True,)
+    assert direct.execute("SELECT count(*) > 0 FROM odd").fetchone() == (True,)

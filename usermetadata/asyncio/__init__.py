@@ -45,6 +45,8 @@ def get_user_metadata(
         InvalidInputError: the user id is not valid.
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed; ``__cause__`` is its driver's error.
+        StorageBusyError: others held the storage for too long.
+        StorageUnavailableError: the server cannot be reached.
         DamagedMetadataError: what is stored is not a JSON object.
 
     Example:
@@ -79,7 +81,10 @@ def update_user_metadata(
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: other writers held the storage for too long; nothing was written.
+        StorageBusyError: others held the storage for too long; nothing was written.
+        StorageUnavailableError: the server cannot be reached; nothing was written.
+        OutcomeUnknownError: the connection to the server was lost; it was written whole or not at
+            all.
         DamagedMetadataError: what is stored is not a JSON object; nothing was written.
 
     Example:
@@ -113,7 +118,9 @@ def clear_user_metadata(
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was removed; ``__cause__`` is its driver's
             error.
-        StorageBusyError: other writers held the storage for too long; nothing was removed.
+        StorageBusyError: others held the storage for too long; nothing was removed.
+        StorageUnavailableError: the server cannot be reached; nothing was removed.
+        OutcomeUnknownError: the connection to the server was lost; it was removed or not.
 
     Example:
         >>> await clear_user_metadata("alice")
@@ -147,7 +154,10 @@ def set_user_metadata(
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: other writers held the storage for too long; nothing was written.
+        StorageBusyError: others held the storage for too long; nothing was written.
+        StorageUnavailableError: the server cannot be reached; nothing was written.
+        OutcomeUnknownError: the connection to the server was lost; it was written whole or not at
+            all.
 
     Example:
         >>> (await set_user_metadata("alice", {"plan": "pro"})).metadata
@@ -186,7 +196,10 @@ def modify_user_metadata(
         UsageError: ``usermetadata.init`` was not called, or the function called this library.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: other writers held the storage for too long; nothing was written.
+        StorageBusyError: others held the storage for too long; nothing was written.
+        StorageUnavailableError: the server cannot be reached; nothing was written.
+        OutcomeUnknownError: the connection to the server was lost; it was written whole or not at
+            all.
         DamagedMetadataError: what is stored is not a JSON object; nothing was written.
         Exception: whatever the function raises, as it is; nothing was written.
 
@@ -219,6 +232,8 @@ def get_bulk_user_metadata(
         InvalidInputError: a user id is not valid.
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed; ``__cause__`` is its driver's error.
+        StorageBusyError: others held the storage for too long.
+        StorageUnavailableError: the server cannot be reached.
         DamagedMetadataError: what is stored about one of them is not a JSON object.
 
     Example:
@@ -250,7 +265,10 @@ def update_bulk_user_metadata(
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: other writers held the storage for too long; nothing was written.
+        StorageBusyError: others held the storage for too long; nothing was written.
+        StorageUnavailableError: the server cannot be reached; nothing was written.
+        OutcomeUnknownError: the connection to the server was lost; it was written whole or not at
+            all.
         DamagedMetadataError: what is stored about one of them is not a JSON object; nothing was
             written.
 

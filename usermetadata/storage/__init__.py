@@ -62,6 +62,8 @@ class Storage(Protocol):
 
         Raises:
             StorageError: the database failed.
+            StorageBusyError: others did not let go in time.
+            StorageUnavailableError: the server cannot be reached.
             DamagedMetadataError: a row does not hold a JSON object.
             UsageError: the storage is closed.
         """
@@ -84,7 +86,9 @@ class Storage(Protocol):
 
         Raises:
             StorageError: the database failed; nothing is stored.
-            StorageBusyError: other writers did not let go in time; nothing is stored.
+            StorageBusyError: others did not let go in time; nothing is stored.
+            StorageUnavailableError: the server cannot be reached; nothing is stored.
+            OutcomeUnknownError: the connection was lost; all is stored or nothing.
             DamagedMetadataError: a row that a change needs does not hold a JSON object.
             UsageError: the storage is closed.
         """
