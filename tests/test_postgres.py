@@ -426,18 +426,19 @@ def test_bad_arguments_are_refused(make: Callable[[], object], message: str) -> 
         make()
 
 
-def test_the_extra_is_named_where_it_is_missing() -> None:
-    """Who has not installed psycopg reads how."""
+@pytest.mark.parametrize("module", ["psycopg", "psycopg_pool"])
+def test_the_extra_is_named_where_it_is_missing(module: str) -> None:
+    """Who has not installed psycopg, or not its pool, reads how."""
     program = """
 import sys
-sys.modules["psycopg"] = None
+sys.modules[sys.argv[1]] = None
 import usermetadata
 try:
     usermetadata.init("postgresql://localhost/users")
 except ImportError as error:
     print(error)
 """
-    output = subprocess.check_output([sys.executable, "-c", program], text=True)
+    output = subprocess.check_output([sys.executable, "-c", program, module], text=True)
     assert output == "PostgresStorage needs psycopg: pip install 'usermetadata[postgres]'\n"
 
 

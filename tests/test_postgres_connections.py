@@ -408,7 +408,7 @@ def test_a_read_only_server_says_so(
     open_storage().write([("alice", Merge({"n": 1}))])
     storage = open_storage(options="-c default_transaction_read_only=on")
     assert storage.read(["alice"]) == {"alice": {"n": 1}}
-    with pytest.raises(StorageError, match=r"read-only transaction: .* nothing was done"):
+    with pytest.raises(StorageError, match=r"in a read-only transaction$"):
         storage.write([("alice", Merge({"n": 2}))])
 
 

@@ -237,14 +237,8 @@ def _open_sqlite(path: str | os.PathLike[str]) -> Storage:
 
 
 def _open_postgres(url: str) -> Storage:
-    try:
-        from usermetadata.storage.postgres import PostgresStorage
-    except ModuleNotFoundError as error:
-        if error.name not in ("psycopg", "psycopg_pool"):
-            raise
-        raise UsageError(
-            "PostgreSQL needs psycopg: pip install 'usermetadata[postgres]'"
-        ) from error
+    from usermetadata.storage.postgres import PostgresStorage
+
     return PostgresStorage(url)
 
 

@@ -5,22 +5,23 @@ from __future__ import annotations
 import copy
 import json
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 try:
     from psycopg import Cursor, DataError
+    from psycopg.rows import tuple_row
+    from psycopg.sql import Identifier
+
+    from usermetadata.storage.postgres_connections import Connections, before_commit
 except ImportError as error:
     raise ImportError(
         "PostgresStorage needs psycopg: pip install 'usermetadata[postgres]'"
     ) from error
-from psycopg.rows import tuple_row
-from psycopg.sql import Identifier
 
 from usermetadata.changes import Clear, Merge, Replace
 from usermetadata.exceptions import DamagedMetadataError, InvalidInputError
 from usermetadata.identifiers import check_app_id
 from usermetadata.json import decode_metadata, encode_metadata
-from usermetadata.storage.postgres_connections import Connections, before_commit
 from usermetadata.storage.postgres_statements import (
     HOLD,
     MERGE,
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 
     from usermetadata.changes import Change
     from usermetadata.json import Metadata
-
-T = TypeVar("T")
 
 _MIN_TIMEOUT, _MAX_TIMEOUT = 0.001, 1_000_000  # seconds
 _NATIVE = {Merge, Replace, Clear}

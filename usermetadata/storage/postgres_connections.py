@@ -49,7 +49,12 @@ _UNDONE = (
     errors.AdminShutdown,  # a restart, a failover, pg_terminate_backend
     errors.ReadOnlySqlTransaction,  # it was the primary once; another connection may find the new
 )
-_TOOK_TOO_LONG = (errors.LockNotAvailable, errors.QueryCanceled)
+_IN_THE_WAY = (
+    errors.SerializationFailure,
+    errors.DeadlockDetected,
+    errors.LockNotAvailable,
+    errors.QueryCanceled,
+)
 
 # What libpq does if the database's URL says nothing of it: it notices a peer that is gone.
 _DEFAULTS = {
@@ -242,15 +247,15 @@ class Connections:
             return InvalidInputError(
                 f"{text}: is app_id an app of the SuperTokens core whose table this is?"
             )
-        if isinstance(error, _TOOK_TOO_LONG):
+        if isinstance(error, _IN_THE_WAY):
             return StorageBusyError(f"{text}: nothing was done, so the call may be repeated")
-        if isinstance(error, _UNDONE):
-            return StorageBusyError(f"{text}: {_ATTEMPTS} attempts have failed, nothing was done")
-        if is_write and _is_lost(error):
+        if is_write and _is_lost(error) and not isinstance(error, _UNDONE):
             return OutcomeUnknownError(
                 f"{text}: the connection was lost during a write, which was done whole or not at"
                 " all: read to find out"
             )
+        if isinstance(error, errors.AdminShutdown) or _is_lost(error):
+            return StorageUnavailableError(f"{text}: nothing was done")
         return StorageError(text)
 
 
