@@ -8,8 +8,10 @@ import sqlite3
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 import pytest
 from postgres_server import empty_schema, server_url, server_version, stop_servers
+from psycopg.sql import SQL, Identifier
 from sqlite_utils import Database
 
 import usermetadata
@@ -68,6 +70,21 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Storage
 def database(tmp_path: Path) -> Path:
     """Where a test may keep an SQLite file."""
     return tmp_path / "users.db"
+
+
+@pytest.fixture
+def schema() -> Generator[str, None, None]:
+    """An empty schema of a PostgreSQL database."""
+    with empty_schema() as schema:
+        yield schema
+
+
+@pytest.fixture
+def direct(schema: str) -> Generator[psycopg.Connection[Any], None, None]:
+    """A connection that sees what is really in that schema."""
+    with psycopg.connect(server_url(), autocommit=True) as connection:
+        connection.execute(SQL("SET search_path = {}").format(Identifier(schema)))
+        yield connection
 
 
 @pytest.fixture(autouse=True)

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 from postgres_proxy import Proxy
-from postgres_server import empty_schema, server_url, waiting_for_locks
+from postgres_server import server_url, waiting_for_locks
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row
-from psycopg.sql import SQL, Identifier
 from psycopg_pool import ConnectionPool
 
 import usermetadata
@@ -48,21 +47,6 @@ CREATE TABLE user_metadata (
         ON DELETE CASCADE);
 CREATE INDEX user_metadata_app_id_index ON user_metadata (app_id);
 """
-
-
-@pytest.fixture
-def schema() -> Generator[str, None, None]:
-    """An empty schema."""
-    with empty_schema() as schema:
-        yield schema
-
-
-@pytest.fixture
-def direct(schema: str) -> Generator[psycopg.Connection[Any], None, None]:
-    """A connection that sees what is really there."""
-    with psycopg.connect(server_url(), autocommit=True) as connection:
-        connection.execute(SQL("SET search_path = {}").format(Identifier(schema)))
-        yield connection
 
 
 @pytest.fixture

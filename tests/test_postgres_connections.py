@@ -17,7 +17,6 @@ import pytest
 from postgres_proxy import Pooler, Proxy
 from postgres_server import OwnServer, empty_schema, server_url, waiting_for_locks
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.sql import SQL, Identifier
 from psycopg_pool import ConnectionPool
 
 import usermetadata
@@ -39,21 +38,6 @@ if TYPE_CHECKING:
     from usermetadata.json import Metadata
 
 NAME = "usermetadata tests"
-
-
-@pytest.fixture
-def schema() -> Generator[str, None, None]:
-    """An empty schema."""
-    with empty_schema() as schema:
-        yield schema
-
-
-@pytest.fixture
-def direct(schema: str) -> Generator[psycopg.Connection[Any], None, None]:
-    """A connection to whatever stands in that schema."""
-    with psycopg.connect(server_url(), autocommit=True) as connection:
-        connection.execute(SQL("SET search_path = {}").format(Identifier(schema)))
-        yield connection
 
 
 @pytest.fixture

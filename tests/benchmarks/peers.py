@@ -24,7 +24,7 @@ from sqlalchemy import JSON, Engine, String, create_engine, event, select
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from usermetadata import SQLiteStorage, UserMetadataRecipe, init, syncio
+from usermetadata import PostgresStorage, SQLiteStorage, UserMetadataRecipe, init, syncio
 from usermetadata import asyncio as aio
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Usermetadata:
     """This library, through ``usermetadata.syncio``."""
 
     name = "usermetadata"
+    storage: SQLiteStorage | PostgresStorage
 
     def __init__(self, folder: Path) -> None:
         self.storage = SQLiteStorage(folder / "usermetadata.db")
@@ -378,9 +379,10 @@ class AsyncUsermetadata:
     """This library, through ``usermetadata.asyncio``."""
 
     name = "usermetadata"
+    storage: SQLiteStorage | PostgresStorage
 
-    async def open(self, folder: Path) -> None:
-        self.storage = SQLiteStorage(folder / "usermetadata.db")
+    async def open(self, place: Any) -> None:
+        self.storage = SQLiteStorage(place / "usermetadata.db")
         init(self.storage)
 
     async def get(self, user_id: str) -> Metadata:

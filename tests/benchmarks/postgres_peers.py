@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg  # pyright: ignore[reportMissingTypeStubs]
 import psycopg
-from peers import APP, Metadata, Usermetadata, merge
+from peers import APP, AsyncUsermetadata, Metadata, Usermetadata, merge
 from psycopg.conninfo import conninfo_to_dict
 from psycopg_pool import AsyncConnectionPool
 from sqlalchemy import JSON, String, func, select
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from usermetadata import PostgresStorage, UserMetadataRecipe, init
-from usermetadata import asyncio as aio
+from usermetadata import PostgresStorage, init
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,7 +54,7 @@ class PostgresUsermetadata(Usermetadata):
     """This library, through ``usermetadata.syncio``."""
 
     def __init__(self, url: str) -> None:
-        self.storage = PostgresStorage(url, max_connections=CONNECTIONS)  # type: ignore[assignment]
+        self.storage = PostgresStorage(url, max_connections=CONNECTIONS)
         init(self.storage)
 
 
@@ -87,24 +86,12 @@ class Core:
         self.connection.close()
 
 
-class AsyncPostgresUsermetadata:
+class AsyncPostgresUsermetadata(AsyncUsermetadata):
     """This library, through ``usermetadata.asyncio``."""
 
-    name = "usermetadata"
-
-    async def open(self, url: str) -> None:
-        self.storage = PostgresStorage(url, table="ours", max_connections=CONNECTIONS)
+    async def open(self, place: Any) -> None:
+        self.storage = PostgresStorage(place, table="ours", max_connections=CONNECTIONS)
         init(self.storage)
-
-    async def get(self, user_id: str) -> Metadata:
-        return (await aio.get_user_metadata(user_id)).metadata
-
-    async def update(self, user_id: str, update: Metadata) -> Metadata:
-        return (await aio.update_user_metadata(user_id, update)).metadata
-
-    async def close(self) -> None:
-        UserMetadataRecipe.reset()
-        self.storage.close()
 
 
 class AsyncPsycopg:
