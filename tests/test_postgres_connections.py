@@ -300,7 +300,7 @@ def test_passwords_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
     with contextlib.closing(storage), pytest.raises(StorageUnavailableError) as unavailable:
         storage.read(["alice"])
     with pytest.raises(UserMetadataError) as unreadable:
-        usermetadata.init("postgresql://me:open sesame@host:port:port/")
+        usermetadata.init("postgresql://me:open sesame@[host/")
     with pytest.raises(UserMetadataError) as unknown:
         usermetadata.init("mysql://me:open sesame@host/")
     told = [repr(storage), caplog.text]
