@@ -9,6 +9,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlencode
 
 import psycopg
 import pytest
@@ -377,10 +378,10 @@ def test_a_borrowed_pool_is_left_as_it_was(schema: str) -> None:
 
 def test_a_url_is_all_it_takes(schema: str) -> None:
     """``init`` takes the URL in either spelling, and closes what it opened."""
-    options = conninfo_to_dict(server_url())
-    host, user, name = options.get("host", ""), options.get("user", ""), options.get("dbname", "")
+    options = {**conninfo_to_dict(server_url()), "options": f"-csearch_path={schema}"}
+    query = urlencode({key: value for key, value in options.items() if value}, quote_via=quote)
     for scheme in ("postgresql", "postgres"):
-        usermetadata.init(f"{scheme}://{user}@/{name}?host={host}&options=-csearch_path%3D{schema}")
+        usermetadata.init(f"{scheme}://?{query}")
         storage = UserMetadataRecipe.get_instance().storage
         assert isinstance(storage, PostgresStorage)
         assert storage.read(["alice"]) == {}
