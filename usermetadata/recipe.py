@@ -147,7 +147,7 @@ class UserMetadataRecipe:
             storage = os.environ.get("USERMETADATA_URL") or "sqlite:///usermetadata.db"
         opened = isinstance(storage, (str, os.PathLike))
         UserMetadataRecipe._instance = UserMetadataRecipe(
-            _open_storage(storage), override, owns_storage=opened
+            open_storage(storage), override, owns_storage=opened
         )
 
     @staticmethod
@@ -201,7 +201,8 @@ class UserMetadataRecipe:
         return RecipeImplementation(self._coalescer)
 
 
-def _open_storage(storage: Storage | str | os.PathLike[str]) -> Storage:
+def open_storage(storage: Storage | str | os.PathLike[str]) -> Storage:
+    """Return the storage that a URL or a path names, or the storage itself."""
     if isinstance(storage, str):
         scheme, separator, rest = storage.partition("://")
         if not separator:

@@ -52,6 +52,38 @@ def usermetadata_storage() -> Generator[InMemoryStorage, None, None]:
     storage.close()
 
 
+@pytest.fixture
+def usermetadata_server(
+    usermetadata_storage: InMemoryStorage,
+) -> Generator[str, None, None]:
+    """Serve the test's fresh in-memory store to SuperTokens' SDKs; give the test the URL.
+
+    It needs the extra ``server``. The application's SDK is given the URL as its ``connection_uri``,
+    and asks for no key.
+
+    Example:
+        A test of an application that uses the SDK::
+
+            def test_theme(usermetadata_server):
+                init(supertokens_config=SupertokensConfig(connection_uri=usermetadata_server), ...)
+    """
+    import socket
+
+    import uvicorn
+
+    from usermetadata.server import create_app
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = uvicorn.Config(create_app(usermetadata_storage), log_config=None, access_log=False)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        # Whoever connects now waits until the server is ready.
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
 _EXACT_VALUES: list[Any] = [
     *(None, True, False, 0, 1, 2**53 + 1, -(2**63) - 1, 10**600),
     *(0.1, 1.0, -0.0, 5e-324, 1.7976931348623157e308, 1e22),

@@ -5,7 +5,7 @@ Each backend is one file of this package and knows nothing of the others.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,5 +111,25 @@ class Storage(Protocol):
         """Give back what the storage holds open; it may be called twice.
 
         Every later ``read`` and ``write`` raises ``UsageError``.
+        """
+        ...
+
+
+@runtime_checkable
+class ListingStorage(Storage, Protocol):
+    """A storage that can also go through all its users, to export them; those here can."""
+
+    def read_after(self, user_id: str, limit: int) -> dict[str, Metadata]:
+        """Return the metadata of the next users, in an order of the storage's own.
+
+        Args:
+            user_id: the last one that is known already; ``""`` to begin.
+            limit: how many users to return at most.
+
+        Returns:
+            The metadata by user id, in order; empty if there is nobody any more.
+
+        Raises:
+            StorageError: as ``read`` does.
         """
         ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import marshal
 import threading
+from heapq import nsmallest
 from typing import TYPE_CHECKING, Any
 
 from usermetadata.exceptions import UsageError
@@ -63,6 +64,14 @@ class InMemoryStorage:
         for user_id, row in found.items():
             found[user_id] = _decode(row)
         return found
+
+    def read_after(self, user_id: str, limit: int) -> dict[str, Metadata]:
+        """Return the metadata of the next users, in the order of their code points."""
+        with self._store.lock:
+            rows = self._store.rows()
+            later = (key for key in rows if key[0] == self._app_id and key[1] > user_id)
+            found = {key[1]: rows[key] for key in nsmallest(limit, later)}
+        return {user_id: _decode(row) for user_id, row in found.items() if row is not None}
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order, all or none."""

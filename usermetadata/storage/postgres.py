@@ -26,6 +26,7 @@ from usermetadata.storage.postgres_statements import (
     HOLD,
     MERGE,
     MERGE_ONE,
+    READ_AFTER,
     READ_MANY,
     READ_ONE,
     REMOVE,
@@ -116,6 +117,16 @@ class PostgresStorage:
         self._prepare()
         rows = self._connections.run(lambda connection: self._select(connection, user_ids))
         return {user_id: self._decode(user_id, text) for user_id, text in rows}
+
+    def read_after(self, user_id: str, limit: int) -> dict[str, Metadata]:
+        """Return the metadata of the next users, in the database's order."""
+        self._prepare()
+        rows = self._connections.run(
+            lambda connection: self._execute(
+                connection, READ_AFTER, user_id=user_id, limit=limit
+            ).fetchall()
+        )
+        return {found: self._decode(found, text) for found, text in rows}
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order in one transaction: one round trip, if none is a function."""

@@ -42,6 +42,10 @@ READ_MANY = """
 SELECT user_id, user_metadata FROM {table}
 WHERE app_id = %(app_id)s AND user_id IN (SELECT json_array_elements_text(%(user_ids)s))
 """
+READ_AFTER = """
+SELECT user_id, user_metadata FROM {table}
+WHERE app_id = %(app_id)s AND user_id > %(user_id)s ORDER BY user_id LIMIT %(limit)s
+"""
 
 # All writers keep to one order of users, so that two of them never wait for each other. How long
 # they wait is said in the statement itself: behind a pooler, a session is nobody's own.

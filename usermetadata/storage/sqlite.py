@@ -29,6 +29,10 @@ _READ_MANY = (
     "SELECT user_id, user_metadata FROM user_metadata"
     " WHERE app_id = ? AND user_id IN (SELECT value FROM json_each(?))"
 )
+_READ_AFTER = (
+    "SELECT user_id, user_metadata FROM user_metadata"
+    " WHERE app_id = ? AND user_id > ? ORDER BY user_id LIMIT ?"
+)
 _STORE = (
     "INSERT INTO user_metadata (app_id, user_id, user_metadata) VALUES (?, ?, ?)"
     " ON CONFLICT (app_id, user_id) DO UPDATE SET user_metadata = excluded.user_metadata"
@@ -111,6 +115,10 @@ class SQLiteStorage:
         """Return the metadata of those users that have a row, in one query."""
         query, parameters = self._query(user_ids)
         return self._connections.read(query, parameters, self._decode)
+
+    def read_after(self, user_id: str, limit: int) -> dict[str, Metadata]:
+        """Return the metadata of the next users, in the order of their code points."""
+        return self._connections.read(_READ_AFTER, (self._app_id, user_id, limit), self._decode)
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order in one transaction, opened by ``BEGIN IMMEDIATE``."""

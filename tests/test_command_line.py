@@ -1,0 +1,252 @@
+"""The command line, ``python -m usermetadata``, and the plugin of sqlite-utils."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from http.client import HTTPConnection
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from conftest import STORAGES, open_storage
+from postgres_server import server_url
+from psycopg.conninfo import make_conninfo
+
+from usermetadata import PostgresStorage, SQLiteStorage
+from usermetadata.changes import Clear, Merge
+from usermetadata.storage import ListingStorage
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Shell:
+    """Runs commands on one SQLite file."""
+
+    def __init__(self, database: Path) -> None:
+        self.database = database
+
+    def run(self, *arguments: str, stdin: str = "", code: int = 0) -> str:
+        """Run a command; return what it printed, on standard error if it is to fail."""
+        command = [sys.executable, "-m", "usermetadata", *arguments]
+        environment = {**os.environ, "USERMETADATA_URL": f"sqlite:///{self.database}"}
+        finished = subprocess.run(
+            command,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env=environment,
+            cwd=self.database.parent,
+        )
+        assert finished.returncode == code, finished.stderr
+        assert not (finished.stderr and code == 0)
+        return finished.stderr if code else finished.stdout
+
+
+@pytest.fixture
+def shell(database: Path) -> Shell:
+    """A shell on an empty file."""
+    return Shell(database)
+
+
+def test_the_functions_are_commands(shell: Shell) -> None:
+    """JSON comes as an argument or on standard input, and goes to standard output."""
+    shown = shell.run("update", "alice", '{"theme": "dark", "todos": [1], "text": "é"}')
+    assert json.loads(shown) == {"theme": "dark", "todos": [1], "text": "é"}
+    assert json.loads(shell.run("update", "alice", stdin='{"todos": null, "text": null}')) == {
+        "theme": "dark"
+    }
+    assert json.loads(shell.run("set", "alice", "-", stdin='{"n": 1}')) == {"n": 1}
+    assert json.loads(shell.run("get", "alice")) == {"n": 1}
+    assert shell.run("clear", "alice") == ""
+    assert shell.run("get", "alice") == "{}\n"
+    shell.run("--app-id", "shop", "set", "alice", '{"n": 2}')
+    assert shell.run("get", "alice") == "{}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["get", ""], 2, "user_id: is empty"),
+        (["update", "alice", "{"], 2, "metadata_update: Expecting property name"),
+        (["set", "alice", "[1]"], 2, "metadata: list is not a mapping"),
+        (["set", "alice", '{"n": NaN}'], 2, 'metadata["n"]: nan is not JSON'),
+        (["--storage", "mysql://x", "get", "alice"], 2, "mysql:// is not a URL that is known"),
+        (["--storage", "/missing/users.db", "get", "alice"], 1, "the directory /missing does not"),
+        (["--storage", "memory://", "export", "--resume"], 2, "--resume needs a FILE"),
+        (["import", "missing.jsonl"], 2, "No such file"),
+        (
+            ["serve", "--host", "0.0.0.0"],
+            2,
+            "0.0.0.0 can be reached from elsewhere: give",
+        ),
+        (["serve", "--host", "example.com"], 2, "example.com can be reached from elsewhere"),
+    ],
+)
+def test_errors_are_a_line_and_an_exit_code(
+    shell: Shell, arguments: list[str], code: int, message: str
+) -> None:
+    """2 for what is not valid, 1 for a storage that failed; no traceback."""
+    error = shell.run(*arguments, code=code)
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_help_says_what_there_is(shell: Shell) -> None:
+    """Every command has a line of help."""
+    shown = shell.run("--help")
+    for command in ("get", "set", "update", "clear", "export", "import", "import-supertokens"):
+        assert f"\n  {command} " in shown
+        assert shell.run(command, "--help").startswith("Usage: python -m usermetadata")
+
+
+def fill(database: Path, count: int) -> dict[str, Any]:
+    """Store so many users."""
+    users = {f"user {n:05}": {"n": n, "text": "é\u2028"} for n in range(count)}
+    with closing(SQLiteStorage(database)) as storage:
+        storage.write([(user, Merge(users[user])) for user in users])
+    return users
+
+
+def read_all(database: Path) -> dict[str, Any]:
+    """Read all users."""
+    with closing(SQLiteStorage(database)) as storage:
+        return storage.read_after("", 10**9)
+
+
+def test_what_is_exported_can_be_imported(shell: Shell, tmp_path: Path) -> None:
+    """JSON Lines, one user each, over files or pipes; who is stored already is replaced."""
+    users = fill(shell.database, 2500)
+    lines = shell.run("export")
+    first = '{"userId": "user 00000", "metadata": {"n": 0, "text": "é\u2028"}}'
+    assert lines.split("\n")[0] == first
+    shell.run("export", "users.jsonl")
+    other = Shell(tmp_path / "other.db")
+    other.run("set", "user 00000", '{"old": true}')
+    other.run("import", "users.jsonl")
+    assert read_all(other.database) == users
+    third = Shell(tmp_path / "third.db")
+    third.run("import", stdin=lines)
+    assert read_all(third.database) == users
+
+
+def test_an_export_is_resumed(shell: Shell, tmp_path: Path) -> None:
+    """A file that ends in the middle of a line is cut there and gone on with."""
+    users = fill(shell.database, 1500)
+    shell.run("export", "whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    part = tmp_path / "part.jsonl"
+    for size in (0, 10, 40_000, len(whole)):
+        part.write_bytes(whole[:size])
+        shell.run("export", "part.jsonl", "--resume")
+        assert part.read_bytes() == whole
+    assert len(whole.splitlines()) == len(users)
+
+
+def test_an_import_is_resumed(shell: Shell, tmp_path: Path) -> None:
+    """What could not be stored is named, and can be gone on with from there."""
+    users = fill(tmp_path / "source.db", 2500)
+    Shell(tmp_path / "source.db").run("export", "users.jsonl")
+    lines = (tmp_path / "users.jsonl").read_text(encoding="utf-8").split("\n")
+    broken = [*lines[:1700], '{"userId": 1}', *lines[1701:]]
+    (tmp_path / "broken.jsonl").write_text("\n".join(broken), encoding="utf-8")
+    assert "line 1701: is not" in shell.run("import", "broken.jsonl", code=2)
+    assert len(read_all(shell.database)) == 1000
+    with closing(sqlite3.connect(shell.database)) as connection:
+        connection.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON user_metadata WHEN new.user_id > 'user 02100'"
+            " BEGIN SELECT raise(ABORT, 'full'); END"
+        )
+    error = shell.run("import", "users.jsonl", code=1)
+    assert "full" in error
+    assert "When that is mended, go on with --from-line 2001" in error
+    with closing(sqlite3.connect(shell.database)) as connection:
+        connection.execute("DROP TRIGGER full")
+    shell.run("import", "users.jsonl", "--from-line", "2001")
+    assert read_all(shell.database) == users
+
+
+def test_a_cores_users_are_copied(shell: Shell, schema: str) -> None:
+    """``import-supertokens`` reads the table of a core's PostgreSQL database."""
+    url = make_conninfo(server_url(), options=f"-csearch_path={schema}")
+    users = {f"user {n:05}": {"n": n} for n in range(1200)}
+    with closing(PostgresStorage(url)) as core:
+        core.write([(user, Merge(users[user])) for user in users])
+    shell.run("import-supertokens", url)
+    assert read_all(shell.database) == users
+    with closing(SQLiteStorage(shell.database)) as storage:
+        storage.write([(user, Clear()) for user in users])
+    shell.run("import-supertokens", url, "--after", "user 00999")
+    assert list(read_all(shell.database)) == list(users)[1000:]
+
+
+def test_serve_answers_and_stops_when_told(shell: Shell) -> None:
+    """A request that is under way is answered, and what it wrote is there."""
+    command = [sys.executable, "-m", "usermetadata", "serve", "--port", "0", "--api-key", "k" * 20]
+    environment = {**os.environ, "USERMETADATA_URL": f"sqlite:///{shell.database}"}
+    server = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    port = None
+    for line in server.stderr:
+        if "Uvicorn running on" in line:
+            port = int(line.split("127.0.0.1:")[1].split()[0])
+            break
+    assert port
+    with closing(HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        body = json.dumps({"userId": "alice", "metadataUpdate": {"n": 1}})
+        headers = {"api-key": "k" * 20}
+        connection.request("PUT", "/recipe/user/metadata", body, headers)
+        server.send_signal(signal.SIGTERM)
+        assert connection.getresponse().status == 200
+    assert server.wait(timeout=30) in {0, -signal.SIGTERM}
+    server.stderr.close()
+    assert read_all(shell.database) == {"alice": {"n": 1}}
+
+
+# The plugin.
+
+
+def test_sqlite_utils_has_the_commands(shell: Shell) -> None:
+    """``sqlite-utils usermetadata`` is the same, on the file that is named."""
+    command = [sys.executable, "-m", "sqlite_utils", "usermetadata"]
+    command += ["--storage", str(shell.database), "update", "alice", '{"n": 1}']
+    assert json.loads(subprocess.check_output(command)) == {"n": 1}
+    assert read_all(shell.database) == {"alice": {"n": 1}}
+
+
+def test_sqlite_utils_has_the_merge_as_a_function(shell: Shell) -> None:
+    """``merge_metadata(stored, update)`` in SQL, on every connection that sqlite-utils opens."""
+    fill(shell.database, 1)
+    query = """
+        SELECT merge_metadata(user_metadata, '{"n": null, "new": 1}') AS merged,
+            merge_metadata(NULL, '{"a": 1, "b": null}') AS first FROM user_metadata
+    """
+    command = [sys.executable, "-m", "sqlite_utils", "query", str(shell.database), query]
+    [row] = json.loads(subprocess.check_output(command))
+    assert json.loads(row["merged"]) == {"text": "é\u2028", "new": 1}
+    assert row["first"] == '{"a":1}'
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+def test_every_storage_lists_its_users(kind: str, tmp_path: Path) -> None:
+    """``read_after`` goes through all users of its app, each once, in one order."""
+    with open_storage(kind, tmp_path) as storage:
+        assert isinstance(storage, ListingStorage)
+        users = {f"user {n:02}": {"n": n} for n in range(25)}
+        storage.write([(user, Merge(users[user])) for user in users])
+        storage.for_app("shop").write([("user 00", Merge({"other": True}))])
+        found: dict[str, Any] = {}
+        after = ""
+        while batch := storage.read_after(after, 10):
+            assert len(batch) <= 10
+            assert not batch.keys() & found.keys()
+            found |= batch
+            after = list(batch)[-1]
+        assert found == users

@@ -1,0 +1,396 @@
+"""The server: SuperTokens' core driver interface, as its SDKs speak it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import socket
+import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
+
+import pytest
+import uvicorn
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.routing import Mount
+
+from usermetadata import InMemoryStorage, SQLiteStorage, StorageBusyError
+from usermetadata.changes import Merge
+from usermetadata.server import VERSIONS, create_app
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from pathlib import Path
+
+METADATA = "/recipe/user/metadata"
+KEY = "a key of at least twenty characters"
+
+
+class Answer:
+    """What a client sees of an answer."""
+
+    def __init__(self, status: int, kind: str | None, body: bytes) -> None:
+        self.status = status
+        self.kind = kind
+        self.text = body.decode()
+
+    @property
+    def json(self) -> Any:
+        assert self.kind == "application/json;charset=UTF-8"
+        return json.loads(self.text)
+
+    @property
+    def error(self) -> tuple[int, str]:
+        assert self.kind == "text/html;charset=UTF-8"
+        return self.status, self.text
+
+
+class Client:
+    """Sends requests over one connection."""
+
+    def __init__(self, url: str) -> None:
+        self.connection = HTTPConnection(urlsplit(url).netloc, timeout=30)
+
+    def request(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> Answer:
+        """Send one request; a body that is not bytes is sent as JSON."""
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        self.connection.request(method, path, body, headers or {})
+        response = self.connection.getresponse()
+        return Answer(response.status, response.getheader("content-type"), response.read())
+
+
+@contextlib.contextmanager
+def served(app: Any) -> Generator[Client, None, None]:
+    """Serve an application for real."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        client = Client(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        with contextlib.closing(client.connection):
+            yield client
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def client(usermetadata_server: str) -> Generator[Client, None, None]:
+    """A client of a server over a fresh in-memory store."""
+    client = Client(usermetadata_server)
+    with contextlib.closing(client.connection):
+        yield client
+
+
+@pytest.fixture(scope="module")
+def closed() -> Generator[Client, None, None]:
+    """A client of a server that asks for a key, over a store of its own."""
+    with served(create_app(InMemoryStorage(), api_keys=["another", KEY])) as client:
+        yield client
+
+
+def update(client: Client, user_id: str, metadata_update: Any, path: str = METADATA) -> Any:
+    """Update as the SDKs do."""
+    body = {"userId": user_id, "metadataUpdate": metadata_update}
+    return client.request("PUT", path, body).json
+
+
+# What the SDKs do.
+
+
+def test_an_update_is_merged_and_answered_whole(client: Client) -> None:
+    """``PUT`` merges, ``GET`` shows, ``POST .../remove`` clears: as a core does."""
+    assert update(client, "alice", {"a": {"x": 1}, "b": 2}) == {
+        "metadata": {"a": {"x": 1}, "b": 2},
+        "status": "OK",
+    }
+    assert update(client, "alice", {"a": {"y": None}, "b": None})["metadata"] == {"a": {"y": None}}
+    shown = client.request("GET", f"{METADATA}?userId=alice")
+    assert shown.json == {"metadata": {"a": {"y": None}}, "status": "OK"}
+    assert client.request("POST", f"{METADATA}/remove", {"userId": "alice"}).json == {
+        "status": "OK"
+    }
+    assert client.request("GET", f"{METADATA}?userId=alice").json["metadata"] == {}
+
+
+def test_many_users_are_answered_in_their_order(client: Client) -> None:
+    """``{}`` is a row that is empty, ``null`` is no row; who is asked for twice appears twice."""
+    update(client, "alice", {"n": 1})
+    update(client, "bob", {})
+    user_ids = ["carol", "bob", "alice", "bob"]
+    assert client.request("POST", f"{METADATA}/bulk", {"userIds": user_ids}).json == {
+        "status": "OK",
+        "users": [
+            {"userId": "carol", "metadata": None},
+            {"userId": "bob", "metadata": {}},
+            {"userId": "alice", "metadata": {"n": 1}},
+            {"userId": "bob", "metadata": {}},
+        ],
+    }
+    assert client.request("POST", f"{METADATA}/bulk", {"userIds": []}).json["users"] == []
+
+
+def test_values_and_user_ids_come_back_exactly(client: Client) -> None:
+    """Bodies are UTF-8 both ways, integers have any size, user ids any character."""
+    user_id = "é/ü?&=%20+\U0001f600"
+    value = {"text": "\U0010ffff\u2028\0é", "n": 2**80, "f": -0.0, "\0nested": {"": [None]}}
+    del value["\0nested"]
+    assert update(client, user_id, value)["metadata"] == value
+    shown = client.request("GET", f"{METADATA}?userId={quote(user_id, safe='')}")
+    assert repr(shown.json["metadata"]) == repr(value)
+    assert "é" in shown.text
+
+
+def test_the_versions_and_hello_are_known(closed: Client) -> None:
+    """Every SDK finds a version that it speaks; ``/hello`` is answered without a key."""
+    headers = {"api-key": KEY}
+    shown = closed.request("GET", "/apiversion?apiDomain=x&websiteDomain=y", headers=headers)
+    assert shown.json == {"versions": list(VERSIONS)}
+    assert {"2.20", "2.21", "3.0", "3.1", "5.1", "5.2", "5.3", "5.4"} <= set(VERSIONS)
+    assert (VERSIONS[0], VERSIONS[-1], len(VERSIONS)) == ("2.7", "5.6", 25)
+    for method in ("GET", "POST", "PUT", "DELETE"):
+        assert closed.request(method, "/hello").error == (200, "Hello")
+
+
+def test_an_app_is_named_in_the_path(client: Client, usermetadata_storage: InMemoryStorage) -> None:
+    """``/appid-<id>`` selects an app; without it, it is the storage's own."""
+    update(client, "alice", {"n": 1})
+    update(client, "alice", {"n": 2}, f"/appid-shop{METADATA}")
+    assert client.request("GET", f"/APPID-shop{METADATA}/?userId=alice").json["metadata"] == {
+        "n": 2
+    }
+    assert client.request("GET", f"/appid-public{METADATA}?userId=alice").json["metadata"] == {
+        "n": 1
+    }
+    assert usermetadata_storage.for_app("shop").read(["alice"]) == {"alice": {"n": 2}}
+    assert client.request("GET", "/appid-shop/hello").error == (200, "Hello")
+
+
+def test_paths_ignore_case_and_one_slash(client: Client) -> None:
+    """As a core's do."""
+    assert client.request("GET", "/Recipe/USER/metadata/?userId=alice").status == 200
+    assert client.request("GET", "/recipe/user/metadata//?userId=alice").error == (404, "Not found")
+    assert client.request("GET", "/recipe/user").error == (404, "Not found")
+    assert client.request("GET", "/").error == (404, "Not found")
+
+
+# What is refused, in the core's words.
+
+
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        (("GET", METADATA, None), "Field name 'userId' is missing in GET request"),
+        (("PUT", METADATA, {"metadataUpdate": {}}), "Field name 'userId' is invalid in JSON input"),
+        (
+            ("PUT", METADATA, {"userId": 1, "metadataUpdate": {}}),
+            "Field name 'userId' is invalid in JSON input",
+        ),
+        (
+            ("PUT", METADATA, {"userId": "a"}),
+            "Field name 'metadataUpdate' is invalid in JSON input",
+        ),
+        (
+            ("PUT", METADATA, {"userId": "a", "metadataUpdate": None}),
+            "Field name 'metadataUpdate' is invalid in JSON input",
+        ),
+        (
+            ("PUT", METADATA, {"userId": "a", "metadataUpdate": []}),
+            "Field name 'metadataUpdate' is invalid in JSON input",
+        ),
+        (("PUT", METADATA, b""), "Invalid Json Input"),
+        (("PUT", METADATA, b"[]"), "Invalid Json Input"),
+        (("PUT", METADATA, b'{"userId": "\xff"}'), "Invalid Json Input"),
+        (("PUT", METADATA, b'{"userId": "a", "metadataUpdate": {"n": NaN}}'), "Invalid Json Input"),
+        (("PUT", METADATA, b"[" * 100000), "Invalid Json Input"),
+        (
+            ("POST", f"{METADATA}/remove", {"userId": None}),
+            "Field name 'userId' is invalid in JSON input",
+        ),
+        (("POST", f"{METADATA}/bulk", {}), "Field name 'userIds' is invalid in JSON input"),
+        (
+            ("POST", f"{METADATA}/bulk", {"userIds": ["a", 1]}),
+            "userIds array must contain only strings",
+        ),
+        (
+            ("POST", f"{METADATA}/bulk", {"userIds": ["a"] * 501}),
+            "You can only query up to 500 users at a time.",
+        ),
+        (
+            ("PUT", METADATA, {"userId": "", "metadataUpdate": {}}),
+            "user_id: is empty: pass the id of a user",
+        ),
+        (
+            ("PUT", METADATA, b'{"userId": "a", "metadataUpdate": {"n": 1e999}}'),
+            'metadata_update["n"]: inf is not JSON',
+        ),
+    ],
+)
+def test_bad_requests_are_told_what_is_wrong(
+    client: Client,
+    usermetadata_storage: InMemoryStorage,
+    sent: tuple[str, str, Any],
+    message: str,
+) -> None:
+    """400, with the core's text where the core has one, and nothing is written."""
+    assert client.request(*sent).error == (400, message)
+    assert usermetadata_storage.read_after("", 10) == {}
+
+
+def test_the_key_comes_first(closed: Client) -> None:
+    """Then the version, then the method, then the fields."""
+    headers = {"cdi-version": "9.9"}
+    assert closed.request("PATCH", METADATA, headers=headers).error == (401, "Invalid API key")
+    headers["api-key"] = KEY
+    unsupported = (400, "cdi-version 9.9 not supported")
+    assert closed.request("PATCH", METADATA, headers=headers).error == unsupported
+    headers["cdi-version"] = "2.21"
+    not_supported = (405, "Method not supported")
+    assert closed.request("PATCH", METADATA, headers=headers).error == not_supported
+    missing = "Field name 'userId' is missing in GET request"
+    assert closed.request("GET", METADATA, headers=headers).error == (400, missing)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"api-key": KEY},
+        {"api-key": "another"},
+        {"Authorization": KEY},
+        {"Authorization": f"Bearer {KEY}"},
+        {"authorization": f"bEARER  {KEY} ", "rid": "usermetadata"},
+    ],
+)
+def test_a_key_is_shown_in_either_header(closed: Client, headers: dict[str, str]) -> None:
+    """``api-key``, or ``Authorization`` with or without ``Bearer``."""
+    assert closed.request("GET", f"{METADATA}?userId=a", headers=headers).status == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"api-key": ""}, {"api-key": KEY[:-1]}, {"api-key": "\xe9"}, {"Authorization": "Bearer"}],
+)
+def test_a_wrong_key_opens_nothing(closed: Client, headers: dict[str, str]) -> None:
+    """Whatever it looks like."""
+    answer = closed.request("PUT", METADATA, {"userId": "a", "metadataUpdate": {}}, headers)
+    assert answer.error == (401, "Invalid API key")
+
+
+def test_a_large_body_is_refused(usermetadata_storage: InMemoryStorage) -> None:
+    """413 above the limit, whether or not the length was announced; at the limit it is taken."""
+    body = json.dumps({"userId": "a", "metadataUpdate": {"text": "x" * 1000}}).encode()
+    with served(create_app(usermetadata_storage, max_body_size=len(body))) as client:
+        assert client.request("PUT", METADATA, body).status == 200
+        too_long = body.replace(b"xxx", b"xxxx", 1)
+        refused = (413, f"The body has more than {len(body)} bytes")
+        assert client.request("PUT", METADATA, too_long).error == refused
+        client.connection.request("PUT", METADATA, iter([too_long]), encode_chunked=True)
+        assert client.connection.getresponse().status == 413
+    assert usermetadata_storage.read(["a"])["a"] == {"text": "x" * 1000}
+
+
+class Broken(InMemoryStorage):
+    """A storage whose trouble has a secret in it."""
+
+    def read(self, user_ids: Any) -> Any:
+        raise StorageBusyError("host=secret is busy")
+
+
+def test_a_storage_in_trouble_is_503(caplog: pytest.LogCaptureFixture) -> None:
+    """The client learns that it may try again, and nothing of the database; the log has it all."""
+    with served(create_app(Broken())) as client:
+        answer = client.request("GET", f"{METADATA}?userId=a")
+    assert answer.error == (503, "The storage is busy or cannot be reached: try again.")
+    assert "host=secret is busy" in caplog.text
+
+
+def test_a_damaged_row_is_the_servers_fault(database: Path) -> None:
+    """500, until it is set or cleared."""
+    with contextlib.closing(SQLiteStorage(database)) as storage:
+        storage.write([("a", Merge({}))])
+        with contextlib.closing(sqlite3.connect(database)) as connection:
+            connection.execute("UPDATE user_metadata SET user_metadata = 'x'")
+            connection.commit()
+        with served(create_app(storage)) as client:
+            answer = client.request("GET", f"{METADATA}?userId=a")
+            damaged = "What is stored about this user is damaged: set or clear it."
+            assert answer.error == (500, damaged)
+            assert client.request("POST", f"{METADATA}/remove", {"userId": "a"}).status == 200
+            assert client.request("GET", f"{METADATA}?userId=a").status == 200
+
+
+def test_requests_are_logged_without_metadata(
+    client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line each at level debug: method, path and status."""
+    caplog.set_level(logging.DEBUG, "usermetadata.server")
+    update(client, "alice", {"secret": "sesame"})
+    client.request("GET", f"{METADATA}?userId=alice")
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [f"PUT {METADATA}: 200", f"GET {METADATA}: 200"]
+
+
+def test_it_may_be_part_of_an_application(usermetadata_storage: InMemoryStorage) -> None:
+    """Mounted below a path of an ASGI application, it works as by itself."""
+    app = Starlette(routes=[Mount("/core", create_app(usermetadata_storage))])
+    with served(app) as client:
+        assert update(client, "alice", {"n": 1}, f"/core{METADATA}")["metadata"] == {"n": 1}
+        assert client.request("GET", "/core/hello").error == (200, "Hello")
+
+
+def test_concurrent_requests_lose_nothing(database: Path) -> None:
+    """32 clients that update one user at once keep every property."""
+    with (
+        contextlib.closing(SQLiteStorage(database)) as storage,
+        served(create_app(storage)) as client,
+    ):
+        host = f"http://{client.connection.host}:{client.connection.port}"
+
+        def work(number: int) -> None:
+            with contextlib.closing(Client(host).connection) as connection:
+                own = Client(host)
+                own.connection = connection
+                for n in range(10):
+                    update(own, "alice", {f"{number} {n}": n})
+
+        with ThreadPoolExecutor(32) as executor:
+            list(executor.map(work, range(32)))
+        assert len(storage.read(["alice"])["alice"]) == 320
+
+
+PATHS = ["/", "/hello", "/apiversion", METADATA, f"{METADATA}/remove", f"{METADATA}/bulk"]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda children: st.lists(children) | st.dictionaries(st.text(), children),
+    max_leaves=8,
+)
+FIELDS = st.fixed_dictionaries(
+    {}, optional={"userId": JSON, "metadataUpdate": JSON, "userIds": JSON | st.lists(st.text())}
+)
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"]),
+    path=st.sampled_from(PATHS) | st.text(max_size=20).map(lambda text: "/" + quote(text)),
+    query=st.builds("{}{}".format, st.sampled_from(["", "userId="]), st.text().map(quote)),
+    body=FIELDS.map(lambda fields: json.dumps(fields).encode()) | st.binary(max_size=100),
+    version=st.sampled_from(["5.4", "", "x"]),
+)
+def test_no_request_is_too_strange(  # noqa: PLR0913, PLR0917 - a request has that many parts
+    client: Client, method: str, path: str, query: str, body: bytes, version: str
+) -> None:
+    """Whatever is sent is answered, and never by a fault of the server's own."""
+    answer = client.request(method, f"{path}?{query}", body, {"cdi-version": version})
+    assert answer.status in {200, 400, 404, 405}
+    assert answer.status != 200 or path.lower().rstrip("/") in PATHS

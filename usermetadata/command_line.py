@@ -1,0 +1,279 @@
+"""The command line: ``python -m usermetadata``, and ``sqlite-utils usermetadata``."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import shlex
+import sys
+from contextlib import closing, contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+import click
+
+from usermetadata.changes import Replace
+from usermetadata.exceptions import InvalidInputError, StorageError, UsageError
+from usermetadata.identifiers import check_user_id
+from usermetadata.json import copy_metadata
+from usermetadata.recipe import UserMetadataRecipe, open_storage
+from usermetadata.storage import ListingStorage
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Iterator, Sized
+
+    from usermetadata.json import Metadata
+    from usermetadata.storage import Storage
+
+Batch = TypeVar("Batch", bound="Sized")
+
+_BATCH = 1000  # users that are written, or read, together
+
+
+class _Group(click.Group):
+    """Shows the library's errors as click shows its own: one line, and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InvalidInputError as error:
+            raise click.UsageError(str(error)) from error
+        except (StorageError, UsageError, ImportError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group)
+@click.option(
+    "--storage",
+    "url",
+    envvar="USERMETADATA_URL",
+    default="sqlite:///usermetadata.db",
+    show_default=True,
+    show_envvar=True,
+    help="Where the metadata is: a URL, or the path of an SQLite file.",
+)
+@click.option("--app-id", default="public", show_default=True, help="The app whose users they are.")
+@click.version_option(package_name="usermetadata")
+@click.pass_context
+def main(context: click.Context, url: str, app_id: str) -> None:
+    """Read and write the JSON object that is kept about each user.
+
+    JSON is given as an argument or on standard input, and comes back on standard output. The exit
+    code is 0 if it was done, 1 if the storage failed, 2 if what was asked for is not valid.
+    """
+    storage = open_storage(url)
+    context.call_on_close(storage.close)
+    context.obj = storage.for_app(app_id)
+
+
+@main.command()
+@click.argument("user_id")
+@click.pass_obj
+def get(storage: Storage, user_id: str) -> None:
+    """Show the metadata of USER_ID, {} if there is none."""
+    _show(_functions(storage).get_user_metadata(user_id, {}).metadata)
+
+
+@main.command("set")
+@click.argument("user_id")
+@click.argument("metadata", required=False)
+@click.pass_obj
+def set_(storage: Storage, user_id: str, metadata: str | None) -> None:
+    """Replace the metadata of USER_ID by METADATA, a JSON object; show it."""
+    parsed = _parse(_given(metadata), "metadata")
+    _show(_functions(storage).set_user_metadata(user_id, parsed, {}).metadata)
+
+
+@main.command()
+@click.argument("user_id")
+@click.argument("update", required=False)
+@click.pass_obj
+def update(storage: Storage, user_id: str, update: str | None) -> None:
+    """Merge UPDATE, a JSON object, into the metadata of USER_ID; show the result.
+
+    Root-level properties are overwritten; those that are null are removed.
+    """
+    parsed = _parse(_given(update), "metadata_update")
+    _show(_functions(storage).update_user_metadata(user_id, parsed, {}).metadata)
+
+
+@main.command()
+@click.argument("user_id")
+@click.pass_obj
+def clear(storage: Storage, user_id: str) -> None:
+    """Remove everything that is stored about USER_ID."""
+    _functions(storage).clear_user_metadata(user_id, {})
+
+
+@main.command()
+@click.argument("file", type=click.Path(dir_okay=False, allow_dash=True), default="-")
+@click.option("--resume", is_flag=True, help="Go on after the last whole line of FILE.")
+@click.pass_obj
+def export(storage: Storage, file: str, *, resume: bool) -> None:
+    """Write all users as JSON Lines to FILE, or to standard output.
+
+    Each line is {"userId": "...", "metadata": {...}}. A thousand users at a time are read as of one
+    moment.
+    """
+    after = _cut_after_last_line(file) if resume else ""
+    with click.open_file(file, "a" if resume else "w", encoding="utf-8") as output:
+        for batch in _watched(_users(storage, after), "Exporting"):
+            for user_id, metadata in batch.items():
+                line = {"userId": user_id, "metadata": metadata}
+                output.write(json.dumps(line, ensure_ascii=False) + "\n")
+            output.flush()
+
+
+@main.command("import")
+@click.argument("file", type=click.File("r", encoding="utf-8"), default="-")
+@click.option("--from-line", default=1, show_default=True, help="Leave out the lines before it.")
+@click.pass_obj
+def import_(storage: Storage, file: TextIO, from_line: int) -> None:
+    """Store all users of FILE, or of standard input, which is what export writes.
+
+    Who is stored already is replaced. A thousand users at a time are stored, all or none; after an
+    error, --from-line goes on where the message says.
+    """
+    lines = islice(enumerate(file, 1), from_line - 1, None)
+    batches = iter(lambda: list(islice(lines, _BATCH)), [])
+    for batch in _watched(batches, "Importing"):
+        with _resumable(f"--from-line {batch[0][0]}"):
+            storage.write([_parse_line(line, number) for number, line in batch])
+
+
+@main.command()
+@click.argument("dsn")
+@click.option("--table", default="user_metadata", show_default=True, help="The core's table.")
+@click.option("--core-app-id", default="public", show_default=True, help="The core's app.")
+@click.option("--after", default="", help="The user id after which to go on.")
+@click.pass_obj
+def import_supertokens(
+    storage: Storage, dsn: str, table: str, core_app_id: str, after: str
+) -> None:
+    """Copy the users of a SuperTokens core, whose PostgreSQL database is at DSN.
+
+    Who is stored already is replaced. The core may go on running; what it writes about users who
+    have been copied is not copied again.
+    """
+    from usermetadata.storage.postgres import PostgresStorage
+
+    with closing(PostgresStorage(dsn, table=table, app_id=core_app_id)) as source:
+        for batch in _watched(_users(source, after), "Copying"):
+            with _resumable(f"--after {shlex.quote(after)}"):
+                storage.write([(user_id, Replace(batch[user_id])) for user_id in batch])
+            after = list(batch)[-1]
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
+@click.option("--port", default=3567, show_default=True, help="The port to listen at.")
+@click.option(
+    "--api-key",
+    "api_keys",
+    multiple=True,
+    envvar="USERMETADATA_API_KEYS",
+    show_envvar=True,
+    help="A key that clients must show; may be given several times.",
+)
+@click.option("--max-body-size", default=2**20, show_default=True, help="In bytes.")
+@click.pass_obj
+def serve(
+    storage: Storage, host: str, port: int, api_keys: tuple[str, ...], max_body_size: int
+) -> None:
+    """Answer SuperTokens' SDKs, in any language, as a core would: user metadata, over HTTP."""
+    if not api_keys and not _is_loopback(host):
+        raise click.UsageError(
+            f"{host} can be reached from elsewhere: give --api-key, or listen at 127.0.0.1"
+        )
+    import uvicorn
+
+    from usermetadata.server import create_app
+
+    app = create_app(storage, api_keys=api_keys, max_body_size=max_body_size)
+    uvicorn.run(app, host=host, port=port, access_log=False, server_header=False)
+
+
+def _functions(storage: Storage) -> Any:
+    return UserMetadataRecipe(storage).blocking_implementation
+
+
+def _show(metadata: object) -> None:
+    click.echo(json.dumps(metadata, ensure_ascii=False, indent=2))
+
+
+def _given(text: str | None) -> str:
+    """Return what was given as an argument, or on standard input."""
+    if text is not None and text != "-":
+        return text
+    with click.open_file("-", encoding="utf-8") as stdin:
+        return str(stdin.read())
+
+
+def _parse(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInputError(f"{name}: {error}") from error
+
+
+def _parse_line(line: str, number: int) -> tuple[str, Replace]:
+    parsed = _parse(line, f"line {number}")
+    if not isinstance(parsed, dict) or set(parsed) != {"userId", "metadata"}:
+        raise InvalidInputError(
+            f'line {number}: is not {{"userId": "...", "metadata": {{...}}}}, as export writes it'
+        )
+    user_id = check_user_id(parsed["userId"], f"line {number}: userId")
+    return user_id, Replace(copy_metadata(parsed["metadata"], f"line {number}: metadata"))
+
+
+def _users(storage: Storage, after: str) -> Iterator[dict[str, Metadata]]:
+    """Read all users in batches, in the storage's order, from the one after ``after`` on."""
+    if not isinstance(storage, ListingStorage):
+        raise UsageError(f"{type(storage).__name__} cannot list its users: it has no read_after")
+    while batch := storage.read_after(after, _BATCH):
+        yield batch
+        after = list(batch)[-1]
+
+
+def _watched(batches: Iterable[Batch], label: str) -> Iterator[Batch]:
+    """Show on a terminal how many users have been done."""
+    done = 0
+    with click.progressbar(
+        batches,
+        label=label,
+        file=sys.stderr,
+        hidden=not sys.stderr.isatty(),
+        item_show_func=lambda _: f"{done} users",
+    ) as bar:
+        for batch in bar:
+            yield batch
+            done += len(batch)
+
+
+@contextmanager
+def _resumable(how: str) -> Generator[None, None, None]:
+    try:
+        yield
+    except StorageError as error:
+        raise StorageError(f"{error}\nWhen that is mended, go on with {how}") from error
+
+
+def _cut_after_last_line(file: str) -> str:
+    """Cut off a line that was not written to its end; return the last user."""
+    if file == "-":
+        raise click.UsageError("--resume needs a FILE")
+    last = ""
+    with open(file, "r+b") as lines:
+        end = 0
+        for line in lines:
+            if line.endswith(b"\n"):
+                last, end = line.decode(), end + len(line)
+        lines.truncate(end)
+    return str(json.loads(last)["userId"]) if last else ""
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

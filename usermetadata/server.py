@@ -1,0 +1,254 @@
+"""A server of SuperTokens' core driver interface, its user metadata part, over any storage.
+
+SuperTokens' own SDKs, in any language, talk to it as they talk to a core. It answers in the core's
+words; what is stored, and what is refused, is this library's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import re
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+try:
+    from starlette.applications import Starlette
+    from starlette.requests import ClientDisconnect
+    from starlette.responses import Response
+    from starlette.routing import Route
+except ImportError as error:
+    raise ImportError(
+        "usermetadata.server needs Starlette and uvicorn: pip install 'usermetadata[server]'"
+    ) from error
+
+from usermetadata.coalescing import Coalescer
+from usermetadata.exceptions import (
+    DamagedMetadataError,
+    InvalidInputError,
+    OutcomeUnknownError,
+    StorageError,
+)
+from usermetadata.identifiers import check_user_id
+from usermetadata.recipe_implementation import RecipeImplementation
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+
+    from starlette.requests import Request
+
+    from usermetadata.bridge import Verbs
+    from usermetadata.changes import Change
+    from usermetadata.json import Metadata
+    from usermetadata.storage import Storage
+
+T = TypeVar("T")
+
+VERSIONS = (
+    *(f"2.{minor}" for minor in range(7, 22)),
+    *("3.0", "3.1", "4.0"),
+    *(f"5.{minor}" for minor in range(7)),
+)
+"""The versions of the core driver interface that are spoken; the metadata part is one in all."""
+
+_MOST_USERS = 500  # that one request may ask for
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+_APP = re.compile(r"/appid-([^/]+)(/.*)")
+_log = logging.getLogger(__name__)
+
+
+def create_app(
+    storage: Storage, *, api_keys: Collection[str] = (), max_body_size: int = 2**20
+) -> Starlette:
+    """Make an ASGI application that answers SuperTokens' SDKs out of a storage.
+
+    It may be served by itself, or mounted in the application's own.
+
+    Args:
+        storage: where the metadata is kept. It stays the caller's to close.
+        api_keys: the keys that a client may show; without any, nobody needs one.
+        max_body_size: how many bytes a request's body may have.
+
+    Returns:
+        The application. Its lifespan lets the calls under way come to their end.
+
+    Example:
+        >>> from usermetadata import InMemoryStorage
+        >>> app = create_app(InMemoryStorage(), api_keys=["a key of at least 20 characters"])
+
+    The paths, answers and error texts are those of SuperTokens' core, "Core Driver Interface".
+    """
+    server = _Server(storage, api_keys, max_body_size)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncGenerator[None, None]:
+        yield
+        await asyncio.to_thread(server.coalescer.close)
+
+    route = Route("/{path:path}", server.answer, methods=list(_METHODS))
+    return Starlette(routes=[route], lifespan=lifespan)
+
+
+class _Refusal(Exception):  # noqa: N818 - what is answered, not what is raised
+    """An answer other than 200."""
+
+    def __init__(self, status: int, text: str) -> None:
+        self.status = status
+        self.text = text
+
+
+class _InThreads:
+    """The verbs of a storage, each call in a thread.
+
+    For apps that a request names: there may be any number, and none has workers of its own.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    async def read(self, user_ids: Sequence[str], finish: Callable[[dict[str, Metadata]], T]) -> T:
+        return finish(await asyncio.to_thread(self._storage.read, user_ids))
+
+    async def write(
+        self, changes: Sequence[tuple[str, Change]], finish: Callable[[list[Metadata | None]], T]
+    ) -> T:
+        return finish(await asyncio.to_thread(self._storage.write, changes))
+
+
+class _Server:
+    def __init__(self, storage: Storage, api_keys: Collection[str], max_body_size: int) -> None:
+        self._storage = storage
+        self._api_keys = [key.encode() for key in api_keys]
+        self._max_body_size = max_body_size
+        self.coalescer = Coalescer(storage)
+        self._functions: dict[str, dict[str, Callable[[Request, Verbs], Awaitable[Any]]]] = {
+            "/apiversion": {"GET": self._versions},
+            "/recipe/user/metadata": {"GET": self._get, "PUT": self._update},
+            "/recipe/user/metadata/remove": {"POST": self._remove},
+            "/recipe/user/metadata/bulk": {"POST": self._get_bulk},
+        }
+
+    async def answer(self, request: Request) -> Response:
+        """Answer one request, whatever it is."""
+        try:
+            response = await self._content(request)
+        except _Refusal as refusal:
+            response = _text(refusal.status, refusal.text)
+        except InvalidInputError as error:
+            response = _text(400, str(error))
+        except ClientDisconnect:
+            response = _text(400, "Invalid Json Input")
+        except StorageError as error:
+            _log.warning("%s", error)
+            response = _text(*_trouble(error))
+        _log.debug("%s %s: %d", request.method, request.url.path, response.status_code)
+        return response
+
+    async def _content(self, request: Request) -> Response:
+        path = "/" + request.path_params["path"].lower().removesuffix("/")
+        app = _APP.fullmatch(path)
+        if app:
+            path = app[2]
+        if path == "/hello":
+            if request.method not in ("GET", "POST", "PUT", "DELETE"):
+                raise _Refusal(405, "Method not supported")
+            return _text(200, "Hello")
+        if path not in self._functions:
+            raise _Refusal(404, "Not found")
+        self._check_key(request)
+        version = request.headers.get("cdi-version", VERSIONS[-1])
+        if version not in VERSIONS and path != "/apiversion":
+            raise _Refusal(400, f"cdi-version {version} not supported")
+        if request.method not in self._functions[path]:
+            raise _Refusal(405, "Method not supported")
+        verbs = _InThreads(self._storage.for_app(app[1])) if app else self.coalescer
+        content = await self._functions[path][request.method](request, verbs)
+        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+        return Response(text, headers={"content-type": "application/json;charset=UTF-8"})
+
+    def _check_key(self, request: Request) -> None:
+        if not self._api_keys:
+            return
+        key = request.headers.get("api-key")
+        if key is None:
+            authorization = request.headers.get("authorization", "")
+            key = re.sub("^bearer ", "", authorization, flags=re.IGNORECASE).strip()
+        shown = key.encode("latin-1")  # the bytes that were sent
+        # All are compared, so that the time tells nothing.
+        if not sum(hmac.compare_digest(shown, each) for each in self._api_keys):
+            raise _Refusal(401, "Invalid API key")
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > self._max_body_size:
+                raise _Refusal(413, f"The body has more than {self._max_body_size} bytes")
+        try:
+            parsed = json.loads(body.decode(), parse_constant=_refuse)
+        except (ValueError, RecursionError):
+            parsed = None
+        if not isinstance(parsed, dict):
+            raise _Refusal(400, "Invalid Json Input")
+        return parsed
+
+    async def _versions(self, request: Request, verbs: Verbs) -> dict[str, Any]:
+        return {"versions": VERSIONS}
+
+    async def _get(self, request: Request, verbs: Verbs) -> dict[str, Any]:
+        user_ids = request.query_params.getlist("userId")
+        if not user_ids:
+            raise _Refusal(400, "Field name 'userId' is missing in GET request")
+        found = await RecipeImplementation(verbs).get_user_metadata(user_ids[0], {})
+        return {"metadata": found.metadata, "status": "OK"}
+
+    async def _update(self, request: Request, verbs: Verbs) -> dict[str, Any]:
+        body = await self._body(request)
+        user_id, update = _field(body, "userId", str), _field(body, "metadataUpdate", dict)
+        updated = await RecipeImplementation(verbs).update_user_metadata(user_id, update, {})
+        return {"metadata": updated.metadata, "status": "OK"}
+
+    async def _remove(self, request: Request, verbs: Verbs) -> dict[str, Any]:
+        user_id = _field(await self._body(request), "userId", str)
+        await RecipeImplementation(verbs).clear_user_metadata(user_id, {})
+        return {"status": "OK"}
+
+    async def _get_bulk(self, request: Request, verbs: Verbs) -> dict[str, Any]:
+        user_ids = _field(await self._body(request), "userIds", list)
+        if len(user_ids) > _MOST_USERS:
+            raise _Refusal(400, f"You can only query up to {_MOST_USERS} users at a time.")
+        if not all(isinstance(user_id, str) for user_id in user_ids):
+            raise _Refusal(400, "userIds array must contain only strings")
+        for number, user_id in enumerate(user_ids):
+            check_user_id(user_id, f"userIds[{number}]")
+
+        def in_order(found: dict[str, Metadata]) -> list[dict[str, Any]]:
+            return [{"userId": user_id, "metadata": found.get(user_id)} for user_id in user_ids]
+
+        return {"status": "OK", "users": await verbs.read(user_ids, in_order)}
+
+
+def _text(status: int, text: str) -> Response:
+    return Response(text, status, {"content-type": "text/html;charset=UTF-8"})
+
+
+def _trouble(error: StorageError) -> tuple[int, str]:
+    """Say what has happened, without what the database says of itself."""
+    if isinstance(error, DamagedMetadataError):
+        return 500, "What is stored about this user is damaged: set or clear it."
+    if isinstance(error, OutcomeUnknownError):
+        return 503, "The storage was lost: whether the change was stored is not known."
+    return 503, "The storage is busy or cannot be reached: try again."
+
+
+def _field(body: dict[str, Any], name: str, kind: type[T]) -> T:
+    value = body.get(name)
+    if not isinstance(value, kind):
+        raise _Refusal(400, f"Field name '{name}' is invalid in JSON input")
+    return value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")

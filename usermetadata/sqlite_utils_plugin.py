@@ -1,0 +1,33 @@
+"""The plugin of sqlite-utils: ``sqlite-utils usermetadata``, and the merge as an SQL function."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlite_utils import hookimpl
+
+from usermetadata.command_line import main
+from usermetadata.json import decode_metadata, encode_metadata
+from usermetadata.merge import merge_metadata
+
+if TYPE_CHECKING:
+    import sqlite3
+
+    import click
+
+
+@hookimpl
+def register_commands(cli: click.Group) -> None:
+    """Add the commands; an SQLite file is named as ``--storage``."""
+    cli.add_command(main, name="usermetadata")
+
+
+@hookimpl
+def prepare_connection(conn: sqlite3.Connection) -> None:
+    """Give every connection the SQL function ``merge_metadata(stored, update)``."""
+    conn.create_function("merge_metadata", 2, _merge, deterministic=True)
+
+
+def _merge(stored: str | None, update: str) -> str:
+    old: dict[str, Any] = {} if stored is None else decode_metadata(stored)
+    return encode_metadata(merge_metadata(old, decode_metadata(update)))
