@@ -30,7 +30,9 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = ["usermetadata"] + [
-    module.name for module in pkgutil.walk_packages(usermetadata.__path__, "usermetadata.")
+    module.name
+    for module in pkgutil.walk_packages(usermetadata.__path__, "usermetadata.")
+    if module.name != "usermetadata.__main__"
 ]
 
 

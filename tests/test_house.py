@@ -24,7 +24,21 @@ PACKAGE = Path(usermetadata.__file__).parent
 
 # Who may import whom at run time; below stands what knows nothing of what is above.
 HOUSE: dict[str, set[str]] = {
-    "testing": {"changes", "exceptions", "recipe", "storage.memory"},
+    "testing": {"changes", "exceptions", "recipe", "server", "storage.memory"},
+    "__main__": {"command_line"},
+    "sqlite_utils_plugin": {"command_line", "json", "merge"},
+    "command_line": {
+        "changes",
+        "exceptions",
+        "identifiers",
+        "json",
+        "recipe",
+        "server",
+        "storage",
+        "storage.postgres",
+    },
+    "server": {"coalescing", "exceptions", "identifiers", "recipe_implementation"},
+    "supertokens": {"asyncio"},
     "": {
         "exceptions",
         "merge",

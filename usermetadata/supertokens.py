@@ -15,7 +15,11 @@ except ImportError as error:
         "usermetadata.supertokens needs the SDK: pip install 'usermetadata[supertokens]'"
     ) from error
 
-from usermetadata import asyncio as functions
+from usermetadata.asyncio import (
+    clear_user_metadata,
+    get_user_metadata,
+    update_user_metadata,
+)
 
 
 def use_storage(original: RecipeInterface) -> RecipeInterface:  # noqa: ARG001 - not used any more
@@ -46,17 +50,17 @@ def use_storage(original: RecipeInterface) -> RecipeInterface:  # noqa: ARG001 -
 
 class _Functions(RecipeInterface):
     async def get_user_metadata(self, user_id: str, user_context: dict[str, Any]) -> MetadataResult:
-        found = await functions.get_user_metadata(user_id, user_context)
+        found = await get_user_metadata(user_id, user_context)
         return MetadataResult(found.metadata)
 
     async def update_user_metadata(
         self, user_id: str, metadata_update: dict[str, Any], user_context: dict[str, Any]
     ) -> MetadataResult:
-        updated = await functions.update_user_metadata(user_id, metadata_update, user_context)
+        updated = await update_user_metadata(user_id, metadata_update, user_context)
         return MetadataResult(updated.metadata)
 
     async def clear_user_metadata(
         self, user_id: str, user_context: dict[str, Any]
     ) -> ClearUserMetadataResult:
-        await functions.clear_user_metadata(user_id, user_context)
+        await clear_user_metadata(user_id, user_context)
         return ClearUserMetadataResult()
