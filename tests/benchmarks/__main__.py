@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import parts
 import peers
 import postgres
+import serving
 from measuring import Measuring, Times
 from report import OURS, Report, middle, relative
 from workloads import (
@@ -75,6 +76,7 @@ class Benchmarks:
         self.stored_users()
         self.in_memory()
         postgres.measure(self)
+        serving.measure(self)
         self.importing()
 
     def progress(self, text: str) -> None:
