@@ -76,10 +76,12 @@ def served(app: Any) -> Generator[Client, None, None]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         client = Client(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        with contextlib.closing(client.connection):
-            yield client
-        server.should_exit = True
-        thread.join()
+        try:
+            with contextlib.closing(client.connection):
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 @pytest.fixture

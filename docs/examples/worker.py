@@ -1,0 +1,37 @@
+"""Count a visit of each user whose id is on a line of the standard input.
+
+``python worker.py < user_ids.txt``
+"""
+
+import sys
+from typing import Any
+
+import usermetadata
+from usermetadata.syncio import modify_user_metadata
+
+
+def one_more(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {**metadata, "visits": metadata.get("visits", 0) + 1}
+
+
+def count_visit(user_id: str) -> int:
+    """Count a visit, in one atomic step, and return how many there have been."""
+    visits: int = modify_user_metadata(user_id, one_more).metadata["visits"]
+    return visits
+
+
+def main() -> int:
+    usermetadata.init()  # where the environment variable USERMETADATA_URL says
+    status = 0
+    for line in sys.stdin:
+        try:
+            print(line.strip(), count_visit(line.strip()))
+        except usermetadata.InvalidInputError as error:
+            print(error, file=sys.stderr)
+            status = 1
+    usermetadata.UserMetadataRecipe.reset()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

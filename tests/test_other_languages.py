@@ -1,0 +1,129 @@
+"""The SDKs of other languages, unmodified, with this library's server in place of a core."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from test_server import served
+
+from usermetadata import InMemoryStorage
+from usermetadata.server import create_app
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+CLIENTS = Path(__file__).parent / "clients"
+KEY = "a key that the server wants to see"
+NODE = shutil.which("node")
+
+
+@pytest.fixture(scope="module")
+def clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs, with the packages that they name installed beside them."""
+    installed = os.environ.get("USERMETADATA_TEST_CLIENTS")
+    if installed:
+        return Path(installed)
+    if NODE is None and "CI" not in os.environ:
+        pytest.skip("there is no Node.js here")
+    folder = tmp_path_factory.mktemp("node") / "clients"
+    shutil.copytree(CLIENTS, folder)
+    options = ["--no-package-lock", "--no-audit", "--no-fund", "--loglevel=error"]
+    subprocess.run(["npm", "install", *options], cwd=folder, check=True, timeout=300)
+    return folder
+
+
+@pytest.fixture
+def storage() -> Generator[InMemoryStorage, None, None]:
+    """What the server serves."""
+    with contextlib.closing(InMemoryStorage()) as storage:
+        yield storage
+
+
+@pytest.fixture
+def environment(storage: InMemoryStorage) -> Generator[dict[str, str], None, None]:
+    """What a program has to know of the server."""
+    with served(create_app(storage, api_keys=[KEY])) as client:
+        uri = f"http://{client.connection.host}:{client.connection.port}"
+        yield {**os.environ, "SUPERTOKENS_URI": uri, "SUPERTOKENS_API_KEY": KEY, "PORT": "0"}
+
+
+def test_a_script_in_node(
+    clients: Path, environment: dict[str, str], storage: InMemoryStorage
+) -> None:
+    """``supertokens-node`` updates, reads and clears as it does with a core."""
+    program = ["node", "script.js"]
+    output = subprocess.check_output(program, cwd=clients, env=environment, text=True, timeout=60)
+    expected = {"theme": "dark", "notifications": {"sms": True}}
+    assert json.loads(output) == expected
+    assert storage.read(["alice", "bob"]) == {"alice": expected}
+
+
+@pytest.mark.parametrize("framework", ["express", "fastify", "hapi", "koa"])
+def test_a_web_framework_in_node(
+    clients: Path, environment: dict[str, str], storage: InMemoryStorage, framework: str
+) -> None:
+    """The ``/updateinfo`` endpoint of SuperTokens' guide, with the SDK's middleware around it."""
+    command = ["node", f"{framework}.js"]
+    program = subprocess.Popen(
+        command, cwd=clients, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    with program, contextlib.ExitStack() as stack:
+        stack.callback(program.terminate)
+        assert program.stdout is not None
+        port = int(program.stdout.readline())
+        connection = stack.enter_context(
+            contextlib.closing(HTTPConnection("localhost", port, timeout=30))
+        )
+
+        def request(method: str, path: str, body: Any = None) -> Any:
+            headers = {"x-user-id": "alice", "content-type": "application/json"}
+            text = None if body is None else json.dumps(body)
+            if text is None:
+                del headers["content-type"]
+            connection.request(method, path, text, headers)
+            response = connection.getresponse()
+            assert response.status == 200
+            return json.loads(response.read())
+
+        updated = {"message": "successfully updated user metadata"}
+        assert request("POST", "/updateinfo", {"theme": "dark", "text": "é\U0001f600"}) == updated
+        assert request("POST", "/updateinfo", {"text": None, "n": {"m": None}}) == updated
+        assert request("GET", "/userinfo") == {"theme": "dark", "n": {"m": None}}
+        assert storage.read(["alice"]) == {"alice": {"theme": "dark", "n": {"m": None}}}
+        request("DELETE", "/userinfo")
+        assert storage.read(["alice"]) == {}
+        assert request("GET", "/userinfo") == {}
+
+
+def test_what_the_sdk_of_go_sends(environment: dict[str, str], storage: InMemoryStorage) -> None:
+    """The requests of ``supertokens-golang`` 0.25, which speaks version 3.1, are answered."""
+    host = environment["SUPERTOKENS_URI"].removeprefix("http://")
+    sent = {"User-Agent": "Go-http-client/1.1", "Accept-Encoding": "gzip", "Api-Key": KEY}
+    asked = {**sent, "Cdi-Version": "3.1", "Rid": "usermetadata"}
+    written = {**asked, "Content-Type": "application/json; charset=utf-8"}
+    with contextlib.closing(HTTPConnection(host, timeout=30)) as connection:
+
+        def request(method: str, path: str, headers: dict[str, str], body: str = "") -> Any:
+            connection.request(method, path, body or None, headers)
+            response = connection.getresponse()
+            assert response.status == 200
+            return json.loads(response.read())
+
+        origins = "apiDomain=http%3A%2F%2Flocalhost&websiteDomain=http%3A%2F%2Flocalhost"
+        assert "3.1" in request("GET", f"/apiversion?{origins}", sent)["versions"]
+        # Go writes these characters so.
+        body = r'{"metadataUpdate":{"a":"\u003cb\u003e","gone":null},"userId":"al ice"}'
+        updated = request("PUT", "/recipe/user/metadata", written, body)
+        assert updated == {"metadata": {"a": "<b>"}, "status": "OK"}
+        assert request("GET", "/recipe/user/metadata?userId=al+ice", asked) == updated
+        removed = request("POST", "/recipe/user/metadata/remove", written, '{"userId":"al ice"}')
+        assert removed == {"status": "OK"}
+    assert storage.read(["al ice"]) == {}
