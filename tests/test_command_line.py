@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -67,7 +68,7 @@ def test_the_functions_are_commands(shell: Shell) -> None:
     assert json.loads(shell.run("get", "alice")) == {"n": 1}
     assert shell.run("clear", "alice") == ""
     assert shell.run("get", "alice") == "{}\n"
-    shell.run("--app-id", "shop", "set", "alice", '{"n": 2}')
+    shell.run("set", "alice", '{"n": 2}', "--app-id", "shop")
     assert shell.run("get", "alice") == "{}\n"
 
 
@@ -78,9 +79,9 @@ def test_the_functions_are_commands(shell: Shell) -> None:
         (["update", "alice", "{"], 2, "metadata_update: Expecting property name"),
         (["set", "alice", "[1]"], 2, "metadata: list is not a mapping"),
         (["set", "alice", '{"n": NaN}'], 2, 'metadata["n"]: nan is not JSON'),
-        (["--storage", "mysql://x", "get", "alice"], 2, "mysql:// is not a URL that is known"),
-        (["--storage", "/missing/users.db", "get", "alice"], 1, "the directory /missing does not"),
-        (["--storage", "memory://", "export", "--resume"], 2, "--resume needs a FILE"),
+        (["get", "alice", "--storage", "mysql://x"], 2, "mysql:// is not a URL that is known"),
+        (["get", "alice", "--storage", "/missing/users.db"], 1, "the directory /missing does not"),
+        (["export", "--resume", "--storage", "memory://"], 2, "--resume needs a FILE"),
         (["import", "missing.jsonl"], 2, "No such file"),
         (
             ["serve", "--host", "0.0.0.0"],
@@ -189,25 +190,36 @@ def test_a_cores_users_are_copied(shell: Shell, schema: str) -> None:
 
 def test_serve_answers_and_stops_when_told(shell: Shell) -> None:
     """A request that is under way is answered, and what it wrote is there."""
-    command = [sys.executable, "-m", "usermetadata", "serve", "--port", "0", "--api-key", "k" * 20]
+    command = [sys.executable, "-m", "usermetadata", "serve", "--port", "0", "--api-key", "key"]
     environment = {**os.environ, "USERMETADATA_URL": f"sqlite:///{shell.database}"}
-    server = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    assert server.stderr is not None
-    port = None
-    for line in server.stderr:
-        if "Uvicorn running on" in line:
-            port = int(line.split("127.0.0.1:")[1].split()[0])
-            break
-    assert port
-    with closing(HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+    fill(shell.database, 1)
+    with (
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(server.kill)
+        assert server.stderr is not None
+        line = next(line for line in server.stderr if "Uvicorn running on" in line)
+        port = int(line.split("127.0.0.1:")[1].split()[0])
+        first, second = (
+            stack.enter_context(closing(HTTPConnection("127.0.0.1", port, timeout=30)))
+            for _ in range(2)
+        )
+        writer = stack.enter_context(closing(sqlite3.connect(shell.database)))
+        writer.execute("BEGIN IMMEDIATE")
+        for connection in (first, second):
+            connection.request("GET", "/hello")
+            connection.getresponse().read()
         body = json.dumps({"userId": "alice", "metadataUpdate": {"n": 1}})
-        headers = {"api-key": "k" * 20}
-        connection.request("PUT", "/recipe/user/metadata", body, headers)
+        first.request("PUT", "/recipe/user/metadata", body, {"api-key": "key"})
+        # When this is answered the request before it has been read, and waits for the writer.
+        second.request("GET", "/hello")
+        second.getresponse().read()
         server.send_signal(signal.SIGTERM)
-        assert connection.getresponse().status == 200
-    assert server.wait(timeout=30) in {0, -signal.SIGTERM}
-    server.stderr.close()
-    assert read_all(shell.database) == {"alice": {"n": 1}}
+        writer.rollback()
+        assert first.getresponse().status == 200
+        assert server.wait(timeout=30) in {0, -signal.SIGTERM}
+    assert read_all(shell.database)["alice"] == {"n": 1}
 
 
 # The plugin.
@@ -216,7 +228,7 @@ def test_serve_answers_and_stops_when_told(shell: Shell) -> None:
 def test_sqlite_utils_has_the_commands(shell: Shell) -> None:
     """``sqlite-utils usermetadata`` is the same, on the file that is named."""
     command = [sys.executable, "-m", "sqlite_utils", "usermetadata"]
-    command += ["--storage", str(shell.database), "update", "alice", '{"n": 1}']
+    command += ["update", "alice", '{"n": 1}', "--storage", str(shell.database)]
     assert json.loads(subprocess.check_output(command)) == {"n": 1}
     assert read_all(shell.database) == {"alice": {"n": 1}}
 

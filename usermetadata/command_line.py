@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import json
 import shlex
@@ -20,7 +21,7 @@ from usermetadata.recipe import UserMetadataRecipe, open_storage
 from usermetadata.storage import ListingStorage
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator, Sized
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 
     from usermetadata.json import Metadata
     from usermetadata.storage import Storage
@@ -43,32 +44,39 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group)
-@click.option(
-    "--storage",
-    "url",
-    envvar="USERMETADATA_URL",
-    default="sqlite:///usermetadata.db",
-    show_default=True,
-    show_envvar=True,
-    help="Where the metadata is: a URL, or the path of an SQLite file.",
-)
-@click.option("--app-id", default="public", show_default=True, help="The app whose users they are.")
 @click.version_option(package_name="usermetadata")
-@click.pass_context
-def main(context: click.Context, url: str, app_id: str) -> None:
+def main() -> None:
     """Read and write the JSON object that is kept about each user.
 
     JSON is given as an argument or on standard input, and comes back on standard output. The exit
     code is 0 if it was done, 1 if the storage failed, 2 if what was asked for is not valid.
     """
-    storage = open_storage(url)
-    context.call_on_close(storage.close)
-    context.obj = storage.for_app(app_id)
+
+
+def _with_storage(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command have the storage that its options name."""
+
+    @click.option(
+        "--storage",
+        "url",
+        envvar="USERMETADATA_URL",
+        default="sqlite:///usermetadata.db",
+        show_default=True,
+        show_envvar=True,
+        help="Where the metadata is: a URL, or the path of an SQLite file.",
+    )
+    @click.option("--app-id", default="public", show_default=True, help="The users' app.")
+    @functools.wraps(command)
+    def with_storage(url: str, app_id: str, **arguments: object) -> None:
+        with closing(open_storage(url)) as storage:
+            command(storage.for_app(app_id), **arguments)
+
+    return with_storage
 
 
 @main.command()
 @click.argument("user_id")
-@click.pass_obj
+@_with_storage
 def get(storage: Storage, user_id: str) -> None:
     """Show the metadata of USER_ID, {} if there is none."""
     _show(_functions(storage).get_user_metadata(user_id, {}).metadata)
@@ -77,7 +85,7 @@ def get(storage: Storage, user_id: str) -> None:
 @main.command("set")
 @click.argument("user_id")
 @click.argument("metadata", required=False)
-@click.pass_obj
+@_with_storage
 def set_(storage: Storage, user_id: str, metadata: str | None) -> None:
     """Replace the metadata of USER_ID by METADATA, a JSON object; show it."""
     parsed = _parse(_given(metadata), "metadata")
@@ -87,7 +95,7 @@ def set_(storage: Storage, user_id: str, metadata: str | None) -> None:
 @main.command()
 @click.argument("user_id")
 @click.argument("update", required=False)
-@click.pass_obj
+@_with_storage
 def update(storage: Storage, user_id: str, update: str | None) -> None:
     """Merge UPDATE, a JSON object, into the metadata of USER_ID; show the result.
 
@@ -99,7 +107,7 @@ def update(storage: Storage, user_id: str, update: str | None) -> None:
 
 @main.command()
 @click.argument("user_id")
-@click.pass_obj
+@_with_storage
 def clear(storage: Storage, user_id: str) -> None:
     """Remove everything that is stored about USER_ID."""
     _functions(storage).clear_user_metadata(user_id, {})
@@ -108,7 +116,7 @@ def clear(storage: Storage, user_id: str) -> None:
 @main.command()
 @click.argument("file", type=click.Path(dir_okay=False, allow_dash=True), default="-")
 @click.option("--resume", is_flag=True, help="Go on after the last whole line of FILE.")
-@click.pass_obj
+@_with_storage
 def export(storage: Storage, file: str, *, resume: bool) -> None:
     """Write all users as JSON Lines to FILE, or to standard output.
 
@@ -127,7 +135,7 @@ def export(storage: Storage, file: str, *, resume: bool) -> None:
 @main.command("import")
 @click.argument("file", type=click.File("r", encoding="utf-8"), default="-")
 @click.option("--from-line", default=1, show_default=True, help="Leave out the lines before it.")
-@click.pass_obj
+@_with_storage
 def import_(storage: Storage, file: TextIO, from_line: int) -> None:
     """Store all users of FILE, or of standard input, which is what export writes.
 
@@ -146,7 +154,7 @@ def import_(storage: Storage, file: TextIO, from_line: int) -> None:
 @click.option("--table", default="user_metadata", show_default=True, help="The core's table.")
 @click.option("--core-app-id", default="public", show_default=True, help="The core's app.")
 @click.option("--after", default="", help="The user id after which to go on.")
-@click.pass_obj
+@_with_storage
 def import_supertokens(
     storage: Storage, dsn: str, table: str, core_app_id: str, after: str
 ) -> None:
@@ -176,7 +184,7 @@ def import_supertokens(
     help="A key that clients must show; may be given several times.",
 )
 @click.option("--max-body-size", default=2**20, show_default=True, help="In bytes.")
-@click.pass_obj
+@_with_storage
 def serve(
     storage: Storage, host: str, port: int, api_keys: tuple[str, ...], max_body_size: int
 ) -> None:

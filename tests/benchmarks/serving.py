@@ -61,9 +61,12 @@ def measure(benchmarks: Any) -> None:
     benchmarks.progress("server, 64 connections")
     loop = asyncio.new_event_loop()
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "usermetadata", "--storage", f"{folder}/served.db"]
+        command = [sys.executable, "-m", "usermetadata", "serve", "--port", "0"]
         server = subprocess.Popen(
-            [*command, "serve", "--port", "0"], stderr=subprocess.PIPE, text=True, cwd=folder
+            [*command, "--storage", f"{folder}/served.db"],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=folder,
         )
         assert server.stderr
         line = next(line for line in server.stderr if "running on" in line)
