@@ -83,6 +83,9 @@ def test_the_functions_are_commands(shell: Shell) -> None:
         (["get", "alice", "--storage", "/missing/users.db"], 1, "the directory /missing does not"),
         (["export", "--resume", "--storage", "memory://"], 2, "--resume needs a FILE"),
         (["import", "missing.jsonl"], 2, "No such file"),
+        (["import", "not_utf8.jsonl"], 2, "'utf-8' codec can't decode byte 0xff"),
+        (["export", "not_json.jsonl", "--resume"], 2, "line 1: Expecting value"),
+        (["serve", "--host", "0.0.0.0", "--api-key", ""], 2, "api_keys: an empty key"),
         (
             ["serve", "--host", "0.0.0.0"],
             2,
@@ -95,6 +98,8 @@ def test_errors_are_a_line_and_an_exit_code(
     shell: Shell, arguments: list[str], code: int, message: str
 ) -> None:
     """2 for what is not valid, 1 for a storage that failed; no traceback."""
+    (shell.database.parent / "not_utf8.jsonl").write_bytes(b"\xff\n")
+    (shell.database.parent / "not_json.jsonl").write_bytes(b"what?\n")
     error = shell.run(*arguments, code=code)
     assert message in error
     assert "Traceback" not in error
@@ -144,6 +149,8 @@ def test_an_export_is_resumed(shell: Shell, tmp_path: Path) -> None:
     shell.run("export", "whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_bytes()
     part = tmp_path / "part.jsonl"
+    shell.run("export", "part.jsonl", "--resume")
+    assert part.read_bytes() == whole
     for size in (0, 10, 40_000, len(whole)):
         part.write_bytes(whole[:size])
         shell.run("export", "part.jsonl", "--resume")

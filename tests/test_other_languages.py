@@ -103,6 +103,33 @@ def test_a_web_framework_in_node(
         assert request("GET", "/userinfo") == {}
 
 
+def test_a_lambda_in_node(
+    clients: Path, environment: dict[str, str], storage: InMemoryStorage
+) -> None:
+    """AWS Lambda, and Netlify, call a handler with the SDK's middleware around it."""
+    program = """
+const { handler } = require("./aws_lambda");
+async function main() {
+  for (const event of JSON.parse(process.argv[1])) {
+    console.log((await handler(event, {}, () => {})).body);
+  }
+}
+main();
+"""
+    request = {"headers": {"x-user-id": "alice"}, "path": "/updateinfo", "requestContext": {}}
+    events = [
+        {**request, "httpMethod": "POST", "body": '{"theme": "dark"}'},
+        {**request, "httpMethod": "GET", "body": None},
+    ]
+    command = ["node", "-e", program, json.dumps(events)]
+    output = subprocess.check_output(command, cwd=clients, env=environment, text=True, timeout=60)
+    assert [json.loads(line) for line in output.splitlines()] == [
+        {"message": "successfully updated user metadata"},
+        {"theme": "dark"},
+    ]
+    assert storage.read(["alice"]) == {"alice": {"theme": "dark"}}
+
+
 def test_what_the_sdk_of_go_sends(environment: dict[str, str], storage: InMemoryStorage) -> None:
     """The requests of ``supertokens-golang`` 0.25, which speaks version 3.1, are answered."""
     host = environment["SUPERTOKENS_URI"].removeprefix("http://")

@@ -557,6 +557,26 @@ storage.close()
     ]
 
 
+def test_a_fork_that_python_is_not_told_of(schema: str) -> None:
+    """Servers written in C may fork past Python; each side still has connections of its own."""
+    program = """
+import ctypes, os, sys
+from usermetadata import PostgresStorage
+from usermetadata.changes import Merge
+storage = PostgresStorage(sys.argv[1], schema=sys.argv[2])
+storage.write([("alice", Merge({"parent": 1}))])
+child = ctypes.PyDLL(None).fork()
+for n in range(20):
+    storage.write([("alice", Merge({f"{bool(child)} {n}": n}))])
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print(len(storage.read(["alice"])["alice"]))
+storage.close()
+"""
+    assert run(program, server_url(), schema) == "41\n"
+
+
 def test_a_borrowed_pool_stays_with_its_process(schema: str) -> None:
     """A pool cannot be used on both sides of a fork; the child is told before it does harm."""
     program = """

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from usermetadata import InMemoryStorage, SQLiteStorage, StorageBusyError
+from usermetadata import InMemoryStorage, InvalidInputError, SQLiteStorage, StorageBusyError
 from usermetadata.changes import Merge
 from usermetadata.server import VERSIONS, create_app
 
@@ -284,6 +284,13 @@ def test_a_wrong_key_opens_nothing(closed: Client, headers: dict[str, str]) -> N
     """Whatever it looks like."""
     answer = closed.request("PUT", METADATA, {"userId": "a", "metadataUpdate": {}}, headers)
     assert answer.error == (401, "Invalid API key")
+
+
+@pytest.mark.parametrize("api_keys", ["a key", [""], ["a key", " "]])
+def test_an_empty_key_is_no_key(api_keys: Any) -> None:
+    """A variable that was not set must not open the server to everybody."""
+    with pytest.raises(InvalidInputError, match="api_keys: an empty key"):
+        create_app(InMemoryStorage(), api_keys=api_keys)
 
 
 def test_a_large_body_is_refused(usermetadata_storage: InMemoryStorage) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import ipaddress
 import json
+import os
 import shlex
 import sys
 from contextlib import closing, contextmanager
@@ -37,7 +38,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except InvalidInputError as error:
+        except (InvalidInputError, UnicodeDecodeError) as error:
             raise click.UsageError(str(error)) from error
         except (StorageError, UsageError, ImportError) as error:
             raise click.ClickException(str(error)) from error
@@ -267,17 +268,18 @@ def _resumable(how: str) -> Generator[None, None, None]:
 
 
 def _cut_after_last_line(file: str) -> str:
-    """Cut off a line that was not written to its end; return the last user."""
+    """Cut off a line that was not written to its end; return the last user, if there is one."""
     if file == "-":
-        raise click.UsageError("--resume needs a FILE")
-    last = ""
+        raise InvalidInputError("--resume needs a FILE")
+    if not os.path.exists(file):
+        return ""
+    last, number, end = b"", 0, 0
     with open(file, "r+b") as lines:
-        end = 0
         for line in lines:
             if line.endswith(b"\n"):
-                last, end = line.decode(), end + len(line)
+                last, number, end = line, number + 1, end + len(line)
         lines.truncate(end)
-    return str(json.loads(last)["userId"]) if last else ""
+    return _parse_line(last.decode(), number)[0] if last else ""
 
 
 def _is_loopback(host: str) -> bool:

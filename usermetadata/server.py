@@ -74,12 +74,17 @@ def create_app(
     Returns:
         The application. Its lifespan lets the calls under way come to their end.
 
+    Raises:
+        InvalidInputError: ``api_keys`` is not a collection of keys, or one of them is empty.
+
     Example:
         >>> from usermetadata import InMemoryStorage
         >>> app = create_app(InMemoryStorage(), api_keys=["a key of at least 20 characters"])
 
     The paths, answers and error texts are those of SuperTokens' core, "Core Driver Interface".
     """
+    if isinstance(api_keys, str) or not all(key.strip() for key in api_keys):
+        raise InvalidInputError("api_keys: an empty key, or a text instead of a list of keys")
     server = _Server(storage, api_keys, max_body_size)
 
     @asynccontextmanager
