@@ -163,7 +163,8 @@ class Connections:
         with open(os.devnull, "rb") as nothing:
             for connection in self._lent:
                 # Whoever uses it goes on here, too, and must not interfere.
-                os.dup2(nothing.fileno(), connection.fileno())
+                if not connection.closed:
+                    os.dup2(nothing.fileno(), connection.fileno())
         self._lent = set()
         self._lock = threading.Lock()
         self._pool = None
