@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import pytest
-import uvicorn
+from asgi_server import serve
 from django.test import AsyncClient, Client
 
 import usermetadata
@@ -77,17 +76,8 @@ def served(name: str, lifespan: Literal["on", "off"] = "on") -> Generator[Send, 
             response = connection.getresponse()
             return Answer(response.status, response.read().decode())
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        config = uvicorn.Config(app, lifespan=lifespan, log_config=None, access_log=False)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield send
-        finally:
-            server.should_exit = True
-            thread.join()
+    with serve(app, lifespan) as port:
+        yield send
 
 
 @contextlib.contextmanager

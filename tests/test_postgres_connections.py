@@ -18,6 +18,7 @@ from postgres_proxy import Pooler, Proxy
 from postgres_server import OwnServer, empty_schema, server_url, waiting_for_locks
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import ConnectionPool
+from test_processes import WORK
 
 import usermetadata
 from usermetadata import (
@@ -316,14 +317,16 @@ def test_passwords_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
 # Servers that stop.
 
 
-def counts(folder: list[int], storage: PostgresStorage, name: str, stop: threading.Event) -> None:
+def counts(
+    acknowledged: list[int], storage: PostgresStorage, name: str, stop: threading.Event
+) -> None:
     """Update until told to stop; note the number of each update that was acknowledged."""
     number = 0
     while not stop.is_set():
         number += 1
         with contextlib.suppress(OutcomeUnknownError, StorageUnavailableError):
             storage.write([("alice", Merge({f"{name} {number}": number}))])
-            folder.append(number)
+            acknowledged.append(number)
 
 
 def trouble(url: str, schema: str, make_trouble: Callable[[], None]) -> None:
@@ -478,36 +481,18 @@ def test_a_pooler_may_give_each_transaction_another_session(own_server: OwnServe
 def test_a_fork_leaves_both_sides_working(schema: str) -> None:
     """Parent and child go on with a busy storage, each over connections of its own."""
     program = """
-import asyncio, os, sys, threading
-import usermetadata
-from usermetadata import PostgresStorage, syncio
-from usermetadata.asyncio import update_user_metadata
-
+from usermetadata import PostgresStorage
 storage = PostgresStorage(sys.argv[1], schema=sys.argv[2])
 usermetadata.init(storage)
 
-def work(name):
-    async def several():
-        updates = (update_user_metadata("alice", {f"{name}:a{n}": n}) for n in range(20))
-        await asyncio.gather(*updates)
-    def one_by_one():
-        for n in range(20):
-            syncio.update_user_metadata("alice", {f"{name}:s{n}": n})
-            syncio.get_user_metadata("alice")
-    several_at_once = threading.Thread(target=lambda: asyncio.run(several()))
-    threads = [threading.Thread(target=one_by_one), several_at_once]
-    for thread in threads:
-        thread.start()
-    return threads
-
-for thread in work("before"):
+for thread in work("before", 20):
     thread.join()
-busy = work("meanwhile")
+busy = work("meanwhile", 20)
 children = []
 for number in range(3):
     child = os.fork()
     if child == 0:
-        for thread in work(f"child {number}"):
+        for thread in work(f"child {number}", 20):
             thread.join()
         if number:
             storage.close()
@@ -515,7 +500,7 @@ for number in range(3):
             os._exit(0)
         sys.exit()
     children.append(child)
-busy += work("parent")
+busy += work("parent", 20)
 for thread in busy:
     thread.join()
 for child in children:
@@ -523,7 +508,7 @@ for child in children:
 print(len(syncio.get_user_metadata("alice").metadata))
 storage.close()
 """
-    assert run(program, server_url(), schema) == f"{6 * 40}\n"
+    assert run(WORK + program, server_url(), schema) == f"{6 * 40}\n"
 
 
 def test_a_fork_inside_a_change_cannot_commit_twice(schema: str) -> None:

@@ -156,22 +156,18 @@ def test_what_was_acknowledged_survives_kill_9(database: Path, tmp_path: Path) -
     assert sum(len(log.read_text()) for log in acknowledged.iterdir()) > 1000
 
 
-def test_a_fork_leaves_both_sides_working(database: Path) -> None:
-    """Parent and child go on with a busy storage, and the child inherits none of its files."""
-    program = """
+WORK = """
 import asyncio, os, sys, threading
 import usermetadata
 from usermetadata import syncio
 from usermetadata.asyncio import update_user_metadata
 
-usermetadata.init(sys.argv[1])
-
-def work(name):
+def work(name, rounds):
     async def several():
-        updates = (update_user_metadata("alice", {f"{name}:a{n}": n}) for n in range(50))
+        updates = (update_user_metadata("alice", {f"{name}:a{n}": n}) for n in range(rounds))
         await asyncio.gather(*updates)
     def one_by_one():
-        for n in range(50):
+        for n in range(rounds):
             syncio.update_user_metadata("alice", {f"{name}:s{n}": n})
             syncio.get_user_metadata("alice")
     several_at_once = threading.Thread(target=lambda: asyncio.run(several()))
@@ -179,6 +175,13 @@ def work(name):
     for thread in threads:
         thread.start()
     return threads
+"""
+
+
+def test_a_fork_leaves_both_sides_working(database: Path) -> None:
+    """Parent and child go on with a busy storage, and the child inherits none of its files."""
+    program = """
+usermetadata.init(sys.argv[1])
 
 def opened():
     file, found = os.stat(sys.argv[1]), []
@@ -189,28 +192,35 @@ def opened():
             pass
     return found
 
-for thread in work("before"):
+for thread in work("before", 50):
     thread.join()
 assert opened()
-busy = work("meanwhile")
+busy = work("meanwhile", 50)
 children = []
 for number in range(3):
     child = os.fork()
     if child == 0:
         assert not opened()
-        for thread in work(f"child {number}"):
+        for thread in work(f"child {number}", 50):
             thread.join()
         usermetadata.UserMetadataRecipe.reset()
         os._exit(0)
     children.append(child)
-busy += work("parent")
+busy += work("parent", 50)
 for thread in busy:
     thread.join()
 for child in children:
     assert os.waitpid(child, 0)[1] == 0
 print(len(syncio.get_user_metadata("alice").metadata))
 """
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program, str(database)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore::DeprecationWarning",
+        "-c",
+        WORK + program,
+        str(database),
+    ]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (finished.returncode, finished.stderr) == (0, "")
     assert finished.stdout == f"{6 * 100}\n"

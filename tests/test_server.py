@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import socket
 import sqlite3
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 import pytest
-import uvicorn
+from asgi_server import serve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
@@ -71,17 +69,10 @@ class Client:
 @contextlib.contextmanager
 def served(app: Any) -> Generator[Client, None, None]:
     """Serve an application for real."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        client = Client(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        try:
-            with contextlib.closing(client.connection):
-                yield client
-        finally:
-            server.should_exit = True
-            thread.join()
+    with serve(app) as port:
+        client = Client(f"http://127.0.0.1:{port}")
+        with contextlib.closing(client.connection):
+            yield client
 
 
 @pytest.fixture
@@ -364,9 +355,8 @@ def test_concurrent_requests_lose_nothing(database: Path) -> None:
         host = f"http://{client.connection.host}:{client.connection.port}"
 
         def work(number: int) -> None:
-            with contextlib.closing(Client(host).connection) as connection:
-                own = Client(host)
-                own.connection = connection
+            own = Client(host)
+            with contextlib.closing(own.connection):
                 for n in range(10):
                     update(own, "alice", {f"{number} {n}": n})
 

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from usermetadata import SQLiteStorage
+from usermetadata.changes import Merge
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,8 +92,6 @@ print(client.put(path, json=body).json())
 print(client.get(path, params={"userId": "alice"}).json())
 usermetadata.UserMetadataRecipe.reset()
 """
-    from usermetadata.changes import Merge
-
     storage = SQLiteStorage(database)
     storage.write([("alice", Merge({"theme": "dark", "old": True}))])
     shown = run(program, database).splitlines()

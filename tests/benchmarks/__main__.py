@@ -22,6 +22,7 @@ import threading
 import time
 import tracemalloc
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import parts
@@ -29,7 +30,7 @@ import peers
 import postgres
 import serving
 from measuring import Measuring, Times
-from report import OURS, Report, middle, relative
+from report import OURS, Report, relative
 from workloads import (
     USERS,
     WORKLOADS,
@@ -215,25 +216,12 @@ class Benchmarks:
                 loop.run_until_complete(peer.close())
         loop.close()
         self.report.say("## asyncio")
-        self.report.lines(
+        self.report.by_tasks(
             "tasks.svg",
-            {
-                name: {
-                    peer.name: [1 / middle(times[peer.name]) for times in by_count.values()]
-                    for peer in opened
-                }
-                for name, by_count in results.items()
-                if name != "90 % get"
-            },
-            counts,
-            ("concurrent tasks", "calls per second"),
+            results,
+            ["get", "update"],
             "Calls per second over the number of concurrent tasks.",
         )
-        for name, by_count in results.items():
-            self.report.say(f"`{name}`, calls per second in all, by the number of tasks:")
-            self.report.compare(
-                {f"{count} tasks": times for count, times in by_count.items()}, rate=True
-            )
         self.report.say("`update` of one hot user by 64 tasks, calls per second:")
         self.report.compare({"64 tasks": hot}, rate=True)
         hop, aiosqlite = peers.ThreadHop.name, peers.AioSqlite.name
@@ -306,12 +294,12 @@ class Benchmarks:
             "64 concurrent updates written by hand, with ever more parts, microseconds for each"
             " update:"
         )
-        its = middle(times.pop(peers.AioSqlite.name))
-        total = middle(times["what this library adds"])
+        its = median(times.pop(peers.AioSqlite.name))
+        total = median(times["what this library adds"])
         rows: list[list[str]] = []
         before = 0.0
         for name in times:
-            after = middle(times[name])
+            after = median(times[name])
             rows.append(
                 [
                     name,
@@ -324,7 +312,7 @@ class Benchmarks:
         self.report.table(["", "up to here", "this part", "share"], rows)
         self.report.say(
             f"aiosqlite took {its * 1e6:.0f} µs in the same run,"
-            f" {its / middle(times['the flush']):.0f} × as long as what is written by hand."
+            f" {its / median(times['the flush']):.0f} × as long as what is written by hand."
         )
 
     def flushes(self) -> None:
@@ -453,7 +441,7 @@ class Benchmarks:
             for count, by_name in operations.items()
         }
         lines = {
-            name: [middle(by_name[name]) * 1e6 for by_name in workloads.values()]
+            name: [median(by_name[name]) * 1e6 for by_name in workloads.values()]
             for name in (OURS, peers.Sqlite3.name)
         }
         self.report.say("## Many users")
@@ -544,7 +532,7 @@ class Benchmarks:
         rounds = Measuring(0, 5 if self.quick else 25)
         times = rounds.alone({program: start(program) for program in programs})
         over = {
-            program: middle(
+            program: median(
                 [mine - bare for mine, bare in zip(times[program], times["pass"], strict=True)]
             )
             for program in programs[1:]
@@ -552,7 +540,7 @@ class Benchmarks:
         self.report.say("## Importing")
         self.report.say(
             "Milliseconds over a bare interpreter, which itself takes"
-            f" {middle(times['pass']) * 1000:.0f} ms here:"
+            f" {median(times['pass']) * 1000:.0f} ms here:"
         )
         self.report.table(
             ["", "ms"],

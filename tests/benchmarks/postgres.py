@@ -7,11 +7,12 @@ import contextlib
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import postgres_peers
 from psycopg.conninfo import make_conninfo
-from report import OURS, middle, relative
+from report import OURS, relative
 from workloads import USERS, awaited, document, fill, gets, update, updates, user
 
 from usermetadata import InMemoryStorage, PostgresStorage, SQLiteStorage, UserMetadataRecipe
@@ -103,24 +104,12 @@ def tasks(benchmarks: Any, url: str) -> None:
     for peer in opened:
         loop.run_until_complete(peer.close())
     loop.close()
-    benchmarks.report.lines(
+    benchmarks.report.by_tasks(
         "postgres.svg",
-        {
-            name: {
-                peer.name: [1 / middle(times[peer.name]) for times in by_count.values()]
-                for peer in opened
-            }
-            for name, by_count in results.items()
-        },
-        counts,
-        ("concurrent tasks", "calls per second"),
+        results,
+        ["get", "update"],
         "Calls per second on PostgreSQL over the number of concurrent tasks.",
     )
-    for name, by_count in results.items():
-        benchmarks.report.say(f"`{name}`, calls per second in all, by the number of tasks:")
-        benchmarks.report.compare(
-            {f"{count} tasks": times for count, times in by_count.items()}, rate=True
-        )
     benchmarks.report.say("`update` of one hot user by 64 tasks, calls per second:")
     benchmarks.report.compare({"64 tasks": hot}, rate=True)
     figures: list[tuple[str, Times, dict[Any, int]]] = [
@@ -228,7 +217,7 @@ def storages(benchmarks: Any) -> None:
     benchmarks.report.table(
         ["", *workloads],
         [
-            [name, *(f"{middle(times[name]) * 1e6:.1f}" for times in workloads.values())]
+            [name, *(f"{median(times[name]) * 1e6:.1f}" for times in workloads.values())]
             for name in opened
         ],
     )

@@ -45,11 +45,6 @@ def per_second(times: Sequence[float]) -> str:
     return f"{1 / median(times):,.0f}"
 
 
-def middle(values: list[float]) -> float:
-    """Return the median."""
-    return sorted(values)[len(values) // 2]
-
-
 def relative(times: Times, name: str, base: str = OURS) -> float:
     """Return how many times as long ``name`` takes as ``base``: the median over the rounds."""
     return median(mine / its for mine, its in zip(times[name], times[base], strict=True))
@@ -136,6 +131,31 @@ class Report:
         handles, names = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
         self._save(file, alt)
+
+    def by_tasks(
+        self,
+        file: str,
+        results: Mapping[str, Mapping[int, Times]],
+        plotted: Sequence[str],
+        alt: str,
+    ) -> None:
+        """Add calls per second by the number of tasks: lines for some workloads, tables for all."""
+        self.lines(
+            file,
+            {
+                workload: {
+                    name: [1 / median(times[name]) for times in results[workload].values()]
+                    for name in next(iter(results[workload].values()))
+                }
+                for workload in plotted
+            },
+            list(next(iter(results.values()))),
+            ("concurrent tasks", "calls per second"),
+            alt,
+        )
+        for workload, by_count in results.items():
+            self.say(f"`{workload}`, calls per second in all, by the number of tasks:")
+            self.compare({f"{count} tasks": times for count, times in by_count.items()}, rate=True)
 
     def _save(self, file: str, alt: str) -> None:
         plt.savefig(self.folder / file, metadata={"Date": None})

@@ -114,19 +114,13 @@ class PostgresStorage:
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         """Return the metadata of those users that have a row, in one query."""
-        self._prepare()
-        rows = self._connections.run(lambda connection: self._select(connection, user_ids))
-        return {user_id: self._decode(user_id, text) for user_id, text in rows}
+        if len(user_ids) == 1:
+            return self._read(READ_ONE, user_id=user_ids[0])
+        return self._read(READ_MANY, user_ids=_dump(user_ids))
 
     def read_after(self, user_id: str, limit: int) -> dict[str, Metadata]:
         """Return the metadata of the next users, in the database's order."""
-        self._prepare()
-        rows = self._connections.run(
-            lambda connection: self._execute(
-                connection, READ_AFTER, user_id=user_id, limit=limit
-            ).fetchall()
-        )
-        return {found: self._decode(found, text) for found, text in rows}
+        return self._read(READ_AFTER, user_id=user_id, limit=limit)
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order in one transaction: one round trip, if none is a function."""
@@ -169,12 +163,12 @@ class PostgresStorage:
         parameters |= {"app_id": self._app_id, "timeout": self._timeout}
         return cursor.execute(self._table[statement], parameters)
 
-    def _select(
-        self, connection: Connection[Any], user_ids: Sequence[str]
-    ) -> list[tuple[str, str]]:
-        if len(user_ids) == 1:
-            return self._execute(connection, READ_ONE, user_id=user_ids[0]).fetchall()
-        return self._execute(connection, READ_MANY, user_ids=_dump(user_ids)).fetchall()
+    def _read(self, statement: LiteralString, **parameters: object) -> dict[str, Metadata]:
+        self._prepare()
+        rows = self._connections.run(
+            lambda connection: self._execute(connection, statement, **parameters).fetchall()
+        )
+        return {user_id: self._decode(user_id, text) for user_id, text in rows}
 
     def _apply_natively(
         self, connection: Connection[Any], changes: Sequence[tuple[str, Change]]
