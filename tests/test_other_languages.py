@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from http.client import HTTPConnection
@@ -22,22 +23,14 @@ if TYPE_CHECKING:
 
 CLIENTS = Path(__file__).parent / "clients"
 KEY = "a key that the server wants to see"
-NODE = shutil.which("node")
 
 
 @pytest.fixture(scope="module")
-def clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs, with the packages that they name installed beside them."""
-    installed = os.environ.get("USERMETADATA_TEST_CLIENTS")
-    if installed:
-        return Path(installed)
-    if NODE is None and "CI" not in os.environ:
+def packages() -> None:
+    """The programs' packages, which ``package.json`` names, are installed."""
+    if shutil.which("node") is None and "CI" not in os.environ:
         pytest.skip("there is no Node.js here")
-    folder = tmp_path_factory.mktemp("node") / "clients"
-    shutil.copytree(CLIENTS, folder)
-    options = ["--no-package-lock", "--no-audit", "--no-fund", "--loglevel=error"]
-    subprocess.run(["npm", "install", *options], cwd=folder, check=True, timeout=300)
-    return folder
+    subprocess.run(["npm", "install"], cwd=CLIENTS, check=True, timeout=600)
 
 
 @pytest.fixture
@@ -52,35 +45,54 @@ def environment(storage: InMemoryStorage) -> Generator[dict[str, str], None, Non
     """What a program has to know of the server."""
     with served(create_app(storage, api_keys=[KEY])) as client:
         uri = f"http://{client.connection.host}:{client.connection.port}"
-        yield {**os.environ, "SUPERTOKENS_URI": uri, "SUPERTOKENS_API_KEY": KEY, "PORT": "0"}
+        yield {
+            **os.environ,
+            "SUPERTOKENS_URI": uri,
+            "SUPERTOKENS_API_KEY": KEY,
+            "PORT": "0",
+            "NEXT_TELEMETRY_DISABLED": "1",
+        }
 
 
+@pytest.mark.usefixtures("packages")
 def test_a_script_in_node(
-    clients: Path, environment: dict[str, str], storage: InMemoryStorage
+    environment: dict[str, str], storage: InMemoryStorage
 ) -> None:
     """``supertokens-node`` updates, reads and clears as it does with a core."""
     program = ["node", "script.js"]
-    output = subprocess.check_output(program, cwd=clients, env=environment, text=True, timeout=60)
+    output = subprocess.check_output(program, cwd=CLIENTS, env=environment, text=True, timeout=60)
     expected = {"theme": "dark", "notifications": {"sms": True}}
     assert json.loads(output) == expected
     assert storage.read(["alice", "bob"]) == {"alice": expected}
 
 
-@pytest.mark.parametrize("framework", ["express", "fastify", "hapi", "koa"])
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "node express.js",
+        "node fastify.js",
+        "node hapi.js",
+        "node koa.js",
+        "node --import tsx loopback.ts",
+        "node --import tsx nestjs.ts",
+        "node node_modules/next/dist/bin/next dev nextjs",
+    ],
+)
 def test_a_web_framework_in_node(
-    clients: Path, environment: dict[str, str], storage: InMemoryStorage, framework: str
+    environment: dict[str, str], storage: InMemoryStorage, command: str
 ) -> None:
     """The ``/updateinfo`` endpoint of SuperTokens' guide, with the SDK's middleware around it."""
-    command = ["node", f"{framework}.js"]
     program = subprocess.Popen(
-        command, cwd=clients, env=environment, stdout=subprocess.PIPE, text=True
+        command.split(), cwd=CLIENTS, env=environment, stdout=subprocess.PIPE, text=True
     )
     with program, contextlib.ExitStack() as stack:
         stack.callback(program.terminate)
         assert program.stdout is not None
-        port = int(program.stdout.readline())
+        ports = (re.search(r"http://.*:(\d+)", line) for line in program.stdout)
+        port = next(int(port[1]) for port in ports if port)
         connection = stack.enter_context(
-            contextlib.closing(HTTPConnection("localhost", port, timeout=30))
+            contextlib.closing(HTTPConnection("localhost", port, timeout=60))
         )
 
         def request(method: str, path: str, body: Any = None) -> Any:
@@ -103,8 +115,9 @@ def test_a_web_framework_in_node(
         assert request("GET", "/userinfo") == {}
 
 
+@pytest.mark.usefixtures("packages")
 def test_a_lambda_in_node(
-    clients: Path, environment: dict[str, str], storage: InMemoryStorage
+    environment: dict[str, str], storage: InMemoryStorage
 ) -> None:
     """AWS Lambda, and Netlify, call a handler with the SDK's middleware around it."""
     program = """
@@ -122,7 +135,7 @@ main();
         {**request, "httpMethod": "GET", "body": None},
     ]
     command = ["node", "-e", program, json.dumps(events)]
-    output = subprocess.check_output(command, cwd=clients, env=environment, text=True, timeout=60)
+    output = subprocess.check_output(command, cwd=CLIENTS, env=environment, text=True, timeout=60)
     assert [json.loads(line) for line in output.splitlines()] == [
         {"message": "successfully updated user metadata"},
         {"theme": "dark"},

@@ -34,4 +34,4 @@ app.delete("/userinfo", async (request, response) => {
 });
 
 app.use(errorHandler());
-const server = app.listen(process.env.PORT, () => console.log(server.address().port));
+const server = app.listen(process.env.PORT, () => console.log(`http://localhost:${server.address().port}`));

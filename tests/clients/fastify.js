@@ -34,4 +34,4 @@ app.delete("/userinfo", async (request) => {
   return { message: "successfully cleared user metadata" };
 });
 
-app.listen({ port: process.env.PORT }).then(() => console.log(app.server.address().port));
+app.listen({ port: process.env.PORT }).then((url) => console.log(url));

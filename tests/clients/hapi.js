@@ -44,4 +44,4 @@ server.route([
   },
 ]);
 
-server.register(plugin).then(() => server.start()).then(() => console.log(server.info.port));
+server.register(plugin).then(() => server.start()).then(() => console.log(server.info.uri));

@@ -35,4 +35,4 @@ router.delete("/userinfo", async (context) => {
 });
 
 const app = new Koa().use(middleware()).use(bodyParser()).use(router.routes());
-const server = app.listen(process.env.PORT, () => console.log(server.address().port));
+const server = app.listen(process.env.PORT, () => console.log(`http://localhost:${server.address().port}`));

@@ -1,0 +1,2 @@
+// The packages lie in the folder above.
+export default { turbopack: { root: `${import.meta.dirname}/..` } };
