@@ -55,9 +55,7 @@ def environment(storage: InMemoryStorage) -> Generator[dict[str, str], None, Non
 
 
 @pytest.mark.usefixtures("packages")
-def test_a_script_in_node(
-    environment: dict[str, str], storage: InMemoryStorage
-) -> None:
+def test_a_script_in_node(environment: dict[str, str], storage: InMemoryStorage) -> None:
     """``supertokens-node`` updates, reads and clears as it does with a core."""
     program = ["node", "script.js"]
     output = subprocess.check_output(program, cwd=CLIENTS, env=environment, text=True, timeout=60)
@@ -116,9 +114,7 @@ def test_a_web_framework_in_node(
 
 
 @pytest.mark.usefixtures("packages")
-def test_a_lambda_in_node(
-    environment: dict[str, str], storage: InMemoryStorage
-) -> None:
+def test_a_lambda_in_node(environment: dict[str, str], storage: InMemoryStorage) -> None:
     """AWS Lambda, and Netlify, call a handler with the SDK's middleware around it."""
     program = """
 const { handler } = require("./aws_lambda");
