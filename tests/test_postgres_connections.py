@@ -545,21 +545,34 @@ storage.close()
 def test_a_fork_that_python_is_not_told_of(schema: str) -> None:
     """Servers written in C may fork past Python; each side still has connections of its own."""
     program = """
-import ctypes, os, sys
-from usermetadata import PostgresStorage
-from usermetadata.changes import Merge
-storage = PostgresStorage(sys.argv[1], schema=sys.argv[2])
-storage.write([("alice", Merge({"parent": 1}))])
-child = ctypes.PyDLL(None).fork()
-for n in range(20):
-    storage.write([("alice", Merge({f"{bool(child)} {n}": n}))])
-if child == 0:
-    os._exit(0)
-assert os.waitpid(child, 0)[1] == 0
-print(len(storage.read(["alice"])["alice"]))
-storage.close()
+import asyncio, ctypes, os, sys
+import usermetadata
+from usermetadata import PostgresStorage, asyncio as asynchronous, syncio
+
+usermetadata.init(PostgresStorage(sys.argv[1], schema=sys.argv[2]))
+
+def block(who):
+    for n in range(20):
+        updated = syncio.update_user_metadata("alice", {f"{who} {n}": n})
+        assert f"{who} {n}" in updated.metadata
+
+def gather(who):
+    async def main():
+        update = asynchronous.update_user_metadata
+        await asyncio.gather(*[update("alice", {f"{who} {n}": n}) for n in range(20)])
+    asyncio.run(main())
+
+for update in (block, gather):
+    update(f"before {update}")
+    child = ctypes.PyDLL(None).fork()
+    update(f"{child > 0} {update}")
+    if child == 0:
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+print(len(syncio.get_user_metadata("alice").metadata))
+usermetadata.UserMetadataRecipe.reset()
 """
-    assert run(program, server_url(), schema) == "41\n"
+    assert run(program, server_url(), schema) == "120\n"
 
 
 def test_a_borrowed_pool_stays_with_its_process(schema: str) -> None:

@@ -255,6 +255,58 @@ assert time.monotonic() - start < 20
     subprocess.run(command, timeout=60, check=True)
 
 
+def test_a_fork_that_python_is_not_told_of(database: Path) -> None:
+    """Servers in C may fork past Python; a storage that is not in use yet does not mind."""
+    program = """
+import ctypes
+usermetadata.init(sys.argv[1])
+child = ctypes.PyDLL(None).fork()
+for thread in work(f"{child == 0}", 50):
+    thread.join()
+if child == 0:
+    usermetadata.UserMetadataRecipe.reset()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print(len(syncio.get_user_metadata("alice").metadata))
+"""
+    assert finish(start(WORK + program, database)) == "200\n"
+    assert is_sound(database)
+
+
+def test_an_open_file_does_not_cross_a_fork_that_python_is_not_told_of(database: Path) -> None:
+    """SQLite would damage the file: the child is refused and told why, the parent goes on."""
+    program = """
+import ctypes, os, sys
+from usermetadata import SQLiteStorage, StorageError
+from usermetadata.changes import Merge
+
+storage = SQLiteStorage(sys.argv[1])
+storage.write([("alice", Merge({"before": True}))])
+storage.read(["alice"])
+
+def read():
+    storage.read(["alice"])
+
+def write():
+    storage.write([("alice", Merge({"child": True}))])
+
+for calls in ([read, write], [write, read]):
+    child = ctypes.PyDLL(None).fork()
+    if child == 0:
+        refused = 0
+        for call in calls:
+            try:
+                call()
+            except StorageError as error:
+                refused += "py-call-uwsgi-fork-hooks" in str(error)
+        os._exit(refused)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(storage.write([("alice", Merge({"after": True}))]))
+"""
+    assert finish(start(program, database)) == "2\n2\n[{'before': True, 'after': True}]\n"
+    assert is_sound(database)
+
+
 def test_a_fork_inside_a_change_cannot_commit_twice(database: Path) -> None:
     """A child forked inside a transaction may not end it; the parent is not disturbed."""
     program = """

@@ -21,7 +21,7 @@ from usermetadata.exceptions import (
     StorageBusyError,
     StorageUnavailableError,
 )
-from usermetadata.forking import watch
+from usermetadata.forking import notice, watch
 from usermetadata.json import decode_metadata, encode_metadata
 from usermetadata.reentry import refuse_reentry
 
@@ -63,6 +63,7 @@ class Coalescer:
 
     async def read(self, user_ids: Sequence[str], finish: Callable[[dict[str, Metadata]], T]) -> T:
         """Read, together with whoever else is reading."""
+        notice()
         refuse_reentry()
         if not self._reads.in_flight or private_loop.get() is asyncio.get_running_loop():
             return finish(self._storage.read(user_ids))
@@ -72,6 +73,7 @@ class Coalescer:
         self, changes: Sequence[tuple[str, Change]], finish: Callable[[list[Metadata | None]], T]
     ) -> T:
         """Write, together with whoever else is writing; the order of calls is kept."""
+        notice()
         refuse_reentry()
         if not self._writes.in_flight or private_loop.get() is asyncio.get_running_loop():
             return finish(self._storage.write(changes))

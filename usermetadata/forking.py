@@ -39,10 +39,24 @@ def watch(owner: ForkAware) -> None:
         _owners.add(owner)
 
 
+def notice() -> None:
+    """Tell the owners now of a fork that Python itself has not been told of: uWSGI's are."""
+    global _one_fork_at_a_time  # noqa: PLW0603 - another thread of the parent may have held it
+    if os.getpid() != _process:
+        with _noticing:
+            if os.getpid() != _process:
+                _one_fork_at_a_time = threading.RLock()
+                _one_fork_at_a_time.acquire()
+                _told[:] = _owners
+                _after_in_child()
+
+
 _owners: WeakSet[ForkAware] = WeakSet()
 _owners_lock = threading.RLock()
 _one_fork_at_a_time = threading.RLock()
 _told: list[ForkAware] = []
+_process = os.getpid()
+_noticing = threading.Lock()
 
 
 def _before() -> None:
@@ -58,9 +72,12 @@ def _after_in_parent() -> None:
 
 
 def _after_in_child() -> None:
-    global _owners_lock  # noqa: PLW0603 - another thread of the parent may have held it
+    global _owners_lock, _process  # noqa: PLW0603 - another thread of the parent may have held it
     _owners_lock = threading.RLock()
-    _after(lambda owner: owner.after_fork_in_child())
+    try:
+        _after(lambda owner: owner.after_fork_in_child())
+    finally:
+        _process = os.getpid()
 
 
 def _after(tell: Callable[[ForkAware], None]) -> None:

@@ -23,7 +23,7 @@ from usermetadata.exceptions import (
     StorageUnavailableError,
     UsageError,
 )
-from usermetadata.forking import watch
+from usermetadata.forking import notice, watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -104,7 +104,6 @@ class Connections:
         self._close_pool: weakref.finalize[[], Connections] | None = None
         self._lent: set[Connection[Any]] = set()
         self._closed = False
-        self._process = os.getpid()
         watch(self)
 
     def run_first(self, work: Callable[[Connection[Any]], object]) -> None:
@@ -168,7 +167,6 @@ class Connections:
         self._lent = set()
         self._lock = threading.Lock()
         self._pool = None
-        self._process = os.getpid()
 
     @contextmanager
     def _lend(self) -> Generator[Connection[Any], None, None]:
@@ -215,8 +213,7 @@ class Connections:
         return connection
 
     def _opened(self) -> ConnectionPool[Any]:
-        if os.getpid() != self._process:
-            self.after_fork_in_child()  # uWSGI forks without telling Python
+        notice()
         with self._lock:
             if self._closed:
                 raise UsageError(f"this PostgresStorage of {self.name} is closed: make a new one")

@@ -20,7 +20,7 @@ from usermetadata.exceptions import (
     StorageError,
     UsageError,
 )
-from usermetadata.forking import watch
+from usermetadata.forking import notice, watch
 from usermetadata.storage.sqlite_errors import busy, orphaned, translate
 from usermetadata.storage.sqlite_sharing import Sharing, acquire
 
@@ -200,6 +200,7 @@ class OwnConnections:
 
     def read(self, query: str, parameters: Sequence[Any], decode: Decode) -> dict[str, Metadata]:
         """Run a query for ids and texts, whatever the writer is doing; decode the texts."""
+        notice()
         if self._is_suspect or not self._writers:
             self._lend_writer(lambda _: None)  # It has created what the reader needs.
         reader = None
@@ -230,6 +231,7 @@ class OwnConnections:
 
         If it is shareable another thread may do it, together with its own.
         """
+        notice()
         result: T
         if shareable:
             result = self._sharing.call(work)
@@ -274,8 +276,9 @@ class OwnConnections:
             self._write_lock.release()
 
     def after_fork_in_child(self) -> None:
-        while self._writers:
-            self._writers.pop().abandon()
+        for connections in self._writers, self._idle_readers:
+            while connections:
+                connections.pop().abandon()
         self._start()
 
     def _check_open(self) -> None:

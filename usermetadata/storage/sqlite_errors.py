@@ -32,9 +32,10 @@ def translate(error: Exception, name: str) -> StorageError:
 
 
 def orphaned(name: str) -> StorageError:
-    """Return the error of a process that was forked inside a write."""
+    """Return the error of a process that has its parent's connection to the file."""
     return StorageError(
-        f"{name}: this process was forked inside a write to this file, and cannot write to it"
+        f"{name}: this process was forked inside a write to this file, or without telling Python"
+        " (uWSGI does it, without py-call-uwsgi-fork-hooks), and cannot use the file"
     )
 
 
