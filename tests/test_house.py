@@ -97,7 +97,7 @@ HOUSE: dict[str, set[str]] = {
         "storage.postgres_statements",
     },
     "storage.postgres_connections": {"exceptions", "forking"},
-    "storage.postgres_statements": {"identifiers"},
+    "storage.postgres_statements": {"exceptions", "identifiers"},
     "changes": {"merge"},
     "merge": set(),
     "identifiers": {"exceptions"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import subprocess
@@ -23,11 +24,13 @@ import usermetadata
 from usermetadata import (
     DamagedMetadataError,
     InvalidInputError,
+    OutcomeUnknownError,
     PostgresStorage,
     StorageError,
     UsageError,
     UserMetadataRecipe,
 )
+from usermetadata.asyncio import update_user_metadata
 from usermetadata.changes import Clear, Merge, Modify, Replace
 
 if TYPE_CHECKING:
@@ -109,10 +112,11 @@ def test_table_and_schema_have_the_names_that_were_asked_for(
     schema: str, direct: psycopg.Connection[Any]
 ) -> None:
     """Any names will do, those that need quotes included, and the search path without a schema."""
-    storage = PostgresStorage(server_url(), schema=schema, table='the "users"; --')
+    storage = PostgresStorage(server_url(), schema=schema, table='100 % "users"; --%(app_id)s')
     with contextlib.closing(storage):
         storage.write([("alice", Merge({"n": 1}))])
-        assert direct.execute('SELECT user_id FROM "the ""users""; --"').fetchall() == [("alice",)]
+        rows = direct.execute('SELECT user_id FROM "100 % ""users""; --%(app_id)s"').fetchall()
+        assert rows == [("alice",)]
     url = make_conninfo(server_url(), options=f"-c search_path={schema}")
     with contextlib.closing(PostgresStorage(url, table="other")) as storage:
         storage.write([("alice", Merge({"n": 1}))])
@@ -144,6 +148,53 @@ def test_values_of_others_stay_as_they_are(
     assert text == (
         '{"big":12345678901234567890.123456789,"nested":{"b" : -0.0, "a": null},"new":1,"z":2}'
     )
+
+
+def test_a_number_that_only_postgres_can_read(
+    postgres: PostgresStorage, direct: psycopg.Connection[Any]
+) -> None:
+    """A merge beside it is done, and says so; who shares its batch is not written a second time."""
+    postgres.read([])
+    direct.execute("""INSERT INTO user_metadata VALUES ('public', 'alice', '{"n": 1e999}')""")
+    usermetadata.init(postgres)
+
+    async def update() -> list[Any]:
+        users = ["carol", "alice", "bob"]  # the first goes at once, the others together
+        updates = [update_user_metadata(user, {"m": user}) for user in users]
+        return [*await asyncio.gather(*updates, return_exceptions=True)]
+
+    _, *shared = asyncio.run(update())
+    assert [type(each) for each in shared] == [OutcomeUnknownError] * 2
+    assert "'alice' in app 'public' is damaged: 1e999" in str(shared[0])
+    assert "the write was done" in str(shared[0])
+    assert postgres.read(["bob"]) == {"bob": {"m": "bob"}}
+    with pytest.raises(DamagedMetadataError, match="'alice'"):
+        postgres.read(["alice"])
+
+
+def test_any_client_encoding_may_be_the_default(schema: str) -> None:
+    """A URL or an environment that names one is overruled, a pool that has one is refused."""
+    url = make_conninfo(server_url(), client_encoding="latin1")
+    with contextlib.closing(PostgresStorage(url, schema=schema)) as storage:
+        assert storage.write([("\u65e5", Merge({"n": "\u672c"}))]) == [{"n": "\u672c"}]
+    with ConnectionPool(url, min_size=1) as pool:
+        storage = PostgresStorage(pool, schema=schema)
+        with pytest.raises(InvalidInputError, match="its client_encoding is iso8859-1"):
+            storage.read(["alice"])
+
+
+def test_a_core_may_create_the_table_meanwhile(
+    schema: str, direct: psycopg.Connection[Any], postgres: PostgresStorage
+) -> None:
+    """What a core creates while our first call does is found, with the core's limits and locks."""
+    with ThreadPoolExecutor(1) as executor:
+        with direct.transaction():
+            direct.execute(CORES_TABLES)
+            written = executor.submit(postgres.write, [("alice", Merge({"n": 1}))])
+            waiting_for_locks(1)
+        assert written.result() == [{"n": 1}]
+    with pytest.raises(InvalidInputError, match="takes 128"):
+        postgres.write([("a" * 129, Merge({}))])
 
 
 @pytest.mark.parametrize("change", [Merge({"n": 1}), Modify(dict)])
@@ -361,6 +412,8 @@ def test_a_borrowed_pool_is_left_as_it_was(schema: str) -> None:
         assert storage.write([("alice", Merge({"n": 1}))]) == [{"n": 1}]
         assert storage.write([("alice", Modify(lambda _: {"n": 2}))]) == [{"n": 2}]
         assert storage.read(["alice", "bob"]) == {"alice": {"n": 2}}
+        again = PostgresStorage(pool, schema=schema)  # that finds the table there
+        assert again.write([("alice", Merge({"n": 3})), ("bob", Clear())]) == [{"n": 3}, None]
         assert repr(storage) == "PostgresStorage('the borrowed pool', app_id='public')"
         storage.close()
         with pytest.raises(UsageError, match="closed"):
@@ -403,6 +456,8 @@ def test_a_url_is_all_it_takes(schema: str) -> None:
         (lambda: PostgresStorage("", app_id=""), "app_id: "),
         (lambda: PostgresStorage("", table=""), "table: '' is no name"),
         (lambda: PostgresStorage("", schema="\0"), "schema: '\\\\x00' is no name"),
+        (lambda: PostgresStorage("", table="\ud800"), "table: .* is no name"),
+        (lambda: PostgresStorage("host=\ud800"), "database: it cannot be read: pass"),
     ],
 )
 def test_bad_arguments_are_refused(make: Callable[[], object], message: str) -> None:

@@ -212,11 +212,13 @@ class _Lane(Generic[A, R]):
                 self._wake.get(timeout=_LONGEST_IDLENESS)
             except Empty:
                 with self._lock:
-                    if self._wake.empty():
+                    try:
+                        # Somebody may have counted on this worker at the last moment.
+                        self._wake.get_nowait()
+                    except Empty:
                         self._idle_workers -= 1
                         self._workers.discard(threading.current_thread())
                         return []
-                    self._wake.get()
 
     def _run(self, arguments: list[A]) -> list[R | _Failure]:
         try:

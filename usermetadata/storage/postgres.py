@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 try:
     from psycopg import Cursor, DataError
     from psycopg.rows import tuple_row
-    from psycopg.sql import Identifier
 
-    from usermetadata.storage.postgres_connections import Connections, before_commit
+    from usermetadata.storage.postgres_connections import (
+        Connections,
+        UncommittedError,
+        before_commit,
+        is_gone,
+    )
 except ImportError as error:
     raise ImportError(
         "PostgresStorage needs psycopg: pip install 'usermetadata[postgres]'"
     ) from error
 
 from usermetadata.changes import Clear, Merge, Replace
-from usermetadata.exceptions import DamagedMetadataError, InvalidInputError
+from usermetadata.exceptions import (
+    DamagedMetadataError,
+    InvalidInputError,
+    OutcomeUnknownError,
+)
 from usermetadata.identifiers import check_app_id
 from usermetadata.json import decode_metadata, encode_metadata
 from usermetadata.storage.postgres_statements import (
@@ -49,6 +58,7 @@ _MIN_TIMEOUT, _MAX_TIMEOUT = 0.001, 1_000_000  # seconds
 _NATIVE = {Merge, Replace, Clear}
 _BLIND = (Clear, Replace)  # they do not look at what is stored, and so mend a damaged row, too
 _MOST_STATEMENTS = 3  # with more of them, one round trip takes longer than two without
+_NAME = re.compile("[^\0\ud800-\udfff]+\\Z")
 _NO_ROW = "no row"  # stands in a row that is locked before it is written; no JSON
 
 
@@ -103,9 +113,9 @@ class PostgresStorage:
             raise InvalidInputError(f"max_connections: {max_connections!r} is not 1 or more")
         names = {"table": table} if schema is None else {"schema": schema, "table": table}
         for argument, name in names.items():
-            if not isinstance(name, str) or not name or "\0" in name:
+            if not isinstance(name, str) or not _NAME.match(name):
                 raise InvalidInputError(f"{argument}: {name!r} is no name")
-        self._table = Table(Identifier(*names.values()))
+        self._table = Table(*names.values())
         self._connections = Connections(database, max_connections, timeout)
         self._timeout = str(round(timeout * 1000))
 
@@ -175,11 +185,15 @@ class PostgresStorage:
     ) -> list[Metadata | None]:
         texts: list[str | None] = [None] * len(changes)
         groups = list(_grouped(changes))
+        users = {user_id for user_id, _ in changes}
         if len(groups) > _MOST_STATEMENTS:
             return self._apply_holding(connection, changes)
         try:
             # What a pipeline sends in one go is one transaction, without BEGIN and COMMIT.
             with connection.pipeline() if len(groups) > 1 else nullcontext():
+                if len(groups) > 1 and len(users) > 1:
+                    # The statements together do not keep to the order that each of them does.
+                    self._execute(connection, HOLD, rows=_rows((user, "{}") for user in users))
                 cursors = [self._send(connection, *group) for group in groups]
             for (_, by_user), cursor in zip(groups, cursors, strict=True):
                 if cursor is not None:
@@ -188,10 +202,14 @@ class PostgresStorage:
         except DataError:
             # What the server's JSON cannot take (U+0000 in a value, a damaged row), ours may.
             return self._apply_holding(connection, changes)
-        return [
-            None if text is None else self._decode(user_id, text)
-            for (user_id, _), text in zip(changes, texts, strict=True)
-        ]
+        try:
+            return [
+                None if text is None else self._decode(user_id, text)
+                for (user_id, _), text in zip(changes, texts, strict=True)
+            ]
+        except DamagedMetadataError as error:
+            # PostgreSQL's JSON has numbers that ours has not.
+            raise OutcomeUnknownError(f"{error}; the write was done") from error
 
     def _send(
         self, connection: Connection[Any], kind: type, by_user: dict[str, tuple[int, Any]]
@@ -240,6 +258,8 @@ class PostgresStorage:
             else:
                 texts[user_id] = encode_metadata(new)
         gone = [user_id for user_id in users if user_id not in texts]
+        if is_gone(connection):
+            raise UncommittedError
         with connection.pipeline():
             self._execute(connection, STORE, rows=_rows(texts.items()))
             self._execute(connection, REMOVE, user_ids=_dump(gone))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 from psycopg import conninfo, errors
-from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
+from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
 from usermetadata.exceptions import (
     InvalidInputError,
@@ -34,20 +34,23 @@ T = TypeVar("T")
 
 _ATTEMPTS = 10
 _LONGEST_PAUSE = 0.5  # seconds between two of them
+# A pool that has found no server tries less and less often, unless it gives up and is asked again.
+_RECONNECT_TIMEOUT, _ASK_AGAIN = 1.0, 2.0  # seconds
 
 
-class _UncommittedError(psycopg.OperationalError):
+class UncommittedError(psycopg.OperationalError):
     """The connection was lost before COMMIT was sent."""
 
 
 # With one of these as its answer to a statement, a server says that it has undone the transaction,
 # and that the next attempt may do better: so to repeat it loses nothing and does nothing twice.
 _UNDONE = (
-    _UncommittedError,
+    UncommittedError,
     errors.SerializationFailure,
     errors.DeadlockDetected,
     errors.AdminShutdown,  # a restart, a failover, pg_terminate_backend
     errors.ReadOnlySqlTransaction,  # it was the primary once; another connection may find the new
+    errors.InvalidSqlStatementName,  # a pipeline failed before it was prepared, as psycopg thinks
 )
 _IN_THE_WAY = (
     errors.SerializationFailure,
@@ -65,6 +68,7 @@ _DEFAULTS = {
     "keepalives_count": "3",
     "fallback_application_name": "usermetadata",
 }
+_ENCODING = {"client_encoding": "utf8"}  # whatever the environment says
 
 
 @contextmanager
@@ -74,7 +78,7 @@ def before_commit() -> Generator[None, None, None]:
         yield
     except psycopg.Error as error:
         if _is_lost(error):
-            raise _UncommittedError(*error.args) from error
+            raise UncommittedError(*error.args) from error
         raise
 
 
@@ -178,7 +182,7 @@ class Connections:
             if not was_autocommit:
                 connection.autocommit = True
             yield connection
-        except errors.ReadOnlySqlTransaction:
+        except (errors.ReadOnlySqlTransaction, errors.InvalidSqlStatementName):
             connection.close()
             raise
         except BaseException:
@@ -188,29 +192,38 @@ class Connections:
             raise
         finally:
             self._lent.discard(connection)
-            if not was_autocommit and not connection.closed:
-                connection.autocommit = False
+            try:
+                if not was_autocommit and not connection.closed:
+                    connection.autocommit = False
+            except psycopg.Error:  # an exception from elsewhere has left it in mid-statement
+                connection.close()
             pool.putconn(connection)
 
     def _take(self, pool: ConnectionPool[Any]) -> Connection[Any]:
         """Take a connection that is still open; the pool opens others for those that are not."""
         deadline = time.monotonic() + self._timeout
-        try:
-            connection: Connection[Any] = pool.getconn(self._timeout)
-            while _is_gone(connection):
-                connection.close()
-                pool.putconn(connection)
-                connection = pool.getconn(deadline - time.monotonic())
-        except PoolTimeout as error:
-            if self._borrowed is None:
-                self._connect().close()
-            raise StorageBusyError(
-                f"{self.name}: no connection was free within {self._timeout:g} seconds:"
-                " let the pool open more (max_connections), or repeat the call"
-            ) from error
-        except PoolClosed as error:
-            raise UsageError(f"{self.name}: the pool is closed: pass one that is open") from error
-        return connection
+        while True:
+            try:
+                connection: Connection[Any] = pool.getconn(
+                    min(_ASK_AGAIN, deadline - time.monotonic())
+                )
+            except (PoolTimeout, TooManyRequests) as error:
+                if isinstance(error, PoolTimeout) and time.monotonic() < deadline:
+                    continue
+                if self._borrowed is None:
+                    self._connect().close()
+                raise StorageBusyError(
+                    f"{self.name}: no connection was free in time: let the pool open more"
+                    " (max_connections), repeat the call, or see whether the server is up"
+                ) from error
+            except PoolClosed as error:
+                raise UsageError(
+                    f"{self.name}: the pool is closed: pass one that is open"
+                ) from error
+            if not is_gone(connection):
+                return connection
+            connection.close()
+            pool.putconn(connection)
 
     def _opened(self) -> ConnectionPool[Any]:
         notice()
@@ -229,6 +242,7 @@ class Connections:
                     max_size=self._max_connections,
                     kwargs={**self._arguments, "autocommit": True},
                     configure=_configure,
+                    reconnect_timeout=_RECONNECT_TIMEOUT,
                     name="usermetadata",
                     open=True,
                 )
@@ -285,8 +299,10 @@ def _configure(connection: Connection[Any]) -> None:
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
-def _is_gone(connection: Connection[Any]) -> bool:
+def is_gone(connection: Connection[Any]) -> bool:
     """Tell whether the server has closed a connection; it costs no round trip."""
+    if connection.closed:
+        return True
     with _Selector() as selector:
         selector.register(connection.fileno(), selectors.EVENT_READ)
         # Nobody has asked anything: whatever there is to read can only be a farewell.
@@ -299,8 +315,9 @@ def _first_line(error: psycopg.Error) -> str:
 
 def _parse(database: str) -> dict[str, Any]:
     try:
-        return _DEFAULTS | conninfo.conninfo_to_dict(database)
-    except psycopg.ProgrammingError:
+        database.encode()
+        return _DEFAULTS | conninfo.conninfo_to_dict(database) | _ENCODING
+    except (psycopg.ProgrammingError, UnicodeEncodeError):
         # Without its text, which may quote the password.
         raise InvalidInputError(
             'database: it cannot be read: pass "postgresql://user@host/name"'

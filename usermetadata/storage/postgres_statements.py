@@ -6,10 +6,14 @@ statement, which the server prepares once, serves every length.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from psycopg import Cursor, errors
+from psycopg.rows import tuple_row
 from psycopg.sql import SQL, Identifier
 
+from usermetadata.exceptions import InvalidInputError
 from usermetadata.identifiers import USER_ID_MAX_LENGTH
 
 if TYPE_CHECKING:
@@ -40,7 +44,7 @@ SELECT user_id, user_metadata FROM {table} WHERE app_id = %(app_id)s AND user_id
 """
 READ_MANY = """
 SELECT user_id, user_metadata FROM {table}
-WHERE app_id = %(app_id)s AND user_id IN (SELECT json_array_elements_text(%(user_ids)s))
+WHERE app_id = %(app_id)s AND user_id IN (SELECT json_array_elements_text(%(user_ids)s::json))
 """
 READ_AFTER = """
 SELECT user_id, user_metadata FROM {table}
@@ -49,7 +53,7 @@ WHERE app_id = %(app_id)s AND user_id > %(user_id)s ORDER BY user_id LIMIT %(lim
 
 # All writers keep to one order of users, so that two of them never wait for each other. How long
 # they wait is said in the statement itself: behind a pooler, a session is nobody's own.
-_ROWS = "json_to_recordset(%(rows)s) AS row (user_id text, user_metadata text)"
+_ROWS = "json_to_recordset(%(rows)s::json) AS row (user_id text, user_metadata text)"
 _UPSERT = (
     """
 INSERT INTO {table} AS stored (app_id, user_id, user_metadata)
@@ -88,7 +92,7 @@ REMOVE = """
 DELETE FROM {table} AS stored
 USING (
     SELECT user_id{lock}
-    FROM json_array_elements_text(%(user_ids)s) AS user_id,
+    FROM json_array_elements_text(%(user_ids)s::json) AS user_id,
         set_config('lock_timeout', %(timeout)s, true)
     ORDER BY user_id) AS gone
 WHERE stored.app_id = %(app_id)s AND stored.user_id = gone.user_id
@@ -108,30 +112,43 @@ class Table:
         user_id_length: how many characters a user id may have; 0 before ``prepare``.
     """
 
-    def __init__(self, name: Identifier) -> None:
-        self._name = name
+    def __init__(self, *name: str) -> None:
+        self._name = Identifier(*name)
+        # Else it would be a parameter.
+        self._in_statements = Identifier(*(part.replace("%", "%%") for part in name))
         self._lock = SQL("")
         self._statements: dict[str, bytes] = {}
         self.user_id_length = 0
 
     def prepare(self, connection: Connection) -> None:
         """Create the table if it is missing, and learn about the one that is there."""
-        name = {"table": self._name.as_string(connection)}
-        found = connection.execute(_DESCRIBE, name).fetchone()
-        if found is None:
-            with connection.transaction():
+        if connection.info.encoding != "utf-8":
+            raise InvalidInputError(
+                f"database: its client_encoding is {connection.info.encoding}, which cannot express"
+                " all that metadata may hold: pass client_encoding=utf8"
+            )
+        found = self._describe(connection)
+        while found is None:
+            # Whoever else creates it at the same time, a core say, does so under another lock.
+            with suppress(errors.UniqueViolation), connection.transaction():
                 connection.execute(_LOCK_CREATION)
-                connection.execute(self[_CREATE])
-            found = (USER_ID_MAX_LENGTH, False)
+                connection.execute(self[_CREATE], ())
+            found = self._describe(connection)
         length, is_shared = found
         if is_shared:
             self._lock = SQL(_CORES_LOCK)
         self.user_id_length = length or USER_ID_MAX_LENGTH
 
+    def _describe(self, connection: Connection) -> tuple[int | None, bool] | None:
+        cursor = Cursor(connection, row_factory=tuple_row)
+        name = {"table": self._name.as_string(connection)}
+        found: tuple[int | None, bool] | None = cursor.execute(_DESCRIBE, name).fetchone()
+        return found
+
     def __getitem__(self, template: LiteralString) -> bytes:
         """Return the statement that a template of this module becomes for this table."""
         statement = self._statements.get(template)
         if statement is None:
-            composed = SQL(template).format(table=self._name, lock=self._lock)
+            composed = SQL(template).format(table=self._in_statements, lock=self._lock)
             statement = self._statements[template] = composed.as_bytes(None)
         return statement
