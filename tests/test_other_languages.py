@@ -30,7 +30,9 @@ def packages() -> None:
     """The programs' packages, which ``package.json`` names, are installed."""
     if shutil.which("node") is None and "CI" not in os.environ:
         pytest.skip("there is no Node.js here")
-    subprocess.run(["npm", "install"], cwd=CLIENTS, check=True, timeout=600)
+    wanted, installed = CLIENTS / "package.json", CLIENTS / "node_modules/.package-lock.json"
+    if not installed.exists() or installed.stat().st_mtime < wanted.stat().st_mtime:
+        subprocess.run(["npm", "install"], cwd=CLIENTS, check=True, timeout=600)
 
 
 @pytest.fixture
