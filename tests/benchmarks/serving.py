@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from measuring import Measuring
 from peers import AsyncUsermetadata
 from report import OURS
 from workloads import fill, gets, updates
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from measuring import Times
 
 PATH = "/recipe/user/metadata"
+# Whose a sample is: the layer of the innermost frame that has one.
+LAYERS = {
+    "/uvicorn/": "HTTP (uvicorn, httptools)",
+    "/asyncio/": "event loop and sockets (asyncio)",
+    "/selectors.py": "event loop and sockets (asyncio)",
+    "/starlette/": "requests, routes and responses (Starlette)",
+    "/json/": "JSON",
+    "/usermetadata/json.py": "JSON",
+    "/usermetadata/server.py": "this library's server",
+    "/usermetadata/storage/": "the storage",
+    "/usermetadata/": "checks and coalescing",
+}
 
 
 class Connections:
@@ -56,37 +75,64 @@ class Connections:
             await writer.wait_closed()
 
 
+@contextlib.contextmanager
+def serving(folder: str, *profiler: str) -> Generator[Connections, None, None]:
+    """Serve a file in that folder; a profiler may be the one that starts the server."""
+    command = [*profiler, sys.executable, "-m", "usermetadata", "serve", "--port", "0"]
+    server = subprocess.Popen(
+        [*command, "--storage", "served.db"], stderr=subprocess.PIPE, text=True, cwd=folder
+    )
+    with server:
+        assert server.stderr
+        said = ""
+        while "running on" not in said:
+            said += server.stderr.readline()
+        yield Connections(int(said.split("127.0.0.1:")[1].split()[0]))
+        os.kill(int(said.split("server process [")[1].split("]")[0]), signal.SIGTERM)
+        server.communicate()
+
+
+def profile(samples: Path) -> list[list[str]]:
+    """Return each layer's share of py-spy's samples, the largest first."""
+    shares: Counter[str] = Counter()
+    for line in samples.read_text(encoding="utf-8").splitlines():
+        stack, _, count = line.rpartition(" ")
+        layers = (
+            layer
+            for frame in reversed(stack.split(";"))
+            for part, layer in LAYERS.items()
+            if part in frame
+        )
+        shares[next(layers, "start and end")] += int(count)
+    total = sum(shares.values())
+    return [[layer, f"{count / total:.0%}"] for layer, count in shares.most_common()]
+
+
 def measure(benchmarks: Any) -> None:
     """Add the section on the server."""
     benchmarks.progress("server, 64 connections")
     loop = asyncio.new_event_loop()
+    in_tasks, run = benchmarks.measuring.in_tasks, loop.run_until_complete
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "usermetadata", "serve", "--port", "0"]
-        server = subprocess.Popen(
-            [*command, "--storage", f"{folder}/served.db"],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=folder,
-        )
-        assert server.stderr
-        line = next(line for line in server.stderr if "running on" in line)
-        served = Connections(int(line.split("127.0.0.1:")[1].split()[0]))
         facade = AsyncUsermetadata()
-        loop.run_until_complete(facade.open(Path(folder)))
-        names: dict[str, Any] = {OURS: facade, "the same over HTTP": served}
-        for peer in names.values():
-            loop.run_until_complete(fill(peer))
-        workloads: dict[str, Times] = {
-            name: benchmarks.measuring.in_tasks(
-                loop, {label: make(peer) for label, peer in names.items()}, 64
-            )
-            for name, make in (("get", gets), ("update", updates))
-        }
-        for peer in names.values():
-            loop.run_until_complete(peer.close())
-        server.send_signal(signal.SIGTERM)
-        server.wait()
-        server.stderr.close()
+        run(facade.open(Path(folder)))
+        with serving(folder) as served:
+            names: dict[str, Any] = {OURS: facade, "the same over HTTP": served}
+            for peer in names.values():
+                run(fill(peer))
+            workloads: dict[str, Times] = {
+                name: in_tasks(loop, {label: make(peer) for label, peer in names.items()}, 64)
+                for name, make in (("get", gets), ("update", updates))
+            }
+            for peer in names.values():
+                run(peer.close())
+        samples = Path(folder, "samples.txt")
+        py_spy = f"{sysconfig.get_path('scripts')}/py-spy record --gil --full-filenames -f raw -o"
+        with serving(folder, *py_spy.split(), str(samples), "--") as served:
+            longer = Measuring(100 * benchmarks.measuring.seconds, 1)
+            longer.in_tasks(loop, {"update": updates(served)}, 64)
+            run(served.close())
+        layers = profile(samples)
     loop.close()
     benchmarks.report.say("## The server")
     benchmarks.report.say(
@@ -94,3 +140,8 @@ def measure(benchmarks: Any) -> None:
         " processors:"
     )
     benchmarks.report.compare(workloads, rate=True)
+    benchmarks.report.say(
+        "What the server's Python is doing while it answers updates, by py-spy's samples of the"
+        " thread that runs:"
+    )
+    benchmarks.report.table(["", "samples"], layers)
