@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import jwt
+from asgi_server import serve
+from cryptography.hazmat.primitives.asymmetric import rsa
+from jwt.algorithms import RSAAlgorithm
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from usermetadata import SQLiteStorage
 from usermetadata.changes import Merge
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    import pytest
+    from starlette.requests import Request
 
     from usermetadata import InMemoryStorage
 
@@ -54,7 +66,7 @@ assert blocking.get_user_metadata("bob").metadata == {}
 
 def run(program: str, *arguments: object) -> str:
     """Run a program in a process of its own, as the SDK is initialised once for all."""
-    command = [sys.executable, "-c", INIT + program, *map(str, arguments)]
+    command = [sys.executable, "-c", program, *map(str, arguments)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
@@ -67,7 +79,7 @@ from usermetadata.supertokens import use_storage
 usermetadata.init(sys.argv[1])
 init_sdk("http://localhost:1", recipe.UserMetadataOverrideConfig(functions=use_storage))
 """
-    run(program + CALLS + "usermetadata.UserMetadataRecipe.reset()", database)
+    run(INIT + program + CALLS + "usermetadata.UserMetadataRecipe.reset()", database)
     storage = SQLiteStorage(database)
     assert storage.read(["alice", "bob"]) == {"alice": {"theme": "dark"}}
     storage.close()
@@ -94,7 +106,7 @@ usermetadata.UserMetadataRecipe.reset()
 """
     storage = SQLiteStorage(database)
     storage.write([("alice", Merge({"theme": "dark", "old": True}))])
-    shown = run(program, database).splitlines()
+    shown = run(INIT + program, database).splitlines()
     assert shown == [
         "{'status': 'OK', 'data': {'theme': 'dark', 'old': True}}",
         "{'status': 'OK'}",
@@ -108,5 +120,43 @@ def test_the_sdk_as_it_is_uses_the_server(
     usermetadata_server: str, usermetadata_storage: InMemoryStorage
 ) -> None:
     """Without any override: the server is the SDK's ``connection_uri``, in place of a core."""
-    run("init_sdk(sys.argv[1])" + CALLS, usermetadata_server)
+    run(INIT + "init_sdk(sys.argv[1])" + CALLS, usermetadata_server)
     assert usermetadata_storage.read(["alice", "bob"]) == {"alice": {"theme": "dark"}}
+
+
+def test_the_user_of_a_session(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guide's program with ``verify_session()``: whoever has a session reads and writes."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    public = {**RSAAlgorithm.to_jwk(key.public_key(), as_dict=True), "kid": "d-1", "alg": "RS256"}
+
+    async def keys(_: Request) -> JSONResponse:
+        return JSONResponse({"keys": [public]})
+
+    now = int(time.time())
+    hashed = {"refreshTokenHash1": "hash", "parentRefreshTokenHash1": None, "antiCsrfToken": None}
+    who = {"sub": "alice", "rsub": "alice", "tId": "public", "sessionHandle": "handle"}
+    session = {"iat": now, "exp": now + 3600, **hashed, **who}
+    token = jwt.encode(session, key, "RS256", {"kid": "d-1", "version": "5"})
+    program = """
+import sys, usermetadata
+sys.path.insert(0, sys.argv[1])
+from fastapi.testclient import TestClient
+from fastapi_sessions import app
+with TestClient(app) as client:
+    print(client.get("/userinfo").status_code)
+    client.headers["authorization"] = f"Bearer {sys.argv[2]}"
+    print(client.post("/updateinfo", json={"theme": "dark"}).json())
+    print(client.get("/userinfo").json())
+"""
+    examples = Path(__file__).parent.parent / "docs" / "examples"
+    monkeypatch.setenv("USERMETADATA_URL", f"sqlite:///{database}")
+    with serve(Starlette(routes=[Route("/.well-known/jwks.json", keys)])) as port:
+        monkeypatch.setenv("SUPERTOKENS_URI", f"http://127.0.0.1:{port}")
+        shown = run(program, examples, token)
+    assert shown.splitlines() == [
+        "401",
+        "{'message': 'successfully updated user metadata'}",
+        "{'theme': 'dark'}",
+    ]
+    with contextlib.closing(SQLiteStorage(database)) as storage:
+        assert storage.read(["alice"]) == {"alice": {"theme": "dark"}}
