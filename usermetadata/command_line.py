@@ -10,7 +10,7 @@ import shlex
 import sys
 from contextlib import closing, contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import click
 
@@ -38,7 +38,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (InvalidInputError, UnicodeDecodeError) as error:
+        except InvalidInputError as error:
             raise click.UsageError(str(error)) from error
         except (StorageError, UsageError, ImportError) as error:
             raise click.ClickException(str(error)) from error
@@ -134,16 +134,17 @@ def export(storage: Storage, file: str, *, resume: bool) -> None:
 
 
 @main.command("import")
-@click.argument("file", type=click.File("r", encoding="utf-8"), default="-")
+@click.argument("file", type=click.File("rb"), default="-")
 @click.option("--from-line", default=1, show_default=True, help="Leave out the lines before it.")
 @_with_storage
-def import_(storage: Storage, file: TextIO, from_line: int) -> None:
+def import_(storage: Storage, file: BinaryIO, from_line: int) -> None:
     """Store all users of FILE, or of standard input, which is what export writes.
 
     Who is stored already is replaced. A thousand users at a time are stored, all or none; after an
     error, --from-line goes on where the message says.
     """
-    lines = islice(enumerate(file, 1), from_line - 1, None)
+    numbered = islice(enumerate(file, 1), from_line - 1, None)
+    lines = ((number, line) for number, line in numbered if line.strip())
     batches = iter(lambda: list(islice(lines, _BATCH)), [])
     for batch in _watched(batches, "Importing"):
         with _resumable(f"--from-line {batch[0][0]}"):
@@ -210,22 +211,21 @@ def _show(metadata: object) -> None:
     click.echo(json.dumps(metadata, ensure_ascii=False, indent=2))
 
 
-def _given(text: str | None) -> str:
+def _given(text: str | None) -> str | bytes:
     """Return what was given as an argument, or on standard input."""
     if text is not None and text != "-":
         return text
-    with click.open_file("-", encoding="utf-8") as stdin:
-        return str(stdin.read())
+    return sys.stdin.buffer.read()
 
 
-def _parse(text: str, name: str) -> Any:
+def _parse(text: str | bytes, name: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"{name}: {error}") from error
 
 
-def _parse_line(line: str, number: int) -> tuple[str, Replace]:
+def _parse_line(line: bytes, number: int) -> tuple[str, Replace]:
     parsed = _parse(line, f"line {number}")
     if not isinstance(parsed, dict) or set(parsed) != {"userId", "metadata"}:
         raise InvalidInputError(
@@ -257,14 +257,15 @@ def _watched(batches: Iterable[Batch], label: str) -> Iterator[Batch]:
         for batch in bar:
             yield batch
             done += len(batch)
+    click.echo(f"{done} users", err=True)
 
 
 @contextmanager
 def _resumable(how: str) -> Generator[None, None, None]:
     try:
         yield
-    except StorageError as error:
-        raise StorageError(f"{error}\nWhen that is mended, go on with {how}") from error
+    except (StorageError, InvalidInputError) as error:
+        raise type(error)(f"{error}\nWhen that is mended, go on with {how}") from error
 
 
 def _cut_after_last_line(file: str) -> str:
@@ -279,7 +280,7 @@ def _cut_after_last_line(file: str) -> str:
             if line.endswith(b"\n"):
                 last, number, end = line, number + 1, end + len(line)
         lines.truncate(end)
-    return _parse_line(last.decode(), number)[0] if last else ""
+    return _parse_line(last, number)[0] if last else ""
 
 
 def _is_loopback(host: str) -> bool:
