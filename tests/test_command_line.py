@@ -79,16 +79,19 @@ def test_the_functions_are_commands(shell: Shell) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["get", ""], 2, "user_id: is empty"),
+        (["clear", ""], 2, "user_id: is empty"),
+        (["get", "alice"], 2, "--storage: there is no file "),
+        (["export", "--storage", "missing.db"], 2, "--storage: there is no file missing.db"),
         (["update", "alice", "{"], 2, "metadata_update: Expecting property name"),
         (["set", "alice", "[1]"], 2, "metadata: list is not a mapping"),
         (["set", "alice", '{"n": NaN}'], 2, 'metadata["n"]: nan is not JSON'),
         (["get", "alice", "--storage", "mysql://x"], 2, "mysql:// is not a URL that is known"),
-        (["get", "alice", "--storage", "/missing/users.db"], 1, "the directory /missing does not"),
+        (["clear", "alice", "--storage", "/missing/users.db"], 1, "the directory /missing does"),
+        (["export", "missing/x", "--storage", "memory://"], 1, "No such file or directory"),
         (["export", "--resume", "--storage", "memory://"], 2, "--resume needs a FILE"),
         (["import", "missing.jsonl"], 2, "No such file"),
         (["import", "not_utf8.jsonl"], 2, "'utf-8' codec can't decode byte 0xff"),
-        (["export", "not_json.jsonl", "--resume"], 2, "line 1: Expecting value"),
+        (["import", "missing.jsonl", "--from-line", "0"], 2, "0 is not in the range x>=1"),
         (["serve", "--host", "0.0.0.0", "--api-key", ""], 2, "api_keys: an empty key"),
         (
             ["serve", "--host", "0.0.0.0"],
@@ -103,7 +106,6 @@ def test_errors_are_a_line_and_an_exit_code(
 ) -> None:
     """2 for what is not valid, 1 for a storage that failed; no traceback."""
     (shell.database.parent / "not_utf8.jsonl").write_bytes(b"\xff\n")
-    (shell.database.parent / "not_json.jsonl").write_bytes(b"what?\n")
     error = shell.run(*arguments, code=code)
     assert message in error
     assert "Traceback" not in error
@@ -135,7 +137,7 @@ def test_what_is_exported_can_be_imported(shell: Shell, tmp_path: Path) -> None:
     """JSON Lines, one user each, over files or pipes; who is stored already is replaced."""
     users = fill(shell.database, 2500)
     lines = shell.run("export")
-    first = '{"userId": "user 00000", "metadata": {"n": 0, "text": "é\u2028"}}'
+    first = '{"userId":"user 00000","metadata":{"n":0,"text":"é\u2028"}}'
     assert lines.split("\n")[0] == first
     shell.run("export", "users.jsonl")
     other = Shell(tmp_path / "other.db")
@@ -173,6 +175,29 @@ def test_an_export_is_resumed(shell: Shell, tmp_path: Path) -> None:
     assert len(whole.splitlines()) == len(users)
 
 
+def test_an_export_spoils_no_other_file(shell: Shell, tmp_path: Path) -> None:
+    """Neither what is no export, nor the last export where the storage cannot be read."""
+    shell.run("set", "alice", "{}")
+    file = tmp_path / "file"
+    for text in ('{"precious": 1}', "precious\n", 'precious\n{"userId":'):
+        file.write_text(text)
+        shell.run("export", "file", "--resume", code=2)
+        assert file.read_text() == text
+    nobody = "postgresql://127.0.0.1:1/nobody"
+    assert "refused" in shell.run("export", "file", "--storage", nobody, code=1)
+    assert file.read_text() == text
+
+
+def test_rows_of_other_programs_are_shown(shell: Shell) -> None:
+    """What is no text, half of a surrogate pair, is shown and exported as an escape."""
+    shell.run("set", "alice", '{"text": "?"}')
+    with closing(sqlite3.connect(shell.database)) as connection, connection:
+        connection.execute(r"""UPDATE user_metadata SET user_metadata = '{"text":"é\ud800"}'""")
+    assert shell.run("get", "alice") == '{\n  "text": "\\u00e9\\ud800"\n}\n'
+    line = shell.run("export")
+    assert line == '{"userId":"alice","metadata":{"text":"\\u00e9\\ud800"}}\n'
+
+
 def test_an_import_is_resumed(shell: Shell, tmp_path: Path) -> None:
     """What could not be stored is named, and can be gone on with from there."""
     users = fill(tmp_path / "source.db", 2500)
@@ -182,7 +207,7 @@ def test_an_import_is_resumed(shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text("\n".join(broken), encoding="utf-8")
     error = shell.run("import", "broken.jsonl", code=2)
     assert "line 1701: is not" in error
-    assert "When that is mended, go on with --from-line 1001" in error
+    assert "Go on with --from-line 1001" in error
     assert len(read_all(shell.database)) == 1000
     with closing(sqlite3.connect(shell.database)) as connection:
         connection.execute(
@@ -191,7 +216,7 @@ def test_an_import_is_resumed(shell: Shell, tmp_path: Path) -> None:
         )
     error = shell.run("import", "users.jsonl", code=1)
     assert "full" in error
-    assert "When that is mended, go on with --from-line 2001" in error
+    assert "Go on with --from-line 2001" in error
     with closing(sqlite3.connect(shell.database)) as connection:
         connection.execute("DROP TRIGGER full")
     shell.run("import", "users.jsonl", "--from-line", "2001")
@@ -210,12 +235,21 @@ def test_a_cores_users_are_copied(shell: Shell, schema: str) -> None:
         storage.write([(user, Clear()) for user in users])
     shell.run("import-supertokens", url, "--after", "user 00999")
     assert list(read_all(shell.database)) == list(users)[1000:]
+    error = shell.run("import-supertokens", url, "--table", "other", code=1)
+    assert "has no users in a table other: is it the core's?" in error
+    with closing(PostgresStorage(url, table="other")) as other:
+        assert other.read(["user 00000"]) == {}
 
 
 def test_serve_answers_and_stops_when_told(shell: Shell) -> None:
-    """A request that is under way is answered, and what it wrote is there."""
-    command = [sys.executable, "-m", "usermetadata", "serve", "--port", "0", "--api-key", "key"]
-    environment = {**os.environ, "USERMETADATA_URL": f"sqlite:///{shell.database}"}
+    """A request that is under way is answered, what it wrote is there, and the file is closed."""
+    options = ["--port", "0", "--log-level", "debug"]
+    command = [sys.executable, "-m", "usermetadata", "serve", *options]
+    environment = {
+        **os.environ,
+        "USERMETADATA_URL": f"sqlite:///{shell.database}",
+        "USERMETADATA_API_KEYS": "another, the key",
+    }
     fill(shell.database, 1)
     with (
         subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as server,
@@ -235,14 +269,18 @@ def test_serve_answers_and_stops_when_told(shell: Shell) -> None:
             connection.request("GET", "/hello")
             connection.getresponse().read()
         body = json.dumps({"userId": "alice", "metadataUpdate": {"n": 1}})
-        first.request("PUT", "/recipe/user/metadata", body, {"api-key": "key"})
+        first.request("PUT", "/recipe/user/metadata", body, {"api-key": "the key"})
         # When this is answered the request before it has been read, and waits for the writer.
         second.request("GET", "/hello")
         second.getresponse().read()
         server.send_signal(signal.SIGTERM)
         writer.rollback()
+        writer.close()
         assert first.getresponse().status == 200
-        assert server.wait(timeout=30) in {0, -signal.SIGTERM}
+        _, log = server.communicate(timeout=30)
+        assert "DEBUG:     PUT '/recipe/user/metadata': 200" in log
+        assert server.returncode == 0
+        assert os.listdir(shell.database.parent) == [shell.database.name]
     assert read_all(shell.database)["alice"] == {"n": 1}
 
 

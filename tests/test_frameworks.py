@@ -232,7 +232,11 @@ def test_what_cannot_be_stored_is_answered_400(
     assert send("GET /userinfo", "alice").json == {}
 
 
-@pytest.mark.parametrize("body", [b"{", b'["dark"]', b'"\xc3\xa9', b""])
+@pytest.mark.parametrize(
+    "body",
+    [b"{", b'["dark"]', b'"\xc3\xa9', b"", b"[" * 100_000, b'{"n": %s}' % (b"1" * 5000)],
+    ids=["cut", "list", "cut text", "empty", "deep", "long number"],
+)
 def test_a_body_that_is_no_json_object_is_refused(send: Send, body: bytes) -> None:
     """Broken JSON, or JSON of another kind, is a 400 as well; FastAPI's own answer is 422."""
     answer = send("POST /updateinfo", "alice", body)

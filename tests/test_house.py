@@ -37,7 +37,7 @@ HOUSE: dict[str, set[str]] = {
         "storage",
         "storage.postgres",
     },
-    "server": {"coalescing", "exceptions", "identifiers", "recipe_implementation"},
+    "server": {"coalescing", "exceptions", "identifiers", "json", "recipe_implementation"},
     "supertokens": {"asyncio"},
     "": {
         "exceptions",

@@ -121,6 +121,17 @@ def test_table_and_schema_have_the_names_that_were_asked_for(
         assert direct.execute("SELECT user_id FROM other").fetchall() == [("alice",)]
 
 
+def test_to_read_creates_nothing(
+    postgres: PostgresStorage, direct: psycopg.Connection[Any]
+) -> None:
+    """Whoever only reads, the wrong database say, leaves it as it is."""
+    assert postgres.read(["alice"]) == {}
+    assert postgres.read_after("", 10) == {}
+    assert direct.execute("SELECT to_regclass('user_metadata')").fetchone() == (None,)
+    postgres.write([("alice", Merge({"n": 1}))])
+    assert postgres.read(["alice"]) == {"alice": {"n": 1}}
+
+
 def test_the_table_may_be_created_by_many_at_once(schema: str) -> None:
     """Eight storages that meet an empty database each write what they have to."""
 
@@ -138,7 +149,7 @@ def test_values_of_others_stay_as_they_are(
     postgres: PostgresStorage, direct: psycopg.Connection[Any]
 ) -> None:
     """A merge leaves other properties letter by letter, also those that no Python number holds."""
-    postgres.read([])
+    postgres.write([])
     others = '{"z": 1.10, "big": 12345678901234567890.123456789, "nested": {"b" : -0.0, "a": null}}'
     direct.execute("INSERT INTO user_metadata VALUES ('public', 'alice', %s)", [others])
     postgres.write([("alice", Merge({"new": 1, "z": 2}))])
@@ -152,7 +163,7 @@ def test_a_number_that_only_postgres_can_read(
     postgres: PostgresStorage, direct: psycopg.Connection[Any]
 ) -> None:
     """A merge beside it is done, and says so, so that nobody does it a second time."""
-    postgres.read([])
+    postgres.write([])
     direct.execute("""INSERT INTO user_metadata VALUES ('public', 'alice', '{"n": 1e999}')""")
     with pytest.raises(OutcomeUnknownError, match=r"'alice'.* is damaged: 1e999.*write was done"):
         postgres.write([("bob", Merge({"n": 1})), ("alice", Merge({"m": 1}))])
@@ -317,7 +328,7 @@ def test_a_write_waits_for_the_core(
     """A core that has read and not yet written loses nothing of ours, and we nothing of it."""
     if row:
         postgres.write([("alice", Merge({}))])
-    postgres.read([])
+    postgres.write([])
     threads: list[threading.Thread] = []
 
     def meanwhile() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import sqlite3
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
@@ -238,6 +239,53 @@ def test_bad_requests_are_told_what_is_wrong(
     assert usermetadata_storage.read_after("", 10) == {}
 
 
+@pytest.mark.parametrize("method", ["PATCH", "TRACE", "PROPFIND"])
+def test_no_other_method_is_known(closed: Client, method: str) -> None:
+    """They are refused as the core does, to whoever has the key."""
+    assert closed.request(method, METADATA).error == (401, "Invalid API key")
+    answer = closed.request(method, METADATA, headers={"api-key": KEY})
+    assert answer.error == (405, "Method not supported")
+    assert closed.request(method, "/a%0Ab").error == (404, "Not found")
+
+
+def test_what_is_quoted_is_not_executed(client: Client) -> None:
+    """The core's errors are HTML; a browser that shows one runs nothing that is in it."""
+    client.connection.request("GET", f"{METADATA}?userId=%00%3Cscript%3E")
+    response = client.connection.getresponse()
+    assert b"<script>" in response.read()
+    assert response.getheader("content-security-policy") == "default-src 'none'; sandbox"
+
+
+def test_apps_do_not_wait_for_each_others_writers(database: Path) -> None:
+    """However many writes to apps named in the path wait for the database, reads are answered."""
+    with (
+        contextlib.closing(SQLiteStorage(database)) as storage,
+        served(create_app(storage)) as client,
+        contextlib.closing(sqlite3.connect(database, isolation_level=None)) as other,
+        ThreadPoolExecutor(20) as executor,
+    ):
+        update(client, "alice", {"n": 1}, f"/appid-a{METADATA}")
+        host = f"http://{client.connection.host}:{client.connection.port}"
+        sent = threading.Semaphore(0)
+
+        def write(number: int) -> Any:
+            own = Client(host)
+            with contextlib.closing(own.connection):
+                own.request("GET", "/hello")
+                sent.release()
+                return update(own, f"user {number}", {}, f"/appid-a{METADATA}")["status"]
+
+        other.execute("BEGIN IMMEDIATE")
+        written = [executor.submit(write, number) for number in range(20)]
+        for _ in written:
+            sent.acquire()
+        shown = client.request("GET", f"/appid-b{METADATA}?userId=alice")
+        assert shown.json["metadata"] == {}
+        assert not any(each.done() for each in written)
+        other.execute("ROLLBACK")
+        assert {each.result() for each in written} == {"OK"}
+
+
 def test_the_key_comes_first(closed: Client) -> None:
     """Then the version, then the method, then the fields."""
     headers = {"cdi-version": "9.9"}
@@ -312,6 +360,24 @@ def test_a_storage_in_trouble_is_503(caplog: pytest.LogCaptureFixture) -> None:
     assert "host=secret is busy" in caplog.text
 
 
+def test_a_closed_storage_is_503() -> None:
+    """Whoever mounts the application may close the storage first."""
+    storage = InMemoryStorage()
+    with served(create_app(storage)) as client:
+        storage.close()
+        assert client.request("GET", f"{METADATA}?userId=a").error[0] == 503
+
+
+def test_rows_of_other_programs_are_answered(database: Path) -> None:
+    """What is no text, half of a surrogate pair, is an escape."""
+    with contextlib.closing(SQLiteStorage(database)) as storage:
+        storage.write([("a", Merge({}))])
+        with contextlib.closing(sqlite3.connect(database)) as connection, connection:
+            connection.execute(r"""UPDATE user_metadata SET user_metadata = '{"x":"\ud800"}'""")
+        with served(create_app(storage)) as client:
+            assert update(client, "a", {"n": 1})["metadata"] == {"x": "\ud800", "n": 1}
+
+
 def test_a_damaged_row_is_the_servers_fault(database: Path) -> None:
     """500, until it is set or cleared."""
     with contextlib.closing(SQLiteStorage(database)) as storage:
@@ -335,7 +401,7 @@ def test_requests_are_logged_without_metadata(
     update(client, "alice", {"secret": "sesame"})
     client.request("GET", f"{METADATA}?userId=alice")
     lines = [record.getMessage() for record in caplog.records]
-    assert lines == [f"PUT {METADATA}: 200", f"GET {METADATA}: 200"]
+    assert lines == [f"PUT '{METADATA}': 200", f"GET '{METADATA}': 200"]
 
 
 def test_it_may_be_part_of_an_application(usermetadata_storage: InMemoryStorage) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import ipaddress
 import json
+import logging
 import os
 import shlex
+import signal
 import sys
 from contextlib import closing, contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import click
@@ -17,7 +20,7 @@ import click
 from usermetadata.changes import Replace
 from usermetadata.exceptions import InvalidInputError, StorageError, UsageError
 from usermetadata.identifiers import check_user_id
-from usermetadata.json import copy_metadata
+from usermetadata.json import copy_metadata, encode_metadata
 from usermetadata.recipe import UserMetadataRecipe, open_storage
 from usermetadata.storage import ListingStorage
 
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 Batch = TypeVar("Batch", bound="Sized")
 
 _BATCH = 1000  # users that are written, or read, together
+_LINE_START = b'{"userId":'
+_GRACE = 30  # seconds for the requests under way, when the server is told to stop
 
 
 class _Group(click.Group):
@@ -42,10 +47,18 @@ class _Group(click.Group):
             raise click.UsageError(str(error)) from error
         except (StorageError, UsageError, ImportError) as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # click itself knows what to do
+                raise
+            raise click.ClickException(str(error)) from error
+
+
+class _Keys(click.types.StringParamType):
+    envvar_list_splitter = ","
 
 
 @click.group(cls=_Group)
-@click.version_option(package_name="usermetadata")
+@click.version_option(package_name="usermetadata", prog_name="usermetadata")
 def main() -> None:
     """Read and write the JSON object that is kept about each user.
 
@@ -54,7 +67,7 @@ def main() -> None:
     """
 
 
-def _with_storage(command: Callable[..., None]) -> Callable[..., None]:
+def _with_storage(command: Callable[..., None], *, must_exist: bool = False) -> Callable[..., None]:
     """Let a command have the storage that its options name."""
 
     @click.option(
@@ -69,6 +82,9 @@ def _with_storage(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--app-id", default="public", show_default=True, help="The users' app.")
     @functools.wraps(command)
     def with_storage(url: str, app_id: str, **arguments: object) -> None:
+        path = url.removeprefix("sqlite:///")
+        if must_exist and not ("://" in path or path == ":memory:" or os.path.exists(path)):
+            raise InvalidInputError(f"--storage: there is no file {path}")
         with closing(open_storage(url)) as storage:
             command(storage.for_app(app_id), **arguments)
 
@@ -77,7 +93,7 @@ def _with_storage(command: Callable[..., None]) -> Callable[..., None]:
 
 @main.command()
 @click.argument("user_id")
-@_with_storage
+@functools.partial(_with_storage, must_exist=True)
 def get(storage: Storage, user_id: str) -> None:
     """Show the metadata of USER_ID, {} if there is none."""
     _show(_functions(storage).get_user_metadata(user_id, {}).metadata)
@@ -117,7 +133,7 @@ def clear(storage: Storage, user_id: str) -> None:
 @main.command()
 @click.argument("file", type=click.Path(dir_okay=False, allow_dash=True), default="-")
 @click.option("--resume", is_flag=True, help="Go on after the last whole line of FILE.")
-@_with_storage
+@functools.partial(_with_storage, must_exist=True)
 def export(storage: Storage, file: str, *, resume: bool) -> None:
     """Write all users as JSON Lines to FILE, or to standard output.
 
@@ -125,17 +141,25 @@ def export(storage: Storage, file: str, *, resume: bool) -> None:
     moment.
     """
     after = _cut_after_last_line(file) if resume else ""
+    batches = _users(storage, after)
+    first = list(islice(batches, 1))  # or why there is none, before a file is emptied
     with click.open_file(file, "a" if resume else "w", encoding="utf-8") as output:
-        for batch in _watched(_users(storage, after), "Exporting"):
+        for batch in _watched(chain(first, batches), "Exporting"):
             for user_id, metadata in batch.items():
-                line = {"userId": user_id, "metadata": metadata}
-                output.write(json.dumps(line, ensure_ascii=False) + "\n")
+                line = encode_metadata({"userId": user_id, "metadata": metadata})
+                output.write(line + "\n")
             output.flush()
 
 
 @main.command("import")
 @click.argument("file", type=click.File("rb"), default="-")
-@click.option("--from-line", default=1, show_default=True, help="Leave out the lines before it.")
+@click.option(
+    "--from-line",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Leave out the lines before it.",
+)
 @_with_storage
 def import_(storage: Storage, file: BinaryIO, from_line: int) -> None:
     """Store all users of FILE, or of standard input, which is what export writes.
@@ -146,9 +170,11 @@ def import_(storage: Storage, file: BinaryIO, from_line: int) -> None:
     numbered = islice(enumerate(file, 1), from_line - 1, None)
     lines = ((number, line) for number, line in numbered if line.strip())
     batches = iter(lambda: list(islice(lines, _BATCH)), [])
-    for batch in _watched(batches, "Importing"):
-        with _resumable(f"--from-line {batch[0][0]}"):
+    done = from_line - 1
+    with _resumable(lambda: f"--from-line {done + 1}"):
+        for batch in _watched(batches, "Importing"):
             storage.write([_parse_line(line, number) for number, line in batch])
+            done = batch[-1][0]
 
 
 @main.command()
@@ -167,48 +193,88 @@ def import_supertokens(
     """
     from usermetadata.storage.postgres import PostgresStorage
 
-    with closing(PostgresStorage(dsn, table=table, app_id=core_app_id)) as source:
+    with (
+        closing(PostgresStorage(dsn, table=table, app_id=core_app_id)) as source,
+        _resumable(lambda: f"--after {shlex.quote(after)}"),
+    ):
+        if not source.read_after("", 1):
+            raise UsageError(f"{source!r} has no users in a table {table}: is it the core's?")
         for batch in _watched(_users(source, after), "Copying"):
-            with _resumable(f"--after {shlex.quote(after)}"):
-                storage.write([(user_id, Replace(batch[user_id])) for user_id in batch])
+            storage.write([(user_id, Replace(batch[user_id])) for user_id in batch])
             after = list(batch)[-1]
 
 
 @main.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
-@click.option("--port", default=3567, show_default=True, help="The port to listen at.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=3567,
+    show_default=True,
+    help="The port to listen at.",
+)
 @click.option(
     "--api-key",
     "api_keys",
     multiple=True,
+    type=_Keys(),
     envvar="USERMETADATA_API_KEYS",
     show_envvar=True,
-    help="A key that clients must show; may be given several times.",
+    help="A key that clients must show; may be given several times, in the variable with commas.",
 )
-@click.option("--max-body-size", default=2**20, show_default=True, help="In bytes.")
+@click.option(
+    "--max-body-size", type=click.IntRange(0), default=2**20, show_default=True, help="In bytes."
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="With debug, a line for each request.",
+)
 @_with_storage
-def serve(
-    storage: Storage, host: str, port: int, api_keys: tuple[str, ...], max_body_size: int
+def serve(  # noqa: PLR0913, PLR0917 - they are options
+    storage: Storage,
+    host: str,
+    port: int,
+    api_keys: tuple[str, ...],
+    max_body_size: int,
+    log_level: str,
 ) -> None:
     """Answer SuperTokens' SDKs, in any language, as a core would: user metadata, over HTTP."""
     if not api_keys and not _is_loopback(host):
         raise click.UsageError(
             f"{host} can be reached from elsewhere: give --api-key, or listen at 127.0.0.1"
         )
-    import uvicorn
-
     from usermetadata.server import create_app
 
-    app = create_app(storage, api_keys=api_keys, max_body_size=max_body_size)
-    uvicorn.run(app, host=host, port=port, access_log=False, server_header=False)
+    keys = [key.strip() for key in api_keys]
+    app = create_app(storage, api_keys=keys, max_body_size=max_body_size)
+    import uvicorn
+
+    logging.basicConfig(format="%(levelname)s:     %(message)s")
+    logging.getLogger("usermetadata").setLevel(log_level.upper())
+    # uvicorn sends itself this signal again when it has stopped; the storage is to be closed then.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        access_log=False,
+        server_header=False,
+        log_level=log_level,
+        timeout_graceful_shutdown=_GRACE,
+    )
 
 
 def _functions(storage: Storage) -> Any:
     return UserMetadataRecipe(storage).blocking_implementation
 
 
-def _show(metadata: object) -> None:
-    click.echo(json.dumps(metadata, ensure_ascii=False, indent=2))
+def _show(metadata: Metadata) -> None:
+    # Encoded twice, as other programs' rows may hold what only an escape can say.
+    is_ascii = encode_metadata(metadata).isascii()
+    click.echo(json.dumps(metadata, ensure_ascii=is_ascii, indent=2))
 
 
 def _given(text: str | None) -> str | bytes:
@@ -261,11 +327,12 @@ def _watched(batches: Iterable[Batch], label: str) -> Iterator[Batch]:
 
 
 @contextmanager
-def _resumable(how: str) -> Generator[None, None, None]:
+def _resumable(how: Callable[[], str]) -> Generator[None, None, None]:
     try:
         yield
-    except (StorageError, InvalidInputError) as error:
-        raise type(error)(f"{error}\nWhen that is mended, go on with {how}") from error
+    except (StorageError, InvalidInputError, KeyboardInterrupt):
+        click.echo(f"What came before is stored. Go on with {how()} after this:", err=True)
+        raise
 
 
 def _cut_after_last_line(file: str) -> str:
@@ -274,13 +341,18 @@ def _cut_after_last_line(file: str) -> str:
         raise InvalidInputError("--resume needs a FILE")
     if not os.path.exists(file):
         return ""
-    last, number, end = b"", 0, 0
+    last, number, end, rest = b"", 0, 0, b""
     with open(file, "r+b") as lines:
         for line in lines:
             if line.endswith(b"\n"):
                 last, number, end = line, number + 1, end + len(line)
+            else:
+                rest = line
+        after = _parse_line(last, number)[0] if last else ""
+        if rest[: len(_LINE_START)] != _LINE_START[: len(rest)]:
+            raise InvalidInputError(f"{file}: its last line is not one that export writes")
         lines.truncate(end)
-    return _parse_line(last, number)[0] if last else ""
+    return after
 
 
 def _is_loopback(host: str) -> bool:

@@ -11,12 +11,13 @@ import hmac
 import json
 import logging
 import re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 try:
     from starlette.applications import Starlette
-    from starlette.requests import ClientDisconnect
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import Response
     from starlette.routing import Route
 except ImportError as error:
@@ -30,14 +31,17 @@ from usermetadata.exceptions import (
     InvalidInputError,
     OutcomeUnknownError,
     StorageError,
+    UsageError,
 )
 from usermetadata.identifiers import check_user_id
+from usermetadata.json import encode_metadata
 from usermetadata.recipe_implementation import RecipeImplementation
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
+    from concurrent.futures import Executor
 
-    from starlette.requests import Request
+    from starlette.types import Receive, Scope, Send
 
     from usermetadata.bridge import Verbs
     from usermetadata.changes import Change
@@ -54,7 +58,7 @@ VERSIONS = (
 """The versions of the core driver interface that are spoken; the metadata part is one in all."""
 
 _MOST_USERS = 500  # that one request may ask for
-_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+_THREADS = 4  # that read, and as many that write, for apps that a request names
 _APP = re.compile(r"/appid-([^/]+)(/.*)")
 _log = logging.getLogger(__name__)
 
@@ -90,10 +94,16 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None, None]:
         yield
-        await asyncio.to_thread(server.coalescer.close)
+        await asyncio.to_thread(server.close)
 
-    route = Route("/{path:path}", server.answer, methods=list(_METHODS))
-    return Starlette(routes=[route], lifespan=lifespan)
+    async def not_found(_: Request, __: Exception) -> Response:
+        return _text(404, "Not found")
+
+    return Starlette(
+        routes=[Route("/{path:path}", server)],
+        lifespan=lifespan,
+        exception_handlers={404: not_found},  # a path of several lines
+    )
 
 
 class _Refusal(Exception):  # noqa: N818 - what is answered, not what is raised
@@ -105,21 +115,27 @@ class _Refusal(Exception):  # noqa: N818 - what is answered, not what is raised
 
 
 class _InThreads:
-    """The verbs of a storage, each call in a thread.
+    """The verbs of a storage, each call in a thread, where reads do not wait for writes.
 
     For apps that a request names: there may be any number, and none has workers of its own.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, readers: Executor, writers: Executor) -> None:
         self._storage = storage
+        self._readers = readers
+        self._writers = writers
 
     async def read(self, user_ids: Sequence[str], finish: Callable[[dict[str, Metadata]], T]) -> T:
-        return finish(await asyncio.to_thread(self._storage.read, user_ids))
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._readers, self._storage.read, user_ids)
+        return finish(found)
 
     async def write(
         self, changes: Sequence[tuple[str, Change]], finish: Callable[[list[Metadata | None]], T]
     ) -> T:
-        return finish(await asyncio.to_thread(self._storage.write, changes))
+        loop = asyncio.get_running_loop()
+        written = await loop.run_in_executor(self._writers, self._storage.write, changes)
+        return finish(written)
 
 
 class _Server:
@@ -127,7 +143,8 @@ class _Server:
         self._storage = storage
         self._api_keys = [key.encode() for key in api_keys]
         self._max_body_size = max_body_size
-        self.coalescer = Coalescer(storage)
+        self._coalescer = Coalescer(storage)
+        self._threads = [ThreadPoolExecutor(_THREADS), ThreadPoolExecutor(_THREADS)]
         self._functions: dict[str, dict[str, Callable[[Request, Verbs], Awaitable[Any]]]] = {
             "/apiversion": {"GET": self._versions},
             "/recipe/user/metadata": {"GET": self._get, "PUT": self._update},
@@ -135,8 +152,18 @@ class _Server:
             "/recipe/user/metadata/bulk": {"POST": self._get_bulk},
         }
 
-    async def answer(self, request: Request) -> Response:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, whatever it is."""
+        response = await self._answer(Request(scope, receive))
+        await response(scope, receive, send)
+
+    def close(self) -> None:
+        """Let the calls under way end."""
+        self._coalescer.close()
+        for threads in self._threads:
+            threads.shutdown()
+
+    async def _answer(self, request: Request) -> Response:
         try:
             response = await self._content(request)
         except _Refusal as refusal:
@@ -145,10 +172,10 @@ class _Server:
             response = _text(400, str(error))
         except ClientDisconnect:
             response = _text(400, "Invalid Json Input")
-        except StorageError as error:
+        except (StorageError, UsageError) as error:
             _log.warning("%s", error)
             response = _text(*_trouble(error))
-        _log.debug("%s %s: %d", request.method, request.url.path, response.status_code)
+        _log.debug("%s %r: %d", request.method, request.scope["path"], response.status_code)
         return response
 
     async def _content(self, request: Request) -> Response:
@@ -168,10 +195,13 @@ class _Server:
             raise _Refusal(400, f"cdi-version {version} not supported")
         if request.method not in self._functions[path]:
             raise _Refusal(405, "Method not supported")
-        verbs = _InThreads(self._storage.for_app(app[1])) if app else self.coalescer
+        verbs: Verbs = self._coalescer
+        if app:
+            verbs = _InThreads(self._storage.for_app(app[1]), *self._threads)
         content = await self._functions[path][request.method](request, verbs)
-        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-        return Response(text, headers={"content-type": "application/json;charset=UTF-8"})
+        return Response(
+            encode_metadata(content), headers={"content-type": "application/json;charset=UTF-8"}
+        )
 
     def _check_key(self, request: Request) -> None:
         if not self._api_keys:
@@ -236,10 +266,14 @@ class _Server:
 
 
 def _text(status: int, text: str) -> Response:
-    return Response(text, status, {"content-type": "text/html;charset=UTF-8"})
+    headers = {
+        "content-type": "text/html;charset=UTF-8",  # as the core has it
+        "content-security-policy": "default-src 'none'; sandbox",  # what is quoted is not executed
+    }
+    return Response(text, status, headers)
 
 
-def _trouble(error: StorageError) -> tuple[int, str]:
+def _trouble(error: StorageError | UsageError) -> tuple[int, str]:
     """Say what has happened, without what the database says of itself."""
     if isinstance(error, DamagedMetadataError):
         return 500, "What is stored about this user is damaged: set or clear it."

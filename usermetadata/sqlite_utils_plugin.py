@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sqlite_utils import hookimpl
 
 from usermetadata.command_line import main
-from usermetadata.json import decode_metadata, encode_metadata
+from usermetadata.json import copy_metadata, decode_metadata, encode_metadata
 from usermetadata.merge import merge_metadata
 
 if TYPE_CHECKING:
@@ -30,4 +30,5 @@ def prepare_connection(conn: sqlite3.Connection) -> None:
 
 def _merge(stored: str | None, update: str) -> str:
     old: dict[str, Any] = {} if stored is None else decode_metadata(stored)
-    return encode_metadata(merge_metadata(old, decode_metadata(update)))
+    checked = copy_metadata(decode_metadata(update), "update")
+    return encode_metadata(merge_metadata(old, checked))

@@ -15,13 +15,13 @@ def handler(event: dict[str, Any], context: object) -> dict[str, Any]:
     user_id = event["requestContext"]["authorizer"]["jwt"]["claims"]["sub"]
     try:
         return answer(200, answer_to(event, user_id))
-    except (usermetadata.InvalidInputError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except usermetadata.InvalidInputError as error:
         return answer(400, {"message": str(error)})
 
 
 def answer_to(event: dict[str, Any], user_id: str) -> dict[str, Any]:
     if event["routeKey"] == "POST /updateinfo":
-        update_user_metadata(user_id, json.loads(body(event)))
+        update_user_metadata(user_id, body(event))
         return {"message": "successfully updated user metadata"}
     if event["routeKey"] == "DELETE /userinfo":
         clear_user_metadata(user_id)
@@ -29,9 +29,12 @@ def answer_to(event: dict[str, Any], user_id: str) -> dict[str, Any]:
     return get_user_metadata(user_id).metadata  # GET /userinfo
 
 
-def body(event: dict[str, Any]) -> str | bytes:
+def body(event: dict[str, Any]) -> Any:
     text = event.get("body", "")
-    return base64.b64decode(text) if event["isBase64Encoded"] else text
+    try:
+        return json.loads(base64.b64decode(text) if event["isBase64Encoded"] else text)
+    except (ValueError, RecursionError) as error:
+        raise usermetadata.InvalidInputError("the body is not JSON") from error
 
 
 def answer(status: int, content: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def update_info(request: HttpRequest) -> JsonResponse:
     user_id = current_user(request)
     try:
         update = json.loads(request.body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest("the body is not JSON") from error
     syncio.update_user_metadata(user_id, update)
     return JsonResponse({"message": "successfully updated user metadata"})

@@ -21,6 +21,11 @@ def bad_input(error: usermetadata.InvalidInputError) -> tuple[dict[str, str], in
     return {"message": str(error)}, 400
 
 
+@app.errorhandler(RecursionError)
+def nested_too_deep(_: RecursionError) -> tuple[dict[str, str], int]:
+    return {"message": "the body is nested too deep"}, 400
+
+
 @app.post("/updateinfo")
 def update_info() -> dict[str, str]:
     update_user_metadata(current_user(), request.get_json())

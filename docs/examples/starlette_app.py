@@ -24,7 +24,7 @@ async def update_info(request: Request) -> JSONResponse:
     user_id = current_user(request)
     try:
         update = await request.json()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HTTPException(400, "the body is not JSON") from error
     await update_user_metadata(user_id, update)
     return JSONResponse({"message": "successfully updated user metadata"})

@@ -134,7 +134,7 @@ class PostgresStorage:
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order in one transaction: one round trip, if none is a function."""
-        self._prepare()
+        self._prepare(create=True)
         for user_id, _ in changes:
             if len(user_id) > self._table.user_id_length:
                 raise InvalidInputError(
@@ -161,9 +161,12 @@ class PostgresStorage:
         """Close the connections that the storage opened itself."""
         self._connections.close()
 
-    def _prepare(self) -> None:
+    def _prepare(self, *, create: bool) -> bool:
+        """Learn about the table; tell whether there is one."""
         if not self._table.user_id_length:
-            self._connections.run_first(self._table.prepare)
+            look = self._table.create if create else self._table.describe
+            self._connections.run_first(look)
+        return self._table.user_id_length > 0
 
     def _execute(
         self, connection: Connection[Any], statement: LiteralString, **parameters: object
@@ -174,7 +177,8 @@ class PostgresStorage:
         return cursor.execute(self._table[statement], parameters)
 
     def _read(self, statement: LiteralString, **parameters: object) -> dict[str, Metadata]:
-        self._prepare()
+        if not self._prepare(create=False):
+            return {}
         rows = self._connections.run(
             lambda connection: self._execute(connection, statement, **parameters).fetchall()
         )

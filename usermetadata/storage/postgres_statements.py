@@ -109,7 +109,7 @@ class Table:
         name: its name, with a schema or without.
 
     Attributes:
-        user_id_length: how many characters a user id may have; 0 before ``prepare``.
+        user_id_length: how many characters a user id may have; 0 while it is not known.
     """
 
     def __init__(self, *name: str) -> None:
@@ -120,30 +120,29 @@ class Table:
         self._statements: dict[str, bytes] = {}
         self.user_id_length = 0
 
-    def prepare(self, connection: Connection) -> None:
-        """Create the table if it is missing, and learn about the one that is there."""
+    def describe(self, connection: Connection) -> None:
+        """Learn about the table, if it is there."""
         if connection.info.encoding != "utf-8":
             raise InvalidInputError(
                 f"database: its client_encoding is {connection.info.encoding}, which cannot express"
                 " all that metadata may hold: pass client_encoding=utf8"
             )
-        found = self._describe(connection)
-        while found is None:
+        cursor = Cursor(connection, row_factory=tuple_row)
+        cursor.execute(_DESCRIBE, {"table": self._name.as_string(connection)})
+        for length, is_shared in cursor:
+            if is_shared:
+                self._lock = SQL(_CORES_LOCK)
+            self.user_id_length = length or USER_ID_MAX_LENGTH
+
+    def create(self, connection: Connection) -> None:
+        """Create the table if it is missing, and learn about it."""
+        self.describe(connection)
+        while not self.user_id_length:
             # Whoever else creates it at the same time, a core say, does so under another lock.
             with suppress(errors.UniqueViolation), connection.transaction():
                 connection.execute(_LOCK_CREATION)
                 connection.execute(self[_CREATE], ())
-            found = self._describe(connection)
-        length, is_shared = found
-        if is_shared:
-            self._lock = SQL(_CORES_LOCK)
-        self.user_id_length = length or USER_ID_MAX_LENGTH
-
-    def _describe(self, connection: Connection) -> tuple[int | None, bool] | None:
-        cursor = Cursor(connection, row_factory=tuple_row)
-        name = {"table": self._name.as_string(connection)}
-        found: tuple[int | None, bool] | None = cursor.execute(_DESCRIBE, name).fetchone()
-        return found
+            self.describe(connection)
 
     def __getitem__(self, template: LiteralString) -> bytes:
         """Return the statement that a template of this module becomes for this table."""
