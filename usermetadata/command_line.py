@@ -171,7 +171,7 @@ def import_(storage: Storage, file: BinaryIO, from_line: int) -> None:
     lines = ((number, line) for number, line in numbered if line.strip())
     batches = iter(lambda: list(islice(lines, _BATCH)), [])
     done = from_line - 1
-    with _resumable(lambda: f"--from-line {done + 1}"):
+    with _resumable(lambda: f"--from-line {done + 1}" if done >= from_line else ""):
         for batch in _watched(batches, "Importing"):
             storage.write([_parse_line(line, number) for number, line in batch])
             done = batch[-1][0]
@@ -195,7 +195,7 @@ def import_supertokens(
 
     with (
         closing(PostgresStorage(dsn, table=table, app_id=core_app_id)) as source,
-        _resumable(lambda: f"--after {shlex.quote(after)}"),
+        _resumable(lambda: f"--after {shlex.quote(after)}" if after else ""),
     ):
         if not source.read_after("", 1):
             raise UsageError(f"{source!r} has no users in a table {table}: is it the core's?")
@@ -331,7 +331,8 @@ def _resumable(how: Callable[[], str]) -> Generator[None, None, None]:
     try:
         yield
     except (StorageError, InvalidInputError, KeyboardInterrupt):
-        click.echo(f"What came before is stored. Go on with {how()} after this:", err=True)
+        if how():
+            click.echo(f"What came before is stored. Go on with {how()} after this:", err=True)
         raise
 
 
