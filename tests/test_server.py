@@ -91,6 +91,14 @@ def closed() -> Generator[Client, None, None]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def untouched() -> Generator[tuple[Client, InMemoryStorage], None, None]:
+    """A client of a server over a store in which no test stores anything."""
+    storage = InMemoryStorage()
+    with served(create_app(storage)) as client:
+        yield client, storage
+
+
 def update(client: Client, user_id: str, metadata_update: Any, path: str = METADATA) -> Any:
     """Update as the SDKs do."""
     body = {"userId": user_id, "metadataUpdate": metadata_update}
@@ -229,14 +237,12 @@ def test_paths_ignore_case_and_one_slash(client: Client) -> None:
     ],
 )
 def test_bad_requests_are_told_what_is_wrong(
-    client: Client,
-    usermetadata_storage: InMemoryStorage,
-    sent: tuple[str, str, Any],
-    message: str,
+    untouched: tuple[Client, InMemoryStorage], sent: tuple[str, str, Any], message: str
 ) -> None:
     """400, with the core's text where the core has one, and nothing is written."""
+    client, storage = untouched
     assert client.request(*sent).error == (400, message)
-    assert usermetadata_storage.read_after("", 10) == {}
+    assert storage.read_after("", 10) == {}
 
 
 @pytest.mark.parametrize("method", ["PATCH", "TRACE", "PROPFIND"])
