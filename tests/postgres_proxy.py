@@ -19,6 +19,7 @@ class Proxy:
 
     Attributes:
         url: the proxy's.
+        connections: how many there have been.
         round_trips: how often a client has sent something that it waits for the answer to.
         replies_to_lose: how many of the server's next answers are not passed on; the connection is
             cut instead.
@@ -31,6 +32,7 @@ class Proxy:
         self.url = make_conninfo(
             url, host="127.0.0.1", port=port, sslmode="disable", gssencmode="disable"
         )
+        self.connections = 0
         self.round_trips = 0
         self.replies_to_lose = 0
         self._sockets: set[socket.socket] = set()
@@ -49,6 +51,7 @@ class Proxy:
 
     def serve(self, client: socket.socket) -> None:
         """Look after one connection until it ends."""
+        self.connections += 1
         server = _connect(self._server)
         self._sockets |= {client, server}
         threading.Thread(target=self._answer, args=(server, client), daemon=True).start()

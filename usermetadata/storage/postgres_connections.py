@@ -108,11 +108,12 @@ class Connections:
         self._close_pool: weakref.finalize[[], Connections] | None = None
         self._lent: set[Connection[Any]] = set()
         self._closed = False
+        self._has_connected = False
         watch(self)
 
     def run_first(self, work: Callable[[Connection[Any]], object]) -> None:
         """Do what comes before all else, on a connection that says why it cannot be opened."""
-        if self._opened() is self._borrowed:
+        if self._opened() is self._borrowed or self._has_connected:
             self.run(work, is_write=False)
             return
         # The pool would try again and again, and not tell.
@@ -121,6 +122,7 @@ class Connections:
                 work(connection)
             except psycopg.Error as error:
                 raise self._translated(error, is_write=False) from error
+        self._has_connected = True
 
     def run(self, work: Callable[[Connection[Any]], T], *, is_write: bool = False) -> T:
         """Let ``work`` have a connection, and another one where it is safe to do it again."""
