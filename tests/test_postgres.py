@@ -490,8 +490,22 @@ def test_a_table_of_something_else_is_an_error_of_ours(
 ) -> None:
     """A table that has the name and not the columns is left alone."""
     direct.execute("CREATE TABLE user_metadata (n integer)")
-    with pytest.raises(StorageError, match='column "user_id" does not exist'):
+    with pytest.raises(StorageError, match=r'column "user_id" does not exist: .* name another'):
         postgres.read(["alice"])
+
+
+def test_an_old_cores_table_is_copied_through_a_view(
+    postgres: PostgresStorage, direct: psycopg.Connection[Any], schema: str
+) -> None:
+    """The table of a core that has no apps yet can be read, once it is given their column."""
+    direct.execute("CREATE TABLE user_metadata (user_id varchar(128), user_metadata text)")
+    direct.execute("INSERT INTO user_metadata VALUES ('alice', '{\"theme\":\"dark\"}')")
+    with pytest.raises(StorageError, match=r"a SuperTokens core before 6\.0"):
+        postgres.read_after("", 10)
+    direct.execute("CREATE VIEW with_apps AS SELECT text 'public' AS app_id, * FROM user_metadata")
+    view = PostgresStorage(server_url(), schema=schema, table="with_apps")
+    with contextlib.closing(view) as storage:
+        assert storage.read_after("", 10) == {"alice": {"theme": "dark"}}
 
 
 def test_a_partitioned_table_is_used_as_it_is(

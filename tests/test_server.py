@@ -384,16 +384,19 @@ def test_rows_of_other_programs_are_answered(database: Path) -> None:
             assert update(client, "a", {"n": 1})["metadata"] == {"x": "\ud800", "n": 1}
 
 
-def test_a_damaged_row_is_the_servers_fault(database: Path) -> None:
-    """500, until it is set or cleared."""
+def test_a_damaged_row_is_the_servers_fault(
+    database: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """500, until it is set or cleared; the log says whose it is."""
     with contextlib.closing(SQLiteStorage(database)) as storage:
         storage.write([("a", Merge({}))])
         with contextlib.closing(sqlite3.connect(database)) as connection:
             connection.execute("UPDATE user_metadata SET user_metadata = 'x'")
             connection.commit()
         with served(create_app(storage)) as client:
-            answer = client.request("GET", f"{METADATA}?userId=a")
-            damaged = "What is stored about this user is damaged: set or clear it."
+            answer = client.request("POST", f"{METADATA}/bulk", {"userIds": ["b", "a"]})
+            assert "the metadata of user 'a' in app 'public' is damaged" in caplog.text
+            damaged = "What is stored is damaged; the server's log says about which user."
             assert answer.error == (500, damaged)
             assert client.request("POST", f"{METADATA}/remove", {"userId": "a"}).status == 200
             assert client.request("GET", f"{METADATA}?userId=a").status == 200

@@ -276,7 +276,7 @@ def _text(status: int, text: str) -> Response:
 def _trouble(error: StorageError | UsageError) -> tuple[int, str]:
     """Say what has happened, without what the database says of itself."""
     if isinstance(error, DamagedMetadataError):
-        return 500, "What is stored about this user is damaged: set or clear it."
+        return 500, "What is stored is damaged; the server's log says about which user."
     if isinstance(error, OutcomeUnknownError):
         return 503, "The storage was lost: whether the change was stored is not known."
     return 503, "The storage is busy or cannot be reached: try again."

@@ -265,6 +265,11 @@ class Connections:
             return InvalidInputError(
                 f"{text}: is app_id an app of the SuperTokens core whose table this is?"
             )
+        if isinstance(error, errors.UndefinedColumn):
+            return StorageError(
+                f"{text}: its table is another program's, or that of a SuperTokens core before 6.0:"
+                " name another"
+            )
         if isinstance(error, _IN_THE_WAY):
             return StorageBusyError(f"{text}: nothing was done, so the call may be repeated")
         if is_write and _is_lost(error) and not isinstance(error, _UNDONE):
