@@ -10,9 +10,13 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING
 
-from usermetadata import SQLiteStorage
+import pytest
+
+from usermetadata import DamagedMetadataError, SQLiteStorage
+from usermetadata.changes import Merge
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -324,12 +328,12 @@ def fork(metadata):
 try:
     print(storage.write([("alice", Modify(fork))]), flush=True)
 except StorageError as error:
-    assert children == [0] and "forked inside a write" in str(error)
+    assert children == [0] and "forked in the middle of a call" in str(error)
     for again in (storage, SQLiteStorage(sys.argv[1])):
         try:
             again.write([("bob", Merge({}))])
         except StorageError as error:
-            assert "forked inside a write" in str(error)
+            assert "forked in the middle of a call" in str(error)
         else:
             os._exit(1)
     os._exit(0)
@@ -339,6 +343,167 @@ print(storage.write([("alice", Merge({"after": True}))]))
     output = finish(start(program, database))
     assert output == "[{'forked': True}]\n[{'forked': True, 'after': True}]\n"
     assert is_sound(database)
+
+
+def test_a_fork_during_a_long_read_is_no_way_around_the_locks(database: Path) -> None:
+    """The child of a fork that could not wait for a read is refused; the parent goes on."""
+    program = """
+import os, sys, threading
+from usermetadata import SQLiteStorage, StorageError
+from usermetadata.changes import Merge
+from usermetadata.storage import sqlite
+
+storage = SQLiteStorage(sys.argv[1], timeout=0.1)
+storage.write([("alice", Merge({"n": 1}))])
+reading, forked = threading.Event(), threading.Event()
+decode = sqlite.decode_metadata
+
+def wait(text):
+    reading.set()
+    forked.wait()
+    return decode(text)
+
+sqlite.decode_metadata = wait
+reader = threading.Thread(target=storage.read, args=[["alice"]])
+reader.start()
+reading.wait()
+child = os.fork()
+if child == 0:
+    refused = 0
+    for each in (storage, SQLiteStorage(sys.argv[1])):
+        try:
+            each.write([("alice", Merge({"child": 1}))])
+        except StorageError as error:
+            refused += "forked in the middle of a call" in str(error)
+    os._exit(refused)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+forked.set()
+reader.join()
+print(storage.write([("alice", Merge({"after": 1}))]))
+"""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program, str(database)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert finished.stdout == "2\n[{'n': 1, 'after': 1}]\n"
+    assert is_sound(database)
+
+
+def test_a_fork_inside_a_read(database: Path) -> None:
+    """By a signal handler, say: the child ends that read, and begins no other."""
+    program = """
+import os, sys
+from usermetadata import SQLiteStorage, StorageError
+from usermetadata.changes import Merge
+from usermetadata.storage import sqlite
+
+storage = SQLiteStorage(sys.argv[1], timeout=0.1)
+storage.write([("alice", Merge({"n": 1}))])
+children = []
+decode = sqlite.decode_metadata
+
+def fork(text):
+    if not children:
+        children.append(os.fork())
+    return decode(text)
+
+sqlite.decode_metadata = fork
+assert storage.read(["alice"]) == {"alice": {"n": 1}}
+try:
+    print(storage.read(["alice"]), flush=True)
+except StorageError as error:
+    assert children == [0] and "forked in the middle of a call" in str(error)
+    assert not storage._connections._idle_readers  # which the end of the program would close
+    os._exit(0)
+assert os.waitpid(children[0], 0)[1] == 0
+"""
+    assert finish(start(program, database)) == "{'alice': {'n': 1}}\n"
+
+
+def test_a_fork_does_not_wait_for_who_keeps_an_error(database: Path) -> None:
+    """The traceback of a failed read knows its connection, which is no longer in use."""
+    with contextlib.closing(SQLiteStorage(database, timeout=60)) as storage:
+        storage.write([("alice", Merge({}))])
+        with contextlib.closing(sqlite3.connect(database)) as other, other:
+            other.execute("UPDATE user_metadata SET user_metadata = '['")
+        with pytest.raises(DamagedMetadataError) as kept:
+            storage.read(["alice"])
+        begin = time.monotonic()
+        subprocess.run([sys.executable, "-c", ""], check=True, preexec_fn=int)
+        assert time.monotonic() - begin < 50
+    assert kept.value.__traceback__ is not None
+
+
+def test_the_end_of_a_forked_child_damages_nothing(database: Path) -> None:
+    """A child that was forked inside a transaction ends as any program does; the file is sound."""
+    program = """
+import os, sqlite3, sys
+from usermetadata import SQLiteStorage, StorageError
+from usermetadata.changes import Modify
+
+storage = SQLiteStorage(sys.argv[1])
+children = []
+told, tell = os.pipe()
+
+def fork(metadata):
+    children.append(os.fork())
+    return metadata
+
+try:
+    storage.write([("alice", Modify(fork))])
+except StorageError:
+    os.close(tell)
+    os.read(told, 1)
+    sys.exit()
+# The child ends while another connection's transaction is half in the log.
+other = sqlite3.connect(sys.argv[1], isolation_level=None)
+other.execute("PRAGMA cache_size = 5")
+other.execute("BEGIN IMMEDIATE")
+rows = [("public", f"user {n}", '{"text":"' + "x" * 300 + '"}') for n in range(3000)]
+other.executemany("INSERT INTO user_metadata VALUES (?, ?, ?)", rows)
+os.close(tell)
+assert os.waitpid(children[0], 0)[1] == 0
+other.execute("COMMIT")
+other.close()
+print(len(SQLiteStorage(sys.argv[1]).read([user_id for _, user_id, _ in rows])))
+"""
+    command = [sys.executable, "-c", program, str(database)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert finished.stdout == "3000\n"
+    assert is_sound(database)
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///users.db"])
+def test_a_daemon_thread_does_not_crash_the_interpreters_end(url: str, tmp_path: Path) -> None:
+    """Threads that never stop are cut off where they are, and the program ends well."""
+    program = """
+import sys, threading
+import usermetadata
+from usermetadata import syncio
+
+usermetadata.init(sys.argv[1])
+started = threading.Barrier(4)
+
+def work(function):
+    function()
+    started.wait()
+    while True:
+        function()
+
+for function in (
+    lambda: syncio.update_user_metadata("alice", {"n": 1}),
+    lambda: syncio.modify_user_metadata("alice", lambda metadata: metadata),
+    lambda: syncio.get_user_metadata("alice"),
+):
+    threading.Thread(target=work, args=[function], daemon=True).start()
+started.wait()
+"""
+    command = [sys.executable, "-c", program, url]
+    for _ in range(8):
+        finished = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert (finished.returncode, finished.stderr) == (0, "")
 
 
 def test_memory_is_each_processs_own() -> None:

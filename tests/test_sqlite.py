@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -20,12 +21,14 @@ from sqlite_utils import Database
 from usermetadata import (
     DamagedMetadataError,
     InvalidInputError,
+    OutcomeUnknownError,
     SQLiteStorage,
     StorageBusyError,
     StorageError,
     UsageError,
 )
 from usermetadata.changes import Clear, Merge, Modify, Replace
+from usermetadata.json import decode_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -233,32 +236,61 @@ def test_an_interrupt_undoes_the_write(storage: SQLiteStorage) -> None:
     assert storage.write([("alice", Merge({"n": 2}))]) == [{"n": 2}]
 
 
-def test_real_interrupts_leave_nothing_locked(database: Path) -> None:
-    """Control-C at 300 random moments: no lock stays behind, and no acknowledged update is lost."""
+@pytest.mark.parametrize(("others", "times"), [(0, 500), (2, 150)], ids=["alone", "among threads"])
+def test_real_interrupts_leave_nothing_locked(database: Path, others: int, times: int) -> None:
+    """Control-C at many random moments leaves no lock behind and loses no acknowledged update."""
     program = """
-import os, signal, sqlite3, sys, threading
+import random, signal, sqlite3, sys, threading
 from usermetadata import SQLiteStorage
 from usermetadata.changes import Merge
-storage = SQLiteStorage(sys.argv[1], timeout=1)
-other = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)
+
+def write_for_ever(user_id):
+    while True:
+        storage.write([(user_id, Merge({"n": 1}))])
+
+storage = SQLiteStorage(sys.argv[1], timeout=5)
+for n in range(int(sys.argv[2])):
+    threading.Thread(target=write_for_ever, args=[f"user {n}"], daemon=True).start()
+other = sqlite3.connect(sys.argv[1], timeout=5, isolation_level=None)
+signal.signal(signal.SIGALRM, signal.default_int_handler)
 acknowledged, interrupts = -1, 0
-while interrupts < 300:
-    timer = threading.Timer(0.0003, os.kill, (os.getpid(), signal.SIGINT))
+while interrupts < int(sys.argv[3]):
     try:
-        timer.start()
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(0.00005, 0.003))
         while True:
             storage.write([("alice", Merge({"n": acknowledged + 1}))])
             acknowledged += 1
     except KeyboardInterrupt:
         interrupts += 1
-        timer.join()
         other.execute("BEGIN IMMEDIATE")
         other.execute("ROLLBACK")
         stored = storage.read(["alice"]).get("alice", {"n": -1})["n"]
         assert stored in (acknowledged, acknowledged + 1), (stored, acknowledged)
         acknowledged = stored
 """
-    subprocess.run([sys.executable, "-c", program, str(database)], check=True, timeout=60)
+    command = [sys.executable, "-c", program, str(database), str(others), str(times)]
+    subprocess.run(command, check=True, timeout=60)
+
+
+def test_a_signal_handler_may_read(storage: SQLiteStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where it comes upon its own thread opening a connection."""
+    storage.write([("alice", Merge({"n": 1}))])
+    connections: Any = storage._connections  # pyright: ignore[reportPrivateUsage]
+    connect = connections._open
+    seen: list[object] = []
+
+    def interrupted() -> object:
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGUSR1)
+        return connect()
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: seen.append(storage.read(["alice"])))
+    try:
+        monkeypatch.setattr(connections, "_open", interrupted)
+        seen.append(storage.read(["alice"]))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen == [{"alice": {"n": 1}}] * 2
 
 
 def test_a_write_inside_a_write_is_refused(storage: SQLiteStorage) -> None:
@@ -370,6 +402,39 @@ def test_a_full_disk(storage: SQLiteStorage) -> None:
     works(storage)
 
 
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["then read", "read meanwhile"])
+def test_an_error_of_the_disk(
+    storage: SQLiteStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, meanwhile: bool
+) -> None:
+    """What was stored is open; from then on, reads and writes find the file that is there then."""
+    storage.write([("alice", Merge({"old": True}))])
+
+    def fail_and_replace() -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            with pytest.raises(OutcomeUnknownError, match="nobody knows whether it was stored"):
+                storage.write([("alice", Merge({"text": "x" * 200_000}))])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        for path in list(tmp_path.glob("users.db*")):
+            path.rename(tmp_path / f"old {path.name}")
+        storage.write([("alice", Replace({"works": True}))])
+
+    def decode(text: str) -> Metadata:
+        monkeypatch.undo()
+        fail_and_replace()
+        return decode_metadata(text)
+
+    if meanwhile:
+        monkeypatch.setattr("usermetadata.storage.sqlite.decode_metadata", decode)
+        assert storage.read(["alice"]) == {"alice": {"old": True}}
+    else:
+        storage.read(["alice"])
+        fail_and_replace()
+    works(storage)
+
+
 def test_sqlites_own_limit_of_pages() -> None:
     """SQLite undoes the transaction itself when a database is full; that is understood."""
     connection = sqlite3.connect(":memory:")
@@ -391,6 +456,14 @@ def test_another_programs_table(storage: SQLiteStorage, database: Path) -> None:
     with contextlib.closing(sqlite3.connect(database)) as other:
         other.execute("CREATE TABLE user_metadata (id INTEGER PRIMARY KEY, value TEXT)")
     fails(storage, "its table user_metadata is another program's")
+
+
+def test_a_view_in_place_of_the_table(storage: SQLiteStorage, database: Path) -> None:
+    """The error says what is in the way."""
+    with contextlib.closing(sqlite3.connect(database)) as other:
+        other.execute("CREATE VIEW user_metadata AS SELECT 1")
+    with pytest.raises(StorageError, match="is actually a view; use another file"):
+        storage.read(["alice"])
 
 
 def test_a_damaged_row_leaves_no_query_open(storage: SQLiteStorage, database: Path) -> None:

@@ -62,8 +62,8 @@ class SQLiteStorage:
         app_id: the app whose rows these are.
         synchronous: ``"FULL"``: what a call has written survives a power cut. ``"NORMAL"``: faster;
             a power cut may take the last writes, but never damages the file. For a path.
-        timeout: seconds that a write waits for other writers before it raises
-            ``StorageBusyError``. For a path.
+        timeout: seconds that a write waits for the threads before it, and then for other processes,
+            before it raises ``StorageBusyError``. For a path.
 
     Raises:
         InvalidInputError: an argument is not valid. Nothing is opened before the first call.

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet, finalize
 
 from sqlite_utils import Database, Migrations
+from sqlite_utils.db import NoTable
 
 from usermetadata.exceptions import (
     DamagedMetadataError,
+    OutcomeUnknownError,
     StorageBusyError,
     StorageError,
     UsageError,
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     Decode = Callable[[str, object], Metadata]
 
 T = TypeVar("T")
+
+_PATIENCE_AT_EXIT = 1.0  # seconds
 
 _migrations = Migrations("usermetadata")
 
@@ -100,7 +104,15 @@ class Connection:
             result = work(self)
             if self._inherited:
                 raise orphaned(self._name)
-            self.run(commit)
+            try:
+                self.run(commit)
+            except StorageError as error:
+                if "disk I/O error" in str(error):
+                    # It may be in the log already, for whoever opens the file after a crash.
+                    raise OutcomeUnknownError(f"{error}: nobody knows whether it was stored") from (
+                        error.__cause__
+                    )
+                raise
         except BaseException:
             # Nothing is left to undo where SQLite has done so itself, on a full disk say.
             if self.in_transaction and not self._inherited and (begun or not joins):
@@ -121,7 +133,7 @@ class Connection:
         try:
             if not self._database.table("user_metadata").exists():
                 self.transact(Connection._create_table)
-        except self._driver.Error as error:
+        except (self._driver.Error, NoTable) as error:
             raise translate(error, self._name) from error
 
     def _create_table(self) -> None:
@@ -130,8 +142,12 @@ class Connection:
 
     def abandon(self) -> None:
         """Leave alone, for ever, what belongs to the parent process: not even close it."""
+        import ctypes
+
         self._inherited = True
-        _of_the_parent_process[self._name] = self
+        _of_the_parent_process.add(self._name)
+        # Python would close it at its exit, at the latest: it must never see the last reference.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._driver))
 
     def close(self) -> None:
         self._driver.close()
@@ -145,31 +161,55 @@ class Connection:
         return cursor
 
 
-_of_the_parent_process: dict[str, Connection] = {}
+_of_the_parent_process: set[str] = set()  # files that this process must not open
 
 
 class _WriteLock:
-    """Admits one thread at a time, and refuses it to a thread that has it already."""
+    """Admits one thread at a time, and refuses the one that is in already."""
 
     def __init__(self, name: str, timeout: float) -> None:
         self._name = name
         self._timeout = timeout
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
         self._holder: int | None = None
 
-    def acquire(self) -> None:
+    def call(self, work: Callable[[], T]) -> T:
+        """Call ``work`` while no other thread can."""
+        self._refuse_holder()
+        me = threading.get_ident()
+        try:
+            self._acquire()
+            return work()
+        finally:
+            if self._holder == me:
+                self._holder = None
+            # An interrupt may have come between any two calls, those above too. The lock itself
+            # knows whose it is, and no interrupt comes before it is asked.
+            try:  # noqa: SIM105 - suppress() would be a call before
+                self.lock.release()
+            except RuntimeError:
+                pass
+
+    def hold(self) -> None:
+        """Keep other threads out until ``release``."""
+        self._refuse_holder()
+        self._acquire()
+
+    def release(self) -> None:
+        self._holder = None
+        self.lock.release()
+
+    def _refuse_holder(self) -> None:
         if self._holder == threading.get_ident():
             raise UsageError(
                 f"{self._name}: a write inside a write of the same thread, by a change or a signal"
                 " handler: it would be lost"
             )
-        if not acquire(self._lock, self._timeout):
+
+    def _acquire(self) -> None:
+        if not acquire(self.lock, self._timeout):
             raise busy(self._name)
         self._holder = threading.get_ident()
-
-    def release(self) -> None:
-        self._holder = None
-        self._lock.release()
 
 
 class OwnConnections:
@@ -190,13 +230,14 @@ class OwnConnections:
         )
         self._writers: list[Connection] = []
         self._is_suspect = False
+        self._generation = 0  # of the readers: they are as old as the writer
         self._idle_readers: list[Connection] = []
         self._readers: WeakSet[Connection] = WeakSet()  # idle or in use
-        self._open_lock = threading.Lock()
+        # A signal handler that reads may come upon its own thread opening a reader.
+        self._open_lock = threading.RLock()
         self._is_forking = False  # and holds the open lock
         self._holds_write_lock = False
-        # Also at the interpreter's exit, and when the storage is dropped without close().
-        finalize(self, _close_all, self._writers, self._idle_readers)
+        self._at_end = _close_at_end(self, self._write_lock.lock, self._writers, self._idle_readers)
 
     def read(self, query: str, parameters: Sequence[Any], decode: Decode) -> dict[str, Metadata]:
         """Run a query for ids and texts, whatever the writer is doing; decode the texts."""
@@ -204,6 +245,7 @@ class OwnConnections:
         if self._is_suspect or not self._writers:
             self._lend_writer(lambda _: None)  # It has created what the reader needs.
         reader = None
+        generation = self._generation
         try:
             # Appending to a list and popping from it need no lock.
             try:
@@ -217,14 +259,14 @@ class OwnConnections:
             # Whatever is wrong with the file, the next call looks at it afresh.
             self._is_suspect = True
             if reader is not None:
-                reader.close()
+                self._close_reader(reader)
                 reader = None
             raise
         finally:
-            if reader is not None:
+            if reader is not None and reader in self._readers:  # else it is the parent process's
                 self._idle_readers.append(reader)
-            if self._closed or self._is_forking:
-                _close_all(self._idle_readers)
+            if self._closed or self._is_forking or self._generation != generation:
+                self._close_idle_readers()
 
     def write(self, work: Callable[[Connection], T], *, shareable: bool) -> T:
         """Let ``work`` have the writer, inside a transaction.
@@ -247,23 +289,19 @@ class OwnConnections:
     def close(self) -> None:
         with self._open_lock:
             self._closed = True
-        _close_all(self._idle_readers)
-        self._write_lock.acquire()
-        try:
-            _close_all(self._writers)
-        finally:
-            self._write_lock.release()
+        self._close_idle_readers()
+        self._write_lock.call(lambda: _close_all(self._writers))
 
     def before_fork(self) -> None:
         deadline = time.monotonic() + self._timeout
         # A fork inside a change, or while a change outlasts the timeout, takes place all the same.
         with suppress(UsageError, StorageBusyError):
-            self._write_lock.acquire()
+            self._write_lock.hold()
             self._holds_write_lock = True
             _close_all(self._writers)
         # From now on a reader that is given back is closed, and who finds none waits for the fork.
         self._is_forking = self._open_lock.acquire(timeout=max(0, deadline - time.monotonic()))
-        _close_all(self._idle_readers)
+        self._close_idle_readers()
         while self._readers and time.monotonic() < deadline:
             time.sleep(0.001)
 
@@ -276,9 +314,9 @@ class OwnConnections:
             self._write_lock.release()
 
     def after_fork_in_child(self) -> None:
-        for connections in self._writers, self._idle_readers:
-            while connections:
-                connections.pop().abandon()
+        for connection in (*self._writers, *self._readers):
+            connection.abandon()
+        self._at_end.detach()
         self._start()
 
     def _check_open(self) -> None:
@@ -286,12 +324,15 @@ class OwnConnections:
             raise UsageError(f"this SQLiteStorage of {self.name} is closed: make a new one")
 
     def _lend_writer(self, work: Callable[[Connection], T]) -> T:
-        lock = self._write_lock
-        lock.acquire()
+        return self._write_lock.call(lambda: self._with_writer(work))
+
+    def _with_writer(self, work: Callable[[Connection], T]) -> T:
         try:
             self._check_open()
             if self._is_suspect:
                 _close_all(self._writers)
+                self._generation += 1
+                self._close_idle_readers()
                 self._is_suspect = False
             if not self._writers:
                 self._writers.append(self._open_writer())
@@ -301,8 +342,6 @@ class OwnConnections:
         except StorageError:
             self._is_suspect = True
             raise
-        finally:
-            lock.release()
 
     def _open_writer(self) -> Connection:
         if self.name in _of_the_parent_process:
@@ -339,6 +378,16 @@ class OwnConnections:
             self._readers.add(reader)
             return reader
 
+    def _close_reader(self, reader: Connection) -> None:
+        reader.close()
+        # Now, and not when the last one lets go of an error that knows it: a fork waits for these.
+        self._readers.discard(reader)
+
+    def _close_idle_readers(self) -> None:
+        with suppress(IndexError):  # other threads may take some meanwhile
+            while True:
+                self._close_reader(self._idle_readers.pop())
+
     def _open(self) -> Connection:
         try:
             database = Database(_connect(self.name, self._timeout), execute_plugins=False)
@@ -359,26 +408,22 @@ class OneConnection:
         self._is_prepared = False
         self._closed = False
         self._start()
-        if borrowed is None:
-            finalize(self, self._connection.close)
         watch(self)
 
     def _start(self) -> None:
         self._write_lock = _WriteLock(self.name, self._timeout)
         self._lock = threading.RLock()
         self._held_for_fork = False
+        self._at_end = _close_at_end(self, self._lock, [] if self._borrowed else [self._connection])
 
     def read(self, query: str, parameters: Sequence[Any], decode: Decode) -> dict[str, Metadata]:
         rows = self._lend(lambda connection: connection.run(query, parameters))
         return {user_id: decode(user_id, text) for user_id, text in rows}
 
     def write(self, work: Callable[[Connection], T], *, shareable: bool) -> T:
-        lock = self._write_lock
-        lock.acquire()
-        try:
-            return self._lend(lambda connection: connection.transact(work))
-        finally:
-            lock.release()
+        return self._write_lock.call(
+            lambda: self._lend(lambda connection: connection.transact(work))
+        )
 
     def _lend(self, work: Callable[[Connection], T]) -> T:
         with self._lock:
@@ -410,6 +455,7 @@ class OneConnection:
             self._lock.release()
 
     def after_fork_in_child(self) -> None:
+        self._at_end.detach()
         self._start()
 
 
@@ -423,3 +469,17 @@ def _close_all(*groups: list[Connection]) -> None:
         with suppress(IndexError):  # other threads may take some meanwhile
             while True:
                 group.pop().close()
+
+
+def _close_at_end(
+    owner: object, lock: threading.RLock, *groups: list[Connection]
+) -> finalize[..., Any]:
+    """Close what is open when the owner is dropped, and at the interpreter's exit."""
+
+    def close() -> None:
+        # At the exit a daemon thread may be using a connection. If it goes on doing so the
+        # operating system closes the file; if not, it does not get the lock any more.
+        if any(groups) and lock.acquire(timeout=_PATIENCE_AT_EXIT):
+            _close_all(*groups)
+
+    return finalize(owner, close)

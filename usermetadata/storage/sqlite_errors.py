@@ -12,6 +12,7 @@ _ADVICE = [
     ("full", ": free some space and repeat the call"),
     ("not a database", ": name an SQLite file, or one that does not exist yet"),
     ("malformed", ": restore it from a backup; `sqlite3 FILE .recover` may save rows"),
+    ("actually a view", "; use another file"),
     ("no such column", ": its table user_metadata is another program's; use another file"),
     ("same thread", ": open the borrowed connection with check_same_thread=False"),
 ]
@@ -34,7 +35,7 @@ def translate(error: Exception, name: str) -> StorageError:
 def orphaned(name: str) -> StorageError:
     """Return the error of a process that has its parent's connection to the file."""
     return StorageError(
-        f"{name}: this process was forked inside a write to this file, or without telling Python"
+        f"{name}: this process was forked in the middle of a call, or without telling Python"
         " (uWSGI does it, without py-call-uwsgi-fork-hooks), and cannot use the file"
     )
 
@@ -42,6 +43,6 @@ def orphaned(name: str) -> StorageError:
 def busy(name: str) -> StorageBusyError:
     """Return the error of a write that has waited long enough."""
     return StorageBusyError(
-        f"{name}: other writers did not let go of the database within the timeout;"
-        " repeat the call, or give SQLiteStorage a longer timeout"
+        f"{name}: other writers did not let go of the database within the timeout; repeat the"
+        " call, or the transaction of yours that it is part of, or allow for a longer timeout"
     )

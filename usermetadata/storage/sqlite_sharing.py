@@ -20,7 +20,7 @@ R = TypeVar("R")
 _LONGEST_SLEEP = 0.5  # seconds
 
 
-def acquire(lock: threading.Lock, timeout: float) -> bool:
+def acquire(lock: threading.RLock, timeout: float) -> bool:
     """Acquire the lock within so many seconds, or return ``False``."""
     if lock.acquire(blocking=False):
         return True
@@ -55,7 +55,7 @@ class Sharing(Generic[A, R]):
         self._timeout = timeout
         self._too_late = too_late
         self._waiting: deque[_Call[A, R]] = deque()
-        self._leadership = threading.Lock()
+        self._leadership = threading.RLock()
         self._leading_thread: int | None = None
 
     def call(self, argument: A) -> R:
@@ -78,29 +78,45 @@ class Sharing(Generic[A, R]):
         return result
 
     def _lead_or_wait(self, call: _Call[A, R]) -> None:
+        deadline = time.monotonic() + self._timeout
         while not (call.is_over or self._lead(call)):
-            # What another thread is executing already will come to its end.
-            if not acquire(call.asleep, self._timeout) and self._withdraw(call):
+            left = deadline - time.monotonic()
+            if left > 0:
+                # Not for long: an interrupted leader may have woken nobody.
+                call.asleep.acquire(timeout=min(left, _LONGEST_SLEEP))
+            elif self._withdraw(call):
                 call.is_late = call.is_over = True
+            else:
+                # What another thread is executing already will come to its end.
+                call.asleep.acquire(timeout=_LONGEST_SLEEP)
 
     def _lead(self, call: _Call[A, R]) -> bool:
         calls: list[_Call[A, R]] = []
         leads = False
         try:
-            leads = self._leadership.acquire(blocking=False)
-            if leads and not call.is_over:
+            if not self._leadership.acquire(blocking=False):
+                return False
+            leads = True
+            if not call.is_over:
                 self._leading_thread = threading.get_ident()
                 self._withdraw(call)
                 calls.append(call)
                 self._execute_with_all_that_wait(calls)
-            return leads
+            return True
         finally:
-            if leads:
+            try:
                 # Before another thread may lead: it would execute its call a second time.
                 for each in calls:
                     each.is_over = True
-                self._leading_thread = None
-                self._leadership.release()
+            finally:
+                if leads:
+                    self._leading_thread = None
+                # Whatever an interrupt has left undone, the lock itself knows whose it is.
+                try:  # noqa: SIM105 - suppress() would be a call, before which one may come
+                    self._leadership.release()
+                except RuntimeError:
+                    pass
+            if leads:
                 for each in calls[1:]:
                     each.wake()
                 self._wake_one()
