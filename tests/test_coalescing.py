@@ -204,6 +204,29 @@ def test_a_busy_storage_is_waited_for_once(storage: Gated, monkeypatch: pytest.M
     assert storage.writes == [1, 5]
 
 
+def test_a_storage_may_have_errors_of_its_own(
+    storage: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever they are made from, all calls of a batch get them, and later calls work."""
+
+    class TooBusyError(StorageBusyError):
+        def __init__(self, table: str, seconds: float) -> None:
+            super().__init__(f"{table}: busy for {seconds} s")
+
+    def busy(self: object, changes: object) -> list[Metadata | None]:
+        raise TooBusyError("users", 1.5)
+
+    async def main() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(InMemoryStorage, "write", busy)
+            updates = (update_user_metadata("alice", {"n": n}) for n in range(5))
+            errors = await behind_another(storage, *updates)
+        assert [str(error) for error in errors] == ["users: busy for 1.5 s"] * 5
+        assert (await update_user_metadata("alice", {"n": 1})).metadata == {"n": 1}
+
+    asyncio.run(main())
+
+
 def test_cancelling_one_caller_leaves_the_rest(storage: Gated) -> None:
     """A call that is cancelled while it waits is not executed; the others of its batch are."""
 

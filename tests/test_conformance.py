@@ -319,6 +319,18 @@ class SharesObjects(Unlocked):
         return results
 
 
+class DecodesOnce(InMemoryStorage):
+    """Returns for each user what the user's last change has left, without copying it."""
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        metadata: dict[str, Any] = {}
+        results: list[Metadata | None] = []
+        for result, (user_id, _) in zip(super().write(changes), changes, strict=True):
+            results.append({**result, **metadata.get(user_id, {})} if result else result)
+            metadata[user_id] = results[-1]
+        return results
+
+
 class ForgetsApps(InMemoryStorage):
     """Shows every app the same rows."""
 
@@ -461,6 +473,7 @@ PLANTED_FAULTS: dict[str, list[Callable[[], Storage]]] = {
     "test_what_appears_twice_is_two": [SharesWithin],
     "test_what_read_returns_is_the_callers": [SharesObjects],
     "test_what_write_returns_is_the_callers": [SharesObjects],
+    "test_results_share_nothing": [DecodesOnce],
     "test_what_a_change_returned_is_its_own": [SharesObjects],
     "test_what_a_change_is_given_is_its_own": [SharesObjects],
     "test_two_first_merges_both_survive": [MergesByItself],

@@ -56,6 +56,7 @@ HOUSE: dict[str, set[str]] = {
         "exceptions",
         "interfaces",
         "recipe_implementation",
+        "reentry",
         "storage.memory",
         "storage.postgres",
         "storage.sqlite",
@@ -199,6 +200,12 @@ def test_every_public_name_is_there() -> None:
     for name in usermetadata.__all__:
         assert getattr(usermetadata, name).__doc__
     assert not hasattr(usermetadata, "NoStorage")
+
+
+def test_all_names_can_be_imported_without_extras() -> None:
+    """``from usermetadata import *`` is for whoever has not installed psycopg, too."""
+    program = "import sys; sys.modules['psycopg'] = None; from usermetadata import *; SQLiteStorage"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_every_error_is_ours_and_documented() -> None:

@@ -329,6 +329,29 @@ def test_an_override_sees_the_callers_context_variables(facade: Any) -> None:
     assert seen == ["mine"]
 
 
+@pytest.mark.parametrize("url", ["memory://", "sqlite://"])
+def test_a_function_sees_the_callers_context_variables(facade: Any, url: str) -> None:
+    """Whichever thread calls it, a function given to ``modify`` is in its caller's context."""
+    request = contextvars.ContextVar("request", default="none")
+    usermetadata.init(url)
+    request.set("mine")
+    written = facade.modify_user_metadata("alice", lambda _: {"by": request.get()})
+    assert written.metadata == {"by": "mine"}
+
+
+def test_reset_inside_a_function_is_refused(facade: Any) -> None:
+    """It would close the storage that is in use; nothing happens, and the change is done."""
+    usermetadata.init("sqlite://")
+
+    def function(metadata: dict[str, Any]) -> dict[str, Any]:
+        with pytest.raises(UsageError, match="which runs inside the storage's lock"):
+            UserMetadataRecipe.reset()
+        return {"n": 1}
+
+    facade.modify_user_metadata("alice", function)
+    assert facade.get_user_metadata("alice").metadata == {"n": 1}
+
+
 @pytest.mark.parametrize("override", [None, UserMetadataOverrideConfig()], ids=["None", "empty"])
 def test_without_an_override_syncio_stays_in_its_thread(
     override: UserMetadataOverrideConfig | None,

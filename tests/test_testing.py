@@ -13,13 +13,18 @@ def test_the_fixture_gives_each_test_its_own_store(pytester: pytest.Pytester) ->
     pytester.makepyfile(
         """
         import asyncio
+        import gc
+        import weakref
         import pytest
         from usermetadata import UsageError
         from usermetadata.asyncio import update_user_metadata
         from usermetadata.syncio import get_user_metadata
 
+        storages = []
+
         @pytest.mark.parametrize("turn", [1, 2])
         def test_theme(usermetadata_storage, turn):
+            storages.append(weakref.ref(usermetadata_storage))
             assert get_user_metadata("alice").metadata == {}
             asyncio.run(update("alice", {"turn": turn}))
             assert get_user_metadata("alice").metadata == {"turn": turn}
@@ -31,9 +36,13 @@ def test_the_fixture_gives_each_test_its_own_store(pytester: pytest.Pytester) ->
         def test_without_it():
             with pytest.raises(UsageError):
                 get_user_metadata("alice")
+
+        def test_nothing_is_left():
+            gc.collect()
+            assert [storage() for storage in storages] == [None, None]
         """
     )
-    pytester.runpytest("-W", "error").assert_outcomes(passed=3)
+    pytester.runpytest("-W", "error").assert_outcomes(passed=4)
 
 
 def test_the_fixture_undoes_itself(pytester: pytest.Pytester) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import usermetadata
 from usermetadata import InMemoryStorage, SQLiteStorage, Storage, UserMetadataRecipe
@@ -74,7 +74,9 @@ async def use_asyncio() -> bool:
     """Call every function and await it."""
     result: MetadataResult = await aio.update_user_metadata("alice", {"a": {"b": [1]}})
     first: int = result.metadata["a"]["b"][0]
-    await aio.set_user_metadata("alice", {"n": first}, user_context={})
+    settings: Settings = {"n": first}
+    await aio.set_user_metadata("alice", settings, user_context={})
+    await aio.update_user_metadata("alice", settings)
     bulk: dict[str, MetadataResult] = await aio.get_bulk_user_metadata(("alice", "bob"))
     await aio.update_bulk_user_metadata({"alice": {"n": 2}})
     await aio.modify_user_metadata("alice", lambda metadata: {**metadata, "m": 1})
@@ -84,11 +86,20 @@ async def use_asyncio() -> bool:
     return bool(cleared and bulk["alice"].metadata) and both[0].metadata == {"n": 2, "m": 1}
 
 
+class Settings(TypedDict, total=False):
+    """What this program keeps about a user."""
+
+    theme: str
+    n: int
+
+
 def use_syncio() -> bool:
     """Call every function."""
     result: MetadataResult = update_user_metadata("alice", {"theme": "dark"})
     theme: str = result.metadata["theme"]
-    set_user_metadata("bob", {"theme": theme})
+    settings: Settings = {"theme": theme}
+    set_user_metadata("bob", settings)
+    update_user_metadata("bob", settings)
     update_bulk_user_metadata({"alice": {"n": 1}, "bob": {"n": 2}})
     modify_user_metadata("bob", lambda metadata: {**metadata, "n": metadata["n"] + 1})
     found: dict[str, MetadataResult] = get_bulk_user_metadata(["alice", "bob"])

@@ -27,7 +27,7 @@ TYPE_CHECKING = False  # typing's own would import typing, which takes longer th
 if TYPE_CHECKING:
     from usermetadata.storage import Storage
     from usermetadata.storage.memory import InMemoryStorage
-    from usermetadata.storage.postgres import PostgresStorage
+    from usermetadata.storage.postgres import PostgresStorage as PostgresStorage
     from usermetadata.storage.sqlite import SQLiteStorage
 else:
 
@@ -52,13 +52,13 @@ else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+# Without PostgresStorage, which an import of everything could not find if psycopg is missing.
 __all__ = [
     "DamagedMetadataError",
     "InMemoryStorage",
     "InputOverrideConfig",
     "InvalidInputError",
     "OutcomeUnknownError",
-    "PostgresStorage",
     "SQLiteStorage",
     "Storage",
     "StorageBusyError",

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from usermetadata.changes import Change
-    from usermetadata.exceptions import StorageError
     from usermetadata.json import Metadata
     from usermetadata.storage import Storage
 
@@ -225,18 +224,12 @@ class _Lane(Generic[A, R]):
             return [*self._execute(arguments)] if arguments else []
         except _SHARED as shared:
             # Each on its own would wait just as long, one after the other; or might be done twice.
-            return [_Failure(_same(shared)) for _ in arguments]
+            return [_Failure(shared) for _ in arguments]
         except BaseException as error:  # noqa: BLE001 - it is the caller's, who gets it
             if len(arguments) == 1:
                 return [_Failure(error)]
             # One of them is to blame, and only that one is to fail.
             return [result for argument in arguments for result in self._run([argument])]
-
-
-def _same(shared: StorageError) -> StorageError:
-    error = type(shared)(*shared.args)
-    error.__cause__ = shared.__cause__
-    return error
 
 
 def _deliver(futures: list[asyncio.Future[R]], results: list[R | _Failure]) -> None:

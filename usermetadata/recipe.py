@@ -175,7 +175,13 @@ class UserMetadataRecipe:
 
         A storage that the caller made and passed to ``init`` is the caller's to close. Without
         ``init`` before, nothing happens.
+
+        Raises:
+            UsageError: a function given to ``modify_user_metadata`` calls it.
         """
+        from usermetadata.reentry import refuse_reentry
+
+        refuse_reentry()
         recipe, UserMetadataRecipe._instance = UserMetadataRecipe._instance, None
         if recipe is None:
             return

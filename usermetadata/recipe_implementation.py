@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 from usermetadata.changes import Clear, Merge, Modify, Replace
@@ -120,8 +121,9 @@ def _checked(
 ) -> Callable[[Metadata], Metadata]:
     if not callable(function):
         raise InvalidInputError(f"function: {type(function).__name__} cannot be called")
+    in_context = copy_context().run  # in whichever thread that is
 
     def checked(old: Metadata) -> Metadata:
-        return copy_metadata(call_guarded(function, old), "the function's result")
+        return copy_metadata(in_context(call_guarded, function, old), "the function's result")
 
     return checked

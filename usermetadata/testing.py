@@ -48,6 +48,7 @@ def usermetadata_storage() -> Generator[InMemoryStorage, None, None]:
         storage, None if before is None else before.override
     )
     yield storage
+    UserMetadataRecipe.reset()
     UserMetadataRecipe._instance = before
     storage.close()
 
@@ -380,6 +381,15 @@ class StorageConformance:
             assert written is not None
             _spoil(written)
         assert storage.read(["alice"]) == {"alice": {"list": [1], "object": {"n": 1}}}
+
+    def test_results_share_nothing(self, storage: Storage) -> None:
+        """Changing one result of a write, however deep, changes no other."""
+        first, second = storage.write(
+            [("alice", Merge({"list": [1], "object": {"n": 1}})), ("alice", Merge({"m": 1}))]
+        )
+        assert first is not None
+        _spoil(first)
+        assert second == {"list": [1], "object": {"n": 1}, "m": 1}
 
     def test_what_a_change_returned_is_its_own(self, storage: Storage) -> None:
         """Changing an update or a change's result after ``write`` changes nothing stored."""

@@ -9,7 +9,7 @@ import asyncio
 import inspect
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult
 from usermetadata.recipe import UserMetadataRecipe
@@ -60,7 +60,7 @@ def get_user_metadata(
 
 @_to_be_awaited
 def update_user_metadata(
-    user_id: str, metadata_update: dict[str, Any], user_context: dict[str, Any] | None = None
+    user_id: str, metadata_update: Mapping[str, Any], user_context: dict[str, Any] | None = None
 ) -> Coroutine[Any, Any, MetadataResult]:
     """Lay an update over the metadata of a user, in one atomic step.
 
@@ -83,7 +83,7 @@ def update_user_metadata(
             error.
         StorageBusyError: others held the storage for too long; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: the connection to the server was lost; it was written whole or not at
+        OutcomeUnknownError: connection or disk failed in between; it was written whole or not at
             all.
         DamagedMetadataError: what is stored is not a JSON object; nothing was written.
 
@@ -97,7 +97,8 @@ def update_user_metadata(
     """
     functions = UserMetadataRecipe.get_instance().recipe_implementation
     context = {} if user_context is None else user_context
-    return functions.update_user_metadata(user_id, metadata_update, context)
+    # Overrides are written for the SDK's type, and nearly always get it.
+    return functions.update_user_metadata(user_id, cast("dict[str, Any]", metadata_update), context)
 
 
 @_to_be_awaited
@@ -120,7 +121,7 @@ def clear_user_metadata(
             error.
         StorageBusyError: others held the storage for too long; nothing was removed.
         StorageUnavailableError: the server cannot be reached; nothing was removed.
-        OutcomeUnknownError: the connection to the server was lost; it was removed or not.
+        OutcomeUnknownError: connection or disk failed in between; it was removed or not.
 
     Example:
         >>> await clear_user_metadata("alice")
@@ -133,7 +134,7 @@ def clear_user_metadata(
 
 @_to_be_awaited
 def set_user_metadata(
-    user_id: str, metadata: dict[str, Any], user_context: dict[str, Any] | None = None
+    user_id: str, metadata: Mapping[str, Any], user_context: dict[str, Any] | None = None
 ) -> Coroutine[Any, Any, MetadataResult]:
     """Replace the metadata of a user whole, in one atomic step.
 
@@ -156,7 +157,7 @@ def set_user_metadata(
             error.
         StorageBusyError: others held the storage for too long; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: the connection to the server was lost; it was written whole or not at
+        OutcomeUnknownError: connection or disk failed in between; it was written whole or not at
             all.
 
     Example:
@@ -165,7 +166,7 @@ def set_user_metadata(
     """
     functions = UserMetadataRecipe.get_instance().recipe_implementation
     context = {} if user_context is None else user_context
-    return functions.set_user_metadata(user_id, metadata, context)
+    return functions.set_user_metadata(user_id, cast("dict[str, Any]", metadata), context)
 
 
 @_to_be_awaited
@@ -198,7 +199,7 @@ def modify_user_metadata(
             error.
         StorageBusyError: others held the storage for too long; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: the connection to the server was lost; it was written whole or not at
+        OutcomeUnknownError: connection or disk failed in between; it was written whole or not at
             all.
         DamagedMetadataError: what is stored is not a JSON object; nothing was written.
         Exception: whatever the function raises, as it is; nothing was written.
@@ -267,7 +268,7 @@ def update_bulk_user_metadata(
             error.
         StorageBusyError: others held the storage for too long; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: the connection to the server was lost; it was written whole or not at
+        OutcomeUnknownError: connection or disk failed in between; it was written whole or not at
             all.
         DamagedMetadataError: what is stored about one of them is not a JSON object; nothing was
             written.

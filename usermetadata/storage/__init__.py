@@ -44,8 +44,8 @@ class Storage(Protocol):
     needs no thread.
 
     **Ownership.** What ``read`` and ``write`` return, and what a change is given, shares nothing
-    mutable with what is stored; nor does what a change returned once ``write`` is over. A list or
-    object that it returned in two places is read as two.
+    mutable with what is stored, nor with another result; nor does what a change returned once
+    ``write`` is over. A list or object that it returned in two places is read as two.
 
     **Errors.** When the database fails, the method raises ``StorageError`` with the driver's error
     as its cause, and later calls work again once the trouble is over.
@@ -88,7 +88,7 @@ class Storage(Protocol):
             StorageError: the database failed; nothing is stored.
             StorageBusyError: others did not let go in time; nothing is stored.
             StorageUnavailableError: the server cannot be reached; nothing is stored.
-            OutcomeUnknownError: the connection was lost; all is stored or nothing.
+            OutcomeUnknownError: connection or disk failed in between; all is stored or nothing.
             DamagedMetadataError: a row that a change needs does not hold a JSON object.
             UsageError: the storage is closed.
         """

@@ -48,7 +48,7 @@ def get_user_metadata(user_id: str, user_context: dict[str, Any] | None = None) 
 
 
 def update_user_metadata(
-    user_id: str, metadata_update: dict[str, Any], user_context: dict[str, Any] | None = None
+    user_id: str, metadata_update: Mapping[str, Any], user_context: dict[str, Any] | None = None
 ) -> MetadataResult:
     """Lay an update over the metadata of a user, in one atomic step.
 
@@ -71,7 +71,7 @@ def update_user_metadata(
             error.
         StorageBusyError: others held the storage for too long; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: the connection to the server was lost; it was written whole or not at
+        OutcomeUnknownError: connection or disk failed in between; it was written whole or not at
             all.
         DamagedMetadataError: what is stored is not a JSON object; nothing was written.
 
@@ -108,7 +108,7 @@ def clear_user_metadata(
             error.
         StorageBusyError: others held the storage for too long; nothing was removed.
         StorageUnavailableError: the server cannot be reached; nothing was removed.
-        OutcomeUnknownError: the connection to the server was lost; it was removed or not.
+        OutcomeUnknownError: connection or disk failed in between; it was removed or not.
 
     Example:
         >>> clear_user_metadata("alice")
@@ -121,7 +121,7 @@ def clear_user_metadata(
 
 
 def set_user_metadata(
-    user_id: str, metadata: dict[str, Any], user_context: dict[str, Any] | None = None
+    user_id: str, metadata: Mapping[str, Any], user_context: dict[str, Any] | None = None
 ) -> MetadataResult:
     """Replace the metadata of a user whole, in one atomic step.
 
@@ -144,7 +144,7 @@ def set_user_metadata(
             error.
         StorageBusyError: others held the storage for too long; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: the connection to the server was lost; it was written whole or not at
+        OutcomeUnknownError: connection or disk failed in between; it was written whole or not at
             all.
 
     Example:
@@ -186,7 +186,7 @@ def modify_user_metadata(
             error.
         StorageBusyError: others held the storage for too long; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: the connection to the server was lost; it was written whole or not at
+        OutcomeUnknownError: connection or disk failed in between; it was written whole or not at
             all.
         DamagedMetadataError: what is stored is not a JSON object; nothing was written.
         Exception: whatever the function raises, as it is; nothing was written.
@@ -255,7 +255,7 @@ def update_bulk_user_metadata(
             error.
         StorageBusyError: others held the storage for too long; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: the connection to the server was lost; it was written whole or not at
+        OutcomeUnknownError: connection or disk failed in between; it was written whole or not at
             all.
         DamagedMetadataError: what is stored about one of them is not a JSON object; nothing was
             written.
