@@ -82,7 +82,7 @@ def test_the_functions_are_commands(shell: Shell) -> None:
         (["clear", ""], 2, "user_id: is empty"),
         (["get", "alice"], 2, "--storage: there is no file "),
         (["export", "--storage", "missing.db"], 2, "--storage: there is no file missing.db"),
-        (["update", "alice", "{"], 2, "metadata_update: Expecting property name"),
+        (["update", "alice", "{"], 2, "metadata_update: it is not JSON: Expecting property name"),
         (["set", "alice", "[1]"], 2, "metadata: list is not a mapping"),
         (["set", "alice", '{"n": NaN}'], 2, 'metadata["n"]: nan is not JSON'),
         (["get", "alice", "--storage", "mysql://x"], 2, "mysql:// is not a URL that is known"),
@@ -96,9 +96,15 @@ def test_the_functions_are_commands(shell: Shell) -> None:
         (
             ["serve", "--host", "0.0.0.0"],
             2,
-            "0.0.0.0 can be reached from elsewhere: give",
+            "'0.0.0.0' can be reached from elsewhere: give",
         ),
-        (["serve", "--host", "example.com"], 2, "example.com can be reached from elsewhere"),
+        (["serve", "--host", "example.com"], 2, "'example.com' can be reached from elsewhere"),
+        (["serve", "--storage", "/missing/users.db"], 1, "the directory /missing does not exist"),
+        (
+            ["serve", "--host", "192.0.2.1", "--api-key", "key", "--storage", "memory://"],
+            1,
+            "cannot listen at --host '192.0.2.1' --port 3567",
+        ),
     ],
 )
 def test_errors_are_a_line_and_an_exit_code(
@@ -165,24 +171,52 @@ def test_an_export_is_resumed(shell: Shell, tmp_path: Path) -> None:
     users = fill(shell.database, 1500)
     shell.run("export", "whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_bytes()
-    part = tmp_path / "part.jsonl"
-    shell.run("export", "part.jsonl", "--resume")
-    assert part.read_bytes() == whole
+    file, part = tmp_path / "users.jsonl", tmp_path / "users.jsonl.part"
+    shell.run("export", "users.jsonl", "--resume")
+    assert file.read_bytes() == whole
     for size in (0, 10, 40_000, len(whole)):
         part.write_bytes(whole[:size])
-        shell.run("export", "part.jsonl", "--resume")
-        assert part.read_bytes() == whole
+        shell.run("export", "users.jsonl", "--resume")
+        assert file.read_bytes() == whole
+        assert not part.exists()
     assert len(whole.splitlines()) == len(users)
+
+
+def test_a_failed_export_leaves_the_last_one(shell: Shell, tmp_path: Path) -> None:
+    """The file is replaced when all users are in; until then they are beside it."""
+    fill(shell.database, 2500)
+    shell.run("export", "users.jsonl")
+    file = tmp_path / "users.jsonl"
+    whole = file.read_bytes()
+    damage = "UPDATE user_metadata SET user_metadata = ? WHERE user_id = 'user 02200'"
+    with closing(sqlite3.connect(shell.database)) as connection, connection:
+        connection.execute(damage, ["["])
+    error = shell.run("export", "users.jsonl", code=1)
+    assert "user 02200" in error
+    assert "Go on with --resume" in error
+    assert file.read_bytes() == whole
+    with closing(sqlite3.connect(shell.database)) as connection, connection:
+        connection.execute(damage, ["{}"])
+    shell.run("export", "users.jsonl", "--resume")
+    assert len(file.read_bytes().splitlines()) == 2500
+    assert file.read_bytes() != whole
+
+
+def test_an_export_into_a_pipe(shell: Shell) -> None:
+    """What is no ordinary file is written to as it is."""
+    fill(shell.database, 1)
+    assert shell.run("export", "/dev/stdout") == shell.run("export")
 
 
 def test_an_export_spoils_no_other_file(shell: Shell, tmp_path: Path) -> None:
     """Neither what is no export, nor the last export where the storage cannot be read."""
     shell.run("set", "alice", "{}")
-    file = tmp_path / "file"
+    file, part = tmp_path / "file", tmp_path / "file.part"
     for text in ('{"precious": 1}', "precious\n", 'precious\n{"userId":'):
-        file.write_text(text)
+        part.write_text(text)
         shell.run("export", "file", "--resume", code=2)
-        assert file.read_text() == text
+        assert part.read_text() == text
+    file.write_text(text)
     nobody = "postgresql://127.0.0.1:1/nobody"
     assert "refused" in shell.run("export", "file", "--storage", nobody, code=1)
     assert file.read_text() == text
@@ -236,7 +270,9 @@ def test_a_cores_users_are_copied(shell: Shell, schema: str) -> None:
     shell.run("import-supertokens", url, "--after", "user 00999")
     assert list(read_all(shell.database)) == list(users)[1000:]
     error = shell.run("import-supertokens", url, "--table", "other", code=1)
-    assert "has no users in a table other: is it the core's?" in error
+    assert "has no table 'other', or no users in it: are --schema, --table" in error
+    shell.run("import-supertokens", server_url(), "--schema", schema)
+    assert read_all(shell.database) == users
     with closing(PostgresStorage(url, table="other")) as other:
         assert other.read(["user 00000"]) == {}
 

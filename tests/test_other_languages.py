@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -102,6 +103,16 @@ def test_a_web_framework_in_node(
             assert response.status == 200
             return json.loads(response.read())
 
+        for method, path in [
+            ("GET", "/userinfo"),
+            ("DELETE", "/userinfo"),
+            ("POST", "/updateinfo"),
+        ]:
+            connection.request(method, path, "{}", {"content-type": "application/json"})
+            with connection.getresponse() as response:
+                assert response.status == 401
+                response.read()
+
         updated = {"message": "successfully updated user metadata"}
         assert request("POST", "/updateinfo", {"theme": "dark", "text": "é\U0001f600"}) == updated
         assert request("POST", "/updateinfo", {"text": None, "n": {"m": None}}) == updated
@@ -119,23 +130,41 @@ def test_a_lambda_in_node(environment: dict[str, str], storage: InMemoryStorage)
 const { handler } = require("./aws_lambda");
 async function main() {
   for (const event of JSON.parse(process.argv[1])) {
-    console.log((await handler(event, {}, () => {})).body);
+    const { statusCode, body } = await handler(event, {}, () => {});
+    console.log(JSON.stringify([statusCode, body && JSON.parse(body)]));
   }
 }
 main();
 """
     request = {"headers": {"x-user-id": "alice"}, "path": "/updateinfo", "requestContext": {}}
+    # Those of an HTTP API differ from those of a REST API, and of Netlify.
+    newer = {"version": "2.0", "headers": {"x-user-id": "alice"}}
+
+    def http(method: str) -> dict[str, Any]:
+        return {"http": {"method": method, "path": "/updateinfo"}}
+
+    encoded = {"isBase64Encoded": True, "body": base64.b64encode(b'{"n":1}').decode()}
     events = [
         {**request, "httpMethod": "POST", "body": '{"theme": "dark"}'},
         {**request, "httpMethod": "GET", "body": None},
+        {**newer, "requestContext": http("POST"), **encoded},
+        {**newer, "requestContext": http("GET")},
+        {**newer, "requestContext": http("DELETE")},
+        {**newer, "requestContext": http("DELETE"), "headers": {}},
+        {**request, "httpMethod": "POST", "body": '{"after": true}'},
     ]
     command = ["node", "-e", program, json.dumps(events)]
     output = subprocess.check_output(command, cwd=CLIENTS, env=environment, text=True, timeout=60)
     assert [json.loads(line) for line in output.splitlines()] == [
-        {"message": "successfully updated user metadata"},
-        {"theme": "dark"},
+        [200, {"message": "successfully updated user metadata"}],
+        [200, {"theme": "dark"}],
+        [200, {"message": "successfully updated user metadata"}],
+        [200, {"theme": "dark", "n": 1}],
+        [200, {"message": "successfully cleared user metadata"}],
+        [401, ""],
+        [200, {"message": "successfully updated user metadata"}],
     ]
-    assert storage.read(["alice"]) == {"alice": {"theme": "dark"}}
+    assert storage.read(["alice"]) == {"alice": {"after": True}}
 
 
 def test_what_the_sdk_of_go_sends(environment: dict[str, str], storage: InMemoryStorage) -> None:

@@ -338,6 +338,13 @@ def test_an_empty_key_is_no_key(api_keys: Any) -> None:
         create_app(InMemoryStorage(), api_keys=api_keys)
 
 
+@pytest.mark.parametrize("storage", ["sqlite:///users.db", None])
+def test_a_url_is_no_storage(storage: Any) -> None:
+    """``init`` takes URLs, and this does not: the storage is the caller's to close."""
+    with pytest.raises(InvalidInputError, match=r"storage: .* is not a storage: pass"):
+        create_app(storage)
+
+
 def test_a_large_body_is_refused(usermetadata_storage: InMemoryStorage) -> None:
     """413 above the limit, whether or not the length was announced; at the limit it is taken."""
     body = json.dumps({"userId": "a", "metadataUpdate": {"text": "x" * 1000}}).encode()

@@ -147,6 +147,10 @@ with TestClient(app) as client:
     client.headers["authorization"] = f"Bearer {sys.argv[2]}"
     print(client.post("/updateinfo", json={"theme": "dark"}).json())
     print(client.get("/userinfo").json())
+    as_json = {"content-type": "application/json"}
+    print(client.post("/updateinfo", content='{"a": NaN}', headers=as_json).json())
+    print(client.delete("/userinfo").json())
+    print(client.post("/updateinfo", json={"after": True}).json())
 """
     examples = Path(__file__).parent.parent / "docs" / "examples"
     monkeypatch.setenv("USERMETADATA_URL", f"sqlite:///{database}")
@@ -157,6 +161,9 @@ with TestClient(app) as client:
         "401",
         "{'message': 'successfully updated user metadata'}",
         "{'theme': 'dark'}",
+        "{'message': 'metadata_update[\"a\"]: nan is not JSON'}",
+        "{'message': 'successfully cleared user metadata'}",
+        "{'message': 'successfully updated user metadata'}",
     ]
     with contextlib.closing(SQLiteStorage(database)) as storage:
-        assert storage.read(["alice"]) == {"alice": {"theme": "dark"}}
+        assert storage.read(["alice"]) == {"alice": {"after": True}}

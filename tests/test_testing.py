@@ -82,6 +82,38 @@ def test_the_fixture_undoes_itself(pytester: pytest.Pytester) -> None:
     pytester.runpytest("-W", "error").assert_outcomes(passed=2)
 
 
+def test_the_sdk_finds_the_server_in_every_test(pytester: pytest.Pytester) -> None:
+    """It keeps the first URL that it was given, so that is the one for all; stores are fresh."""
+    pytester.makepyfile(
+        """
+        import pytest
+        from supertokens_python import InputAppInfo, SupertokensConfig, init
+        from supertokens_python.recipe import usermetadata
+        from supertokens_python.recipe.usermetadata.syncio import (
+            get_user_metadata,
+            update_user_metadata,
+        )
+
+        @pytest.mark.parametrize("turn", [1, 2])
+        def test_theme(usermetadata_server, turn):
+            init(
+                app_info=InputAppInfo(
+                    app_name="shop",
+                    api_domain="http://localhost",
+                    website_domain="http://localhost",
+                ),
+                supertokens_config=SupertokensConfig(usermetadata_server),
+                framework="fastapi",
+                recipe_list=[usermetadata.init()],
+            )
+            assert get_user_metadata("alice").metadata == {}
+            update_user_metadata("alice", {"turn": turn})
+            assert get_user_metadata("alice").metadata == {"turn": turn}
+        """
+    )
+    pytester.runpytest_subprocess().assert_outcomes(passed=2)
+
+
 def test_the_suite_finds_a_faulty_storage(pytester: pytest.Pytester) -> None:
     """A subclass with one fixture runs all tests, and explains what it finds."""
     pytester.makepyfile(

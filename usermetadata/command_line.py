@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 from contextlib import closing, contextmanager
-from itertools import chain, islice
+from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import click
@@ -132,23 +132,33 @@ def clear(storage: Storage, user_id: str) -> None:
 
 @main.command()
 @click.argument("file", type=click.Path(dir_okay=False, allow_dash=True), default="-")
-@click.option("--resume", is_flag=True, help="Go on after the last whole line of FILE.")
+@click.option("--resume", is_flag=True, help="Go on after the last line of FILE.part.")
 @functools.partial(_with_storage, must_exist=True)
 def export(storage: Storage, file: str, *, resume: bool) -> None:
     """Write all users as JSON Lines to FILE, or to standard output.
 
     Each line is {"userId": "...", "metadata": {...}}. A thousand users at a time are read as of one
-    moment.
+    moment. Until all are written, they are in FILE.part.
     """
-    after = _cut_after_last_line(file) if resume else ""
-    batches = _users(storage, after)
-    first = list(islice(batches, 1))  # or why there is none, before a file is emptied
-    with click.open_file(file, "a" if resume else "w", encoding="utf-8") as output:
-        for batch in _watched(chain(first, batches), "Exporting"):
+    # What is there and no ordinary file, a terminal or a pipe, is written to directly.
+    is_whole = file == "-" or (os.path.exists(file) and not os.path.isfile(file))
+    part = file if is_whole else f"{os.path.realpath(file)}.part"
+    if resume and is_whole:
+        raise InvalidInputError("--resume needs a FILE")
+    after = _cut_after_last_line(part) if resume else ""
+    is_shown = is_whole and sys.stdout.isatty()
+    with (
+        click.open_file(part, "a" if resume else "w", encoding="utf-8") as output,
+        _resumable(lambda: "--resume" if after and not is_whole else ""),
+    ):
+        for batch in _watched(_users(storage, after), "Exporting", hidden=is_shown):
             for user_id, metadata in batch.items():
                 line = encode_metadata({"userId": user_id, "metadata": metadata})
                 output.write(line + "\n")
             output.flush()
+            after = list(batch)[-1]
+    if not is_whole:
+        os.replace(part, file)
 
 
 @main.command("import")
@@ -180,11 +190,12 @@ def import_(storage: Storage, file: BinaryIO, from_line: int) -> None:
 @main.command()
 @click.argument("dsn")
 @click.option("--table", default="user_metadata", show_default=True, help="The core's table.")
+@click.option("--schema", help="The schema it is in, if not the first of the search path.")
 @click.option("--core-app-id", default="public", show_default=True, help="The core's app.")
 @click.option("--after", default="", help="The user id after which to go on.")
 @_with_storage
-def import_supertokens(
-    storage: Storage, dsn: str, table: str, core_app_id: str, after: str
+def import_supertokens(  # noqa: PLR0913, PLR0917 - they are options
+    storage: Storage, dsn: str, table: str, schema: str | None, core_app_id: str, after: str
 ) -> None:
     """Copy the users of a SuperTokens core, whose PostgreSQL database is at DSN.
 
@@ -194,11 +205,14 @@ def import_supertokens(
     from usermetadata.storage.postgres import PostgresStorage
 
     with (
-        closing(PostgresStorage(dsn, table=table, app_id=core_app_id)) as source,
+        closing(PostgresStorage(dsn, table=table, schema=schema, app_id=core_app_id)) as source,
         _resumable(lambda: f"--after {shlex.quote(after)}" if after else ""),
     ):
         if not source.read_after("", 1):
-            raise UsageError(f"{source!r} has no users in a table {table}: is it the core's?")
+            raise UsageError(
+                f"{source!r} has no table {table!r}, or no users in it: are --schema, --table and"
+                " --core-app-id the core's?"
+            )
         for batch in _watched(_users(source, after), "Copying"):
             storage.write([(user_id, Replace(batch[user_id])) for user_id in batch])
             after = list(batch)[-1]
@@ -244,27 +258,37 @@ def serve(  # noqa: PLR0913, PLR0917 - they are options
     """Answer SuperTokens' SDKs, in any language, as a core would: user metadata, over HTTP."""
     if not api_keys and not _is_loopback(host):
         raise click.UsageError(
-            f"{host} can be reached from elsewhere: give --api-key, or listen at 127.0.0.1"
+            f"--host {host!r} can be reached from elsewhere: give --api-key, or listen at 127.0.0.1"
         )
     from usermetadata.server import create_app
 
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise ImportError("serve needs uvicorn: pip install 'usermetadata[server]'") from error
+
     keys = [key.strip() for key in api_keys]
     app = create_app(storage, api_keys=keys, max_body_size=max_body_size)
-    import uvicorn
-
+    storage.read([])  # or why it cannot be read, before anybody asks
     logging.basicConfig(format="%(levelname)s:     %(message)s")
     logging.getLogger("usermetadata").setLevel(log_level.upper())
     # uvicorn sends itself this signal again when it has stopped; the storage is to be closed then.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-    uvicorn.run(
-        app,
-        host=host,
-        port=port,
-        access_log=False,
-        server_header=False,
-        log_level=log_level,
-        timeout_graceful_shutdown=_GRACE,
-    )
+    try:
+        uvicorn.run(
+            app,
+            host=host,
+            port=port,
+            access_log=False,
+            server_header=False,
+            log_level=log_level,
+            timeout_graceful_shutdown=_GRACE,
+        )
+    except SystemExit as error:
+        if error.code:  # its log says why
+            text = f"cannot listen at --host {host!r} --port {port}"
+            raise click.ClickException(text) from error
+        raise
 
 
 def _functions(storage: Storage) -> Any:
@@ -287,6 +311,9 @@ def _given(text: str | None) -> str | bytes:
 def _parse(text: str | bytes, name: str) -> Any:
     try:
         return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{error.msg} at character {error.pos + 1}"
+        raise InvalidInputError(f"{name}: it is not JSON: {where}") from error
     except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"{name}: {error}") from error
 
@@ -310,14 +337,14 @@ def _users(storage: Storage, after: str) -> Iterator[dict[str, Metadata]]:
         after = list(batch)[-1]
 
 
-def _watched(batches: Iterable[Batch], label: str) -> Iterator[Batch]:
+def _watched(batches: Iterable[Batch], label: str, *, hidden: bool = False) -> Iterator[Batch]:
     """Show on a terminal how many users have been done."""
     done = 0
     with click.progressbar(
         batches,
         label=label,
         file=sys.stderr,
-        hidden=not sys.stderr.isatty(),
+        hidden=hidden or not sys.stderr.isatty(),
         item_show_func=lambda _: f"{done} users",
     ) as bar:
         for batch in bar:
@@ -330,7 +357,7 @@ def _watched(batches: Iterable[Batch], label: str) -> Iterator[Batch]:
 def _resumable(how: Callable[[], str]) -> Generator[None, None, None]:
     try:
         yield
-    except (StorageError, InvalidInputError, KeyboardInterrupt):
+    except (StorageError, InvalidInputError, OSError, KeyboardInterrupt):
         if how():
             click.echo(f"What came before is stored. Go on with {how()} after this:", err=True)
         raise
@@ -338,8 +365,6 @@ def _resumable(how: Callable[[], str]) -> Generator[None, None, None]:
 
 def _cut_after_last_line(file: str) -> str:
     """Cut off a line that was not written to its end; return the last user, if there is one."""
-    if file == "-":
-        raise InvalidInputError("--resume needs a FILE")
     if not os.path.exists(file):
         return ""
     last, number, end, rest = b"", 0, 0, b""

@@ -79,7 +79,8 @@ def create_app(
         The application. Its lifespan lets the calls under way come to their end.
 
     Raises:
-        InvalidInputError: ``api_keys`` is not a collection of keys, or one of them is empty.
+        InvalidInputError: ``storage`` is a URL, say; ``api_keys`` is not a collection of keys, or
+            one of them is empty.
 
     Example:
         >>> from usermetadata import InMemoryStorage
@@ -87,6 +88,10 @@ def create_app(
 
     The paths, answers and error texts are those of SuperTokens' core, "Core Driver Interface".
     """
+    if not hasattr(storage, "for_app"):
+        raise InvalidInputError(
+            f"storage: {type(storage).__name__} is not a storage: pass SQLiteStorage(...), say"
+        )
     if isinstance(api_keys, str) or not all(key.strip() for key in api_keys):
         raise InvalidInputError("api_keys: an empty key, or a text instead of a list of keys")
     server = _Server(storage, api_keys, max_body_size)

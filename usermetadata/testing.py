@@ -22,7 +22,7 @@ from usermetadata.recipe import UserMetadataRecipe
 from usermetadata.storage.memory import InMemoryStorage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Sequence
 
     from usermetadata.changes import Change
     from usermetadata.json import Metadata
@@ -55,12 +55,12 @@ def usermetadata_storage() -> Generator[InMemoryStorage, None, None]:
 
 @pytest.fixture
 def usermetadata_server(
-    usermetadata_storage: InMemoryStorage,
+    usermetadata_storage: InMemoryStorage, _usermetadata_served: _Served
 ) -> Generator[str, None, None]:
     """Serve the test's fresh in-memory store to SuperTokens' SDKs; give the test the URL.
 
     It needs the extra ``server``. The application's SDK is given the URL as its ``connection_uri``,
-    and asks for no key.
+    and asks for no key. The URL is one for all tests, as an SDK keeps the first that it was given.
 
     Example:
         A test of an application that uses the SDK::
@@ -68,6 +68,37 @@ def usermetadata_server(
             def test_theme(usermetadata_server):
                 init(supertokens_config=SupertokensConfig(connection_uri=usermetadata_server), ...)
     """
+    _usermetadata_served.storage = usermetadata_storage
+    yield _usermetadata_served.url
+    _usermetadata_served.storage = None
+
+
+class _Served:
+    """What the tests' server serves: the storage of the test that runs."""
+
+    reads_in_flight = writes_in_flight = 0
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.storage: InMemoryStorage | None = None
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        return self._current().read(user_ids)
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        return self._current().write(changes)
+
+    def for_app(self, app_id: str) -> InMemoryStorage:
+        return self._current().for_app(app_id)
+
+    def _current(self) -> InMemoryStorage:
+        if self.storage is None:
+            raise UsageError("the test that this server was for is over")
+        return self.storage
+
+
+@pytest.fixture(scope="session")
+def _usermetadata_served() -> Generator[_Served, None, None]:
     import socket
 
     import uvicorn
@@ -75,12 +106,13 @@ def usermetadata_server(
     from usermetadata.server import create_app
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(create_app(usermetadata_storage), log_config=None, access_log=False)
+        served: Any = _Served(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        config = uvicorn.Config(create_app(served), log_config=None, access_log=False)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         # Whoever connects now waits until the server is ready.
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield served
         server.should_exit = True
         thread.join()
 

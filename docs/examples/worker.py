@@ -11,7 +11,8 @@ from usermetadata.syncio import modify_user_metadata
 
 
 def one_more(metadata: dict[str, Any]) -> dict[str, Any]:
-    return {**metadata, "visits": metadata.get("visits", 0) + 1}
+    visits = metadata.get("visits")
+    return {**metadata, "visits": visits + 1 if isinstance(visits, int) else 1}
 
 
 def count_visit(user_id: str) -> int:

@@ -19,15 +19,20 @@ const currentUser = (event) => event.headers["x-user-id"];
 const answer = (content) => ({ statusCode: 200, body: JSON.stringify(content) });
 
 async function answerTo(event) {
-  if (event.httpMethod === "POST") {
-    await UserMetadata.updateUserMetadata(currentUser(event), JSON.parse(event.body));
+  const userId = currentUser(event);
+  if (!userId) return { statusCode: 401, body: "" };
+  // An HTTP API has it in one place; a REST API, and Netlify, in the other.
+  const method = event.requestContext?.http?.method ?? event.httpMethod;
+  if (method === "POST") {
+    const body = Buffer.from(event.body, event.isBase64Encoded ? "base64" : "utf8");
+    await UserMetadata.updateUserMetadata(userId, JSON.parse(body));
     return answer({ message: "successfully updated user metadata" });
   }
-  if (event.httpMethod === "DELETE") {
-    await UserMetadata.clearUserMetadata(currentUser(event));
+  if (method === "DELETE") {
+    await UserMetadata.clearUserMetadata(userId);
     return answer({ message: "successfully cleared user metadata" });
   }
-  return answer((await UserMetadata.getUserMetadata(currentUser(event))).metadata);
+  return answer((await UserMetadata.getUserMetadata(userId)).metadata);
 }
 
 module.exports.handler = middleware(answerTo);

@@ -18,6 +18,7 @@ const currentUser = (request) => request.headers["x-user-id"];
 
 const app = express();
 app.use(middleware(), express.json());
+app.use((request, response, next) => (currentUser(request) ? next() : response.sendStatus(401)));
 
 app.post("/updateinfo", async (request, response) => {
   await UserMetadata.updateUserMetadata(currentUser(request), request.body);

@@ -19,6 +19,9 @@ const currentUser = (request) => request.headers["x-user-id"];
 const app = fastify();
 app.register(plugin);
 app.setErrorHandler(errorHandler());
+app.addHook("onRequest", async (request, reply) => {
+  if (!currentUser(request)) return reply.code(401).send();
+});
 
 app.post("/updateinfo", async (request) => {
   await UserMetadata.updateUserMetadata(currentUser(request), request.body);

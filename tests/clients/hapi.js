@@ -18,6 +18,10 @@ const currentUser = (request) => request.headers["x-user-id"];
 
 const server = hapi.server({ port: process.env.PORT });
 
+server.ext("onPreHandler", (request, h) =>
+  currentUser(request) ? h.continue : h.response().code(401).takeover(),
+);
+
 server.route([
   {
     path: "/updateinfo",

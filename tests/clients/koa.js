@@ -20,6 +20,8 @@ const currentUser = (context) => context.get("x-user-id");
 
 const router = new Router();
 
+router.use((context, next) => (currentUser(context) ? next() : context.throw(401)));
+
 router.post("/updateinfo", async (context) => {
   await UserMetadata.updateUserMetadata(currentUser(context), context.request.body);
   context.body = { message: "successfully updated user metadata" };

@@ -1,5 +1,5 @@
 import { inject } from "@loopback/core";
-import { RestApplication, RestBindings, del, get, post, requestBody } from "@loopback/rest";
+import { HttpErrors, RestApplication, RestBindings, del, get, post, requestBody } from "@loopback/rest";
 import type { MiddlewareContext } from "@loopback/rest";
 import supertokens from "supertokens-node";
 import { middleware } from "supertokens-node/framework/loopback";
@@ -16,7 +16,11 @@ supertokens.init({
 });
 
 // Stands for your own authentication: a client must not choose its user id.
-const currentUser = (context: MiddlewareContext) => context.request.header("x-user-id")!;
+function currentUser(context: MiddlewareContext): string {
+  const userId = context.request.header("x-user-id");
+  if (!userId) throw new HttpErrors.Unauthorized();
+  return userId;
+}
 
 class UserInfo {
   constructor(@inject(RestBindings.Http.CONTEXT) private context: MiddlewareContext) {}

@@ -1,5 +1,7 @@
 import "reflect-metadata";
-import { Body, Controller, Delete, Get, Headers, HttpCode, Module, Post } from "@nestjs/common";
+import { Body, Controller, Delete, Get, HttpCode, Module, Post } from "@nestjs/common";
+import { UnauthorizedException, createParamDecorator } from "@nestjs/common";
+import type { ExecutionContext } from "@nestjs/common";
 import { NestFactory } from "@nestjs/core";
 import supertokens from "supertokens-node";
 import { errorHandler, middleware } from "supertokens-node/framework/express";
@@ -16,7 +18,11 @@ supertokens.init({
 });
 
 // Stands for your own authentication: a client must not choose its user id.
-const CurrentUser = () => Headers("x-user-id");
+const CurrentUser = createParamDecorator((_: unknown, context: ExecutionContext): string => {
+  const userId = context.switchToHttp().getRequest().headers["x-user-id"];
+  if (!userId) throw new UnauthorizedException();
+  return userId;
+});
 
 @Controller()
 class UserInfo {

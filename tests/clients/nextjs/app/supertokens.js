@@ -12,6 +12,11 @@ supertokens.init({
 });
 
 // Stands for your own authentication: a client must not choose its user id.
-export const currentUser = (request) => request.headers.get("x-user-id");
+const currentUser = (request) => request.headers.get("x-user-id");
+
+export const forUser = (answer) => async (request) => {
+  const userId = currentUser(request);
+  return userId ? Response.json(await answer(userId, request)) : new Response(null, { status: 401 });
+};
 
 export { UserMetadata };

@@ -1,6 +1,6 @@
-import { currentUser, UserMetadata } from "../supertokens";
+import { forUser, UserMetadata } from "../supertokens";
 
-export async function POST(request) {
-  await UserMetadata.updateUserMetadata(currentUser(request), await request.json());
-  return Response.json({ message: "successfully updated user metadata" });
-}
+export const POST = forUser(async (userId, request) => {
+  await UserMetadata.updateUserMetadata(userId, await request.json());
+  return { message: "successfully updated user metadata" };
+});

@@ -1,10 +1,10 @@
-import { currentUser, UserMetadata } from "../supertokens";
+import { forUser, UserMetadata } from "../supertokens";
 
-export async function GET(request) {
-  return Response.json((await UserMetadata.getUserMetadata(currentUser(request))).metadata);
-}
+export const GET = forUser(async (userId) => {
+  return (await UserMetadata.getUserMetadata(userId)).metadata;
+});
 
-export async function DELETE(request) {
-  await UserMetadata.clearUserMetadata(currentUser(request));
-  return Response.json({ message: "successfully cleared user metadata" });
-}
+export const DELETE = forUser(async (userId) => {
+  await UserMetadata.clearUserMetadata(userId);
+  return { message: "successfully cleared user metadata" };
+});
