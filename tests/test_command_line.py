@@ -185,8 +185,9 @@ def test_an_export_is_resumed(shell: Shell, tmp_path: Path) -> None:
 def test_a_failed_export_leaves_the_last_one(shell: Shell, tmp_path: Path) -> None:
     """The file is replaced when all users are in; until then they are beside it."""
     fill(shell.database, 2500)
+    file = tmp_path / "elsewhere.jsonl"
+    (tmp_path / "users.jsonl").symlink_to(file)
     shell.run("export", "users.jsonl")
-    file = tmp_path / "users.jsonl"
     whole = file.read_bytes()
     damage = "UPDATE user_metadata SET user_metadata = ? WHERE user_id = 'user 02200'"
     with closing(sqlite3.connect(shell.database)) as connection, connection:

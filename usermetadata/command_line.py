@@ -141,15 +141,16 @@ def export(storage: Storage, file: str, *, resume: bool) -> None:
     moment. Until all are written, they are in FILE.part.
     """
     # What is there and no ordinary file, a terminal or a pipe, is written to directly.
-    is_whole = file == "-" or (os.path.exists(file) and not os.path.isfile(file))
-    part = file if is_whole else f"{os.path.realpath(file)}.part"
-    if resume and is_whole:
+    is_direct = file == "-" or (os.path.exists(file) and not os.path.isfile(file))
+    if resume and is_direct:
         raise InvalidInputError("--resume needs a FILE")
+    target = file if is_direct else os.path.realpath(file)
+    part = target if is_direct else f"{target}.part"
     after = _cut_after_last_line(part) if resume else ""
-    is_shown = is_whole and sys.stdout.isatty()
+    is_shown = is_direct and sys.stdout.isatty()
     with (
         click.open_file(part, "a" if resume else "w", encoding="utf-8") as output,
-        _resumable(lambda: "--resume" if after and not is_whole else ""),
+        _resumable(lambda: "--resume" if after and not is_direct else ""),
     ):
         for batch in _watched(_users(storage, after), "Exporting", hidden=is_shown):
             for user_id, metadata in batch.items():
@@ -157,8 +158,8 @@ def export(storage: Storage, file: str, *, resume: bool) -> None:
                 output.write(line + "\n")
             output.flush()
             after = list(batch)[-1]
-    if not is_whole:
-        os.replace(part, file)
+    if not is_direct:
+        os.replace(part, target)
 
 
 @main.command("import")
