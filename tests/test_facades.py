@@ -353,34 +353,36 @@ def test_a_cancelled_caller_hurts_nobody() -> None:
 
 @pytest.mark.parametrize("storage", ["sqlite file"], indirect=True)
 def test_threads_lose_no_update() -> None:
-    """8 threads update one user 500 times each, each time another property."""
+    """8 threads update one user 500 times each; a lost update would leave its trace."""
 
     def work(thread: int) -> None:
         for number in range(500):
-            syncio.update_user_metadata("alice", {f"{thread}:{number}": number})
+            update = {f"{thread}:{number}": number, f"{thread}:{number - 1}": None}
+            syncio.update_user_metadata("alice", update)
 
     threads = [threading.Thread(target=work, args=[number]) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    expected = {f"{thread}:{number}": number for thread in range(8) for number in range(500)}
+    expected = {f"{thread}:499": 499 for thread in range(8)}
     assert syncio.get_user_metadata("alice").metadata == expected
 
 
 @pytest.mark.parametrize("storage", ["sqlite file"], indirect=True)
 def test_tasks_lose_no_update() -> None:
-    """8 tasks update one user 500 times each, each time another property."""
+    """8 tasks update one user 500 times each; a lost update would leave its trace."""
 
     async def work(task: int) -> None:
         for number in range(500):
-            await aio.update_user_metadata("alice", {f"{task}:{number}": number})
+            update = {f"{task}:{number}": number, f"{task}:{number - 1}": None}
+            await aio.update_user_metadata("alice", update)
 
     async def main() -> None:
         await asyncio.gather(*map(work, range(8)))
 
     asyncio.run(main())
-    expected = {f"{task}:{number}": number for task in range(8) for number in range(500)}
+    expected = {f"{task}:499": 499 for task in range(8)}
     assert syncio.get_user_metadata("alice").metadata == expected
 
 

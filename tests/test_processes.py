@@ -499,7 +499,7 @@ for function in (
 started.wait()
 """
     command = [sys.executable, "-c", program, url]
-    for _ in range(8):
+    for _ in range(5):
         finished = subprocess.run(
             command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
         )
