@@ -37,7 +37,14 @@ HOUSE: dict[str, set[str]] = {
         "storage",
         "storage.postgres",
     },
-    "server": {"coalescing", "exceptions", "identifiers", "json", "recipe_implementation"},
+    "server": {
+        "coalescing",
+        "exceptions",
+        "identifiers",
+        "json",
+        "recipe_implementation",
+        "storage",
+    },
     "supertokens": {"asyncio"},
     "": {
         "exceptions",
@@ -57,6 +64,7 @@ HOUSE: dict[str, set[str]] = {
         "interfaces",
         "recipe_implementation",
         "reentry",
+        "storage",
         "storage.memory",
         "storage.postgres",
         "storage.sqlite",

@@ -227,9 +227,9 @@ def open_storage(storage: Storage | str | os.PathLike[str]) -> Storage:
         )
     if isinstance(storage, os.PathLike):
         return _open_sqlite(storage)
-    if not isinstance(storage, type) and all(
-        hasattr(storage, verb) for verb in ("read", "write", "for_app", "close")
-    ):
+    from usermetadata.storage import Storage
+
+    if isinstance(storage, Storage) and not isinstance(storage, type):
         return storage
     raise InvalidInputError(
         f"storage: {type(storage).__name__} is neither a storage nor a URL nor a path:"

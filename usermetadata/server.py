@@ -36,6 +36,7 @@ from usermetadata.exceptions import (
 from usermetadata.identifiers import check_user_id
 from usermetadata.json import encode_metadata
 from usermetadata.recipe_implementation import RecipeImplementation
+from usermetadata.storage import Storage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from usermetadata.bridge import Verbs
     from usermetadata.changes import Change
     from usermetadata.json import Metadata
-    from usermetadata.storage import Storage
 
 T = TypeVar("T")
 
@@ -88,7 +88,7 @@ def create_app(
 
     The paths, answers and error texts are those of SuperTokens' core, "Core Driver Interface".
     """
-    if not hasattr(storage, "for_app"):
+    if not isinstance(storage, Storage):
         raise InvalidInputError(
             f"storage: {type(storage).__name__} is not a storage: pass SQLiteStorage(...), say"
         )

@@ -91,6 +91,9 @@ class _Served:
     def for_app(self, app_id: str) -> InMemoryStorage:
         return self._current().for_app(app_id)
 
+    def close(self) -> None:
+        """The test's fixture closes what it has opened."""
+
     def _current(self) -> InMemoryStorage:
         if self.storage is None:
             raise UsageError("the test that this server was for is over")

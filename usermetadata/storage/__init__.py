@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from usermetadata.json import Metadata
 
 
+@runtime_checkable
 class Storage(Protocol):
     """Keeps one JSON object per user of an app.
 
