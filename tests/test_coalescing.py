@@ -365,7 +365,7 @@ def test_a_worker_that_is_about_to_end_takes_the_call(
     """A call that comes when the worker has just given up waiting for one is not left waiting."""
 
     class GivesUpTooLate(queue.SimpleQueue[None]):
-        def get(self, block: bool = True, timeout: float | None = None) -> None:  # noqa: FBT001, FBT002
+        def get(self, block: bool = True, timeout: float | None = None) -> None:  # noqa: FBT001, FBT002 - SimpleQueue has it so
             super().get()
             if timeout is not None:
                 self.put(None)

@@ -326,7 +326,7 @@ def test_a_write_waits_for_the_core(
     postgres: PostgresStorage,
     change: Change,
     expected: Any,
-    row: bool,  # noqa: FBT001
+    row: bool,  # noqa: FBT001 - pytest passes it by name
 ) -> None:
     """A core that has read and not yet written loses nothing of ours, and we nothing of it."""
     if row:

@@ -141,6 +141,7 @@ class Connections:
                 can_repeat = isinstance(error, _UNDONE) or (_is_lost(error) and not is_write)
                 if not can_repeat or attempt == _ATTEMPTS:
                     raise self._translated(error, is_write=is_write) from error
+            # So that those who have met do not meet again; nothing secret.
             time.sleep(random.uniform(0, min(_LONGEST_PAUSE, 0.01 * 2**attempt)))  # noqa: S311
             attempt += 1
 
