@@ -85,10 +85,9 @@ def test_the_functions_are_commands(shell: Shell) -> None:
         (["update", "alice", "{"], 2, "metadata_update: it is not JSON: Expecting property name"),
         (["set", "alice", "[1]"], 2, "metadata: list is not a mapping"),
         (["set", "alice", '{"n": NaN}'], 2, 'metadata["n"]: nan is not JSON'),
-        (["get", "alice", "--storage", "mysql://x"], 2, "mysql:// is not a URL that is known"),
+        (["get", "alice", "--storage", "mysql://x"], 2, "unsupported storage URL: mysql://"),
         (["clear", "alice", "--storage", "/missing/users.db"], 1, "the directory /missing does"),
         (["export", "missing/x", "--storage", "memory://"], 1, "No such file or directory"),
-        (["export", "--resume", "--storage", "memory://"], 2, "--resume needs a FILE"),
         (["import", "missing.jsonl"], 2, "No such file"),
         (["import", "not_utf8.jsonl"], 2, "'utf-8' codec can't decode byte 0xff"),
         (["import", "missing.jsonl", "--from-line", "0"], 2, "0 is not in the range x>=1"),
@@ -140,7 +139,7 @@ def read_all(database: Path) -> dict[str, Any]:
 
 
 def test_what_is_exported_can_be_imported(shell: Shell, tmp_path: Path) -> None:
-    """JSON Lines, one user each, over files or pipes; who is stored already is replaced."""
+    """JSON Lines, one user each, over files or pipes; existing users are overwritten."""
     users = fill(shell.database, 2500)
     lines = shell.run("export")
     first = '{"userId":"user 00000","metadata":{"n":0,"text":"é\u2028"}}'
@@ -166,24 +165,8 @@ def test_a_file_may_have_been_edited(shell: Shell, tmp_path: Path) -> None:
     assert shell.run("update", "alice", stdin='\ufeff{"n": 2}') == '{\n  "n": 2\n}\n'
 
 
-def test_an_export_is_resumed(shell: Shell, tmp_path: Path) -> None:
-    """A file that ends in the middle of a line is cut there and gone on with."""
-    users = fill(shell.database, 1500)
-    shell.run("export", "whole.jsonl")
-    whole = (tmp_path / "whole.jsonl").read_bytes()
-    file, part = tmp_path / "users.jsonl", tmp_path / "users.jsonl.part"
-    shell.run("export", "users.jsonl", "--resume")
-    assert file.read_bytes() == whole
-    for size in (0, 10, 40_000, len(whole)):
-        part.write_bytes(whole[:size])
-        shell.run("export", "users.jsonl", "--resume")
-        assert file.read_bytes() == whole
-        assert not part.exists()
-    assert len(whole.splitlines()) == len(users)
-
-
 def test_a_failed_export_leaves_the_last_one(shell: Shell, tmp_path: Path) -> None:
-    """The file is replaced when all users are in; until then they are beside it."""
+    """The file is replaced when all users are written; a failure leaves no other file behind."""
     fill(shell.database, 2500)
     file = tmp_path / "elsewhere.jsonl"
     (tmp_path / "users.jsonl").symlink_to(file)
@@ -194,11 +177,12 @@ def test_a_failed_export_leaves_the_last_one(shell: Shell, tmp_path: Path) -> No
         connection.execute(damage, ["["])
     error = shell.run("export", "users.jsonl", code=1)
     assert "user 02200" in error
-    assert "Go on with --resume" in error
     assert file.read_bytes() == whole
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".db", ".jsonl", ".jsonl"]
     with closing(sqlite3.connect(shell.database)) as connection, connection:
         connection.execute(damage, ["{}"])
-    shell.run("export", "users.jsonl", "--resume")
+    shell.run("export", "users.jsonl")
+    assert (tmp_path / "users.jsonl").is_symlink()
     assert len(file.read_bytes().splitlines()) == 2500
     assert file.read_bytes() != whole
 
@@ -209,18 +193,23 @@ def test_an_export_into_a_pipe(shell: Shell) -> None:
     assert shell.run("export", "/dev/stdout") == shell.run("export")
 
 
-def test_an_export_spoils_no_other_file(shell: Shell, tmp_path: Path) -> None:
-    """Neither what is no export, nor the last export where the storage cannot be read."""
-    shell.run("set", "alice", "{}")
-    file, part = tmp_path / "file", tmp_path / "file.part"
-    for text in ('{"precious": 1}', "precious\n", 'precious\n{"userId":'):
-        part.write_text(text)
-        shell.run("export", "file", "--resume", code=2)
-        assert part.read_text() == text
-    file.write_text(text)
+def test_an_export_of_a_storage_that_cannot_be_read(shell: Shell, tmp_path: Path) -> None:
+    """The last export stays as it is."""
+    file = tmp_path / "file"
+    file.write_text("the last export")
     nobody = "postgresql://127.0.0.1:1/nobody"
     assert "refused" in shell.run("export", "file", "--storage", nobody, code=1)
-    assert file.read_text() == text
+    assert file.read_text() == "the last export"
+
+
+def test_an_export_is_private(shell: Shell, tmp_path: Path) -> None:
+    """A new file can be read by its owner only; a file that is replaced keeps its mode."""
+    shell.run("set", "alice", "{}")
+    shell.run("export", "new.jsonl")
+    assert (tmp_path / "new.jsonl").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "new.jsonl").chmod(0o640)
+    shell.run("export", "new.jsonl")
+    assert (tmp_path / "new.jsonl").stat().st_mode & 0o777 == 0o640
 
 
 def test_rows_of_other_programs_are_shown(shell: Shell) -> None:
@@ -271,7 +260,7 @@ def test_a_cores_users_are_copied(shell: Shell, schema: str) -> None:
     shell.run("import-supertokens", url, "--after", "user 00999")
     assert list(read_all(shell.database)) == list(users)[1000:]
     error = shell.run("import-supertokens", url, "--table", "other", code=1)
-    assert "has no table 'other', or no users in it: are --schema, --table" in error
+    assert "has no table 'other', or no users in it; check --schema, --table" in error
     shell.run("import-supertokens", server_url(), "--schema", schema)
     assert read_all(shell.database) == users
     with closing(PostgresStorage(url, table="other")) as other:

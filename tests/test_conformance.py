@@ -13,7 +13,7 @@ import pytest
 
 from usermetadata import InMemoryStorage, UsageError
 from usermetadata.changes import Clear, Merge, Modify, Replace
-from usermetadata.json import decode_metadata, encode_metadata
+from usermetadata.codec import decode_metadata, encode_metadata
 from usermetadata.testing import StorageConformance
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from usermetadata import Storage
     from usermetadata.changes import Change
-    from usermetadata.json import Metadata
+    from usermetadata.codec import Metadata
 
 
 class TestEveryStorage(StorageConformance):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from usermetadata import Storage
     from usermetadata.changes import Change
-    from usermetadata.json import Metadata
+    from usermetadata.codec import Metadata
 
 NEVER = float("inf")
 

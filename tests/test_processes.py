@@ -21,7 +21,7 @@ from usermetadata.changes import Merge
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from usermetadata.json import Metadata
+    from usermetadata.codec import Metadata
 
 
 def start(program: str, *arguments: object) -> subprocess.Popen[str]:
@@ -345,25 +345,37 @@ print(storage.write([("alice", Merge({"after": True}))]))
     assert is_sound(database)
 
 
+READING = """
+import sqlite3
+
+connect = sqlite3.connect
+
+class Reading(sqlite3.Connection):
+    def execute(self, sql, *parameters):
+        cursor = super().execute(sql, *parameters)
+        if sql.startswith("SELECT user_id"):
+            in_the_middle_of_a_read()
+        return cursor
+
+sqlite3.connect = lambda path, **options: connect(path, **{**options, "factory": Reading})
+"""
+
+
 def test_a_fork_during_a_long_read_is_no_way_around_the_locks(database: Path) -> None:
     """The child of a fork that could not wait for a read is refused; the parent goes on."""
     program = """
 import os, sys, threading
 from usermetadata import SQLiteStorage, StorageError
 from usermetadata.changes import Merge
-from usermetadata.storage import sqlite
 
 storage = SQLiteStorage(sys.argv[1], timeout=0.1)
 storage.write([("alice", Merge({"n": 1}))])
 reading, forked = threading.Event(), threading.Event()
-decode = sqlite.decode_metadata
 
-def wait(text):
+def in_the_middle_of_a_read():
     reading.set()
     forked.wait()
-    return decode(text)
 
-sqlite.decode_metadata = wait
 reader = threading.Thread(target=storage.read, args=[["alice"]])
 reader.start()
 reading.wait()
@@ -381,7 +393,8 @@ forked.set()
 reader.join()
 print(storage.write([("alice", Merge({"after": 1}))]))
 """
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program, str(database)]
+    ignore = ["-W", "ignore::DeprecationWarning"]
+    command = [sys.executable, *ignore, "-c", READING + program, str(database)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (finished.returncode, finished.stderr) == (0, "")
     assert finished.stdout == "2\n[{'n': 1, 'after': 1}]\n"
@@ -394,29 +407,24 @@ def test_a_fork_inside_a_read(database: Path) -> None:
 import os, sys
 from usermetadata import SQLiteStorage, StorageError
 from usermetadata.changes import Merge
-from usermetadata.storage import sqlite
 
 storage = SQLiteStorage(sys.argv[1], timeout=0.1)
 storage.write([("alice", Merge({"n": 1}))])
 children = []
-decode = sqlite.decode_metadata
 
-def fork(text):
+def in_the_middle_of_a_read():
     if not children:
         children.append(os.fork())
-    return decode(text)
 
-sqlite.decode_metadata = fork
 assert storage.read(["alice"]) == {"alice": {"n": 1}}
 try:
     print(storage.read(["alice"]), flush=True)
 except StorageError as error:
     assert children == [0] and "forked in the middle of a call" in str(error)
-    assert not storage._connections._idle_readers  # which the end of the program would close
-    os._exit(0)
+    sys.exit()  # the end of the program must not close the connection
 assert os.waitpid(children[0], 0)[1] == 0
 """
-    assert finish(start(program, database)) == "{'alice': {'n': 1}}\n"
+    assert finish(start(READING + program, database)) == "{'alice': {'n': 1}}\n"
 
 
 def test_a_fork_does_not_wait_for_who_keeps_an_error(database: Path) -> None:
@@ -507,14 +515,17 @@ started.wait()
 
 
 def test_memory_is_each_processs_own() -> None:
-    """After a fork each side has a copy of an in-memory store; a lock held elsewhere is no trap."""
+    """After a fork each side has a copy of an in-memory store; a lock held elsewhere is no trap.
+
+    A fork waits for a write to SQLite's memory, and not for one to ``InMemoryStorage``.
+    """
     program = """
 import os, sys, threading
 import usermetadata
 from usermetadata import SQLiteStorage, InMemoryStorage
 from usermetadata.changes import Merge, Modify
 
-for storage in (InMemoryStorage(), SQLiteStorage(":memory:")):
+for storage, waits in ((InMemoryStorage(), False), (SQLiteStorage(":memory:"), True)):
     storage.write([("alice", Merge({"before": True}))])
     entered, forking = threading.Event(), threading.Event()
 
@@ -526,11 +537,14 @@ for storage in (InMemoryStorage(), SQLiteStorage(":memory:")):
     holder = threading.Thread(target=storage.write, args=[[("alice", Modify(hold))]])
     holder.start()
     entered.wait()
-    threading.Timer(0.05, forking.set).start()  # the fork waits for the holder
+    if waits:
+        threading.Timer(0.05, forking.set).start()  # the fork waits for the holder
     child = os.fork()
     if child == 0:
         [written] = storage.write([("alice", Merge({"child": True}))])
-        os._exit(written != {"before": True, "held": True, "child": True})
+        held = {"held": True} if waits else {}
+        os._exit(written != {"before": True, **held, "child": True})
+    forking.set()
     assert os.waitpid(child, 0)[1] == 0
     holder.join()
     assert storage.read(["alice"]) == {"alice": {"before": True, "held": True}}

@@ -28,12 +28,11 @@ from usermetadata import (
     UsageError,
 )
 from usermetadata.changes import Clear, Merge, Modify, Replace
-from usermetadata.json import decode_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-    from usermetadata.json import Metadata
+    from usermetadata.codec import Metadata
 
 
 @pytest.fixture
@@ -275,18 +274,17 @@ while interrupts < int(sys.argv[3]):
 def test_a_signal_handler_may_read(storage: SQLiteStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where it comes upon its own thread opening a connection."""
     storage.write([("alice", Merge({"n": 1}))])
-    connections: Any = storage._connections  # pyright: ignore[reportPrivateUsage]
-    connect = connections._open
+    connect = sqlite3.connect
     seen: list[object] = []
 
-    def interrupted() -> object:
+    def interrupted(*args: Any, **kwargs: Any) -> sqlite3.Connection:
         monkeypatch.undo()
         signal.raise_signal(signal.SIGUSR1)
-        return connect()
+        return connect(*args, **kwargs)
 
     before = signal.signal(signal.SIGUSR1, lambda *_: seen.append(storage.read(["alice"])))
     try:
-        monkeypatch.setattr(connections, "_open", interrupted)
+        monkeypatch.setattr(sqlite3, "connect", interrupted)
         seen.append(storage.read(["alice"]))
     finally:
         signal.signal(signal.SIGUSR1, before)
@@ -413,7 +411,9 @@ def test_an_error_of_the_disk(
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         try:
-            with pytest.raises(OutcomeUnknownError, match="nobody knows whether it was stored"):
+            with pytest.raises(
+                OutcomeUnknownError, match="whether the write was stored is unknown"
+            ):
                 storage.write([("alice", Merge({"text": "x" * 200_000}))])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -421,13 +421,21 @@ def test_an_error_of_the_disk(
             path.rename(tmp_path / f"old {path.name}")
         storage.write([("alice", Replace({"works": True}))])
 
-    def decode(text: str) -> Metadata:
-        monkeypatch.undo()
-        fail_and_replace()
-        return decode_metadata(text)
+    class Reading(sqlite3.Connection):
+        def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+            cursor = super().execute(sql, *parameters)
+            if sql.startswith("SELECT user_id"):
+                monkeypatch.undo()
+                fail_and_replace()
+            return cursor
 
     if meanwhile:
-        monkeypatch.setattr("usermetadata.storage.sqlite.decode_metadata", decode)
+        connect = sqlite3.connect
+        monkeypatch.setattr(
+            sqlite3,
+            "connect",
+            lambda path, **kwargs: connect(path, **kwargs | {"factory": Reading}),
+        )
         assert storage.read(["alice"]) == {"alice": {"old": True}}
     else:
         storage.read(["alice"])

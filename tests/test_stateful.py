@@ -18,7 +18,7 @@ import usermetadata
 from usermetadata import UserMetadataRecipe, merge_metadata
 
 if TYPE_CHECKING:
-    from usermetadata.json import Metadata
+    from usermetadata.codec import Metadata
 
 facades = st.sampled_from(list(FACADES.values()))
 user_ids = st.sampled_from(["alice", "Alice", "é", "\U0010ffff"])

@@ -12,7 +12,7 @@ from usermetadata import InMemoryStorage, SQLiteStorage, Storage, UserMetadataRe
 from usermetadata import asyncio as aio
 from usermetadata.changes import Change
 from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult, RecipeInterface
-from usermetadata.json import Metadata
+from usermetadata.codec import Metadata
 from usermetadata.syncio import (
     clear_user_metadata,
     get_bulk_user_metadata,

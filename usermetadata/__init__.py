@@ -1,10 +1,19 @@
-"""Keep a JSON object about each user, in memory, SQLite, PostgreSQL or a storage of your own.
+"""One JSON object per user, with atomic merges: in memory, SQLite, PostgreSQL or your own storage.
 
-``init`` says where; the functions are in ``usermetadata.syncio`` and ``usermetadata.asyncio``.
+``init`` chooses the storage. The functions are in ``usermetadata.syncio`` and
+``usermetadata.asyncio``.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from usermetadata._core.recipe import (
+    InputOverrideConfig,
+    UserMetadataOverrideConfig,
+    UserMetadataRecipe,
+    init,
+)
 from usermetadata.exceptions import (
     DamagedMetadataError,
     InvalidInputError,
@@ -16,40 +25,28 @@ from usermetadata.exceptions import (
     UserMetadataError,
 )
 from usermetadata.merge import merge_metadata
-from usermetadata.recipe import (
-    InputOverrideConfig,
-    UserMetadataOverrideConfig,
-    UserMetadataRecipe,
-    init,
-)
 
-TYPE_CHECKING = False  # typing's own would import typing, which takes longer than all the rest
 if TYPE_CHECKING:
     from usermetadata.storage import Storage
     from usermetadata.storage.memory import InMemoryStorage
     from usermetadata.storage.postgres import PostgresStorage as PostgresStorage
     from usermetadata.storage.sqlite import SQLiteStorage
-else:
 
-    def __getattr__(name: str) -> object:
-        # On first use: sqlite-utils takes a while, and memory is not for everybody either.
-        if name == "InMemoryStorage":
-            from usermetadata.storage.memory import InMemoryStorage
+_LAZY = {
+    "InMemoryStorage": "usermetadata.storage.memory",
+    "PostgresStorage": "usermetadata.storage.postgres",
+    "SQLiteStorage": "usermetadata.storage.sqlite",
+    "Storage": "usermetadata.storage",
+}
 
-            return InMemoryStorage
-        if name == "PostgresStorage":
-            from usermetadata.storage.postgres import PostgresStorage
 
-            return PostgresStorage
-        if name == "SQLiteStorage":
-            from usermetadata.storage.sqlite import SQLiteStorage
+def __getattr__(name: str) -> object:
+    # On first use: importing sqlite-utils or psycopg takes a while.
+    if name in _LAZY:
+        from importlib import import_module
 
-            return SQLiteStorage
-        if name == "Storage":
-            from usermetadata.storage import Storage
-
-            return Storage
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # Without PostgresStorage, which an import of everything could not find if psycopg is missing.

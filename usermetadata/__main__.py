@@ -1,5 +1,5 @@
 """``python -m usermetadata``."""
 
-from usermetadata.command_line import main
+from usermetadata.cli import main
 
 main(prog_name="python -m usermetadata")

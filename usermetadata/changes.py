@@ -1,81 +1,65 @@
-"""What can happen to a stored object: changes, as pure values.
+"""Changes: pure callables from the stored metadata to the new metadata.
 
-A change is a callable from the stored metadata to the new one, where ``None`` means "no row". The
-storage calls it inside its own lock or transaction. A storage may recognise one of the classes here
-and do the same natively; it must simply call every other.
+``None`` on either side means "no row". A storage calls each change inside its own lock or
+transaction. It may recognise one of the classes here and do the same natively, for example as one
+SQL statement; it calls every other change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from usermetadata.merge import merge_metadata
 
 Change = Callable[["dict[str, Any] | None"], "dict[str, Any] | None"]
 """A pure callable from the old metadata to the new; ``None`` on either side means "no row"."""
 
-
-class _Value:  # noqa: PLW1641 - it holds what has no hash
-    """Equal to another of the same class with the same arguments."""
-
-    __slots__: tuple[str, ...] = ()
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, type(self)):
-            return NotImplemented
-        return self._arguments() == other._arguments()
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(map(repr, self._arguments()))})"
-
-    def _arguments(self) -> list[object]:
-        return [getattr(self, name) for name in self.__slots__]
+Key = TypeVar("Key")
+Row = TypeVar("Row")
 
 
-class Merge(_Value):
-    """Lay ``update`` over the stored metadata; a user without a row gets one.
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Merge ``update`` into the stored metadata; a user without a row gets one.
 
     Args:
-        update: properties to set, and with the value ``None`` those to remove.
+        update: properties to set; a property whose value is ``None`` is removed.
 
     Example:
         >>> Merge({"a": None, "b": 2})({"a": 1})
         {'b': 2}
     """
 
-    __slots__ = ("update",)
-
-    def __init__(self, update: Mapping[str, Any]) -> None:
-        self.update: Final = update
+    update: Mapping[str, Any]
 
     def __call__(self, old: dict[str, Any] | None) -> dict[str, Any]:
         """Return the merged metadata."""
         return merge_metadata(old or {}, self.update)
 
 
-class Replace(_Value):
-    """Store ``metadata`` whole, whatever was there; root-level ``None`` is left out.
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """Store ``metadata`` in place of what is stored; root-level ``None`` is left out.
 
     Args:
-        metadata: the properties that the user has from now on.
+        metadata: the new properties.
 
     Example:
         >>> Replace({"b": 2, "c": None})({"a": 1})
         {'b': 2}
     """
 
-    __slots__ = ("metadata",)
-
-    def __init__(self, metadata: Mapping[str, Any]) -> None:
-        self.metadata: Final = metadata
+    metadata: Mapping[str, Any]
 
     def __call__(self, old: dict[str, Any] | None) -> dict[str, Any]:
-        """Return the new metadata; ``old`` is not looked at."""
+        """Return the new metadata; ``old`` is ignored."""
         return merge_metadata({}, self.metadata)
 
 
-class Clear(_Value):
+@dataclass(frozen=True, slots=True)
+class Clear:
     """Remove the row; no error if there is none.
 
     Example:
@@ -83,29 +67,77 @@ class Clear(_Value):
         True
     """
 
-    __slots__ = ()
-
     def __call__(self, old: dict[str, Any] | None) -> None:
-        """Return ``None``; ``old`` is not looked at."""
+        """Return ``None``; ``old`` is ignored."""
 
 
-class Modify(_Value):
-    """Store what ``function`` makes of the stored metadata; root-level ``None`` is left out.
+@dataclass(frozen=True, slots=True)
+class Modify:
+    """Replace the stored metadata with ``function(metadata)``; root-level ``None`` is left out.
 
     Args:
         function: takes the stored metadata (``{}`` if there is none; it may change it) and returns
-            the new one. What it raises leaves the storage untouched.
+            the new metadata. If it raises, the storage stays as it was.
 
     Example:
         >>> Modify(lambda metadata: {"visits": metadata.get("visits", 0) + 1})(None)
         {'visits': 1}
     """
 
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
-        self.function: Final = function
+    function: Callable[[dict[str, Any]], Mapping[str, Any]]
 
     def __call__(self, old: dict[str, Any] | None) -> dict[str, Any]:
         """Return the new metadata."""
         return merge_metadata({}, self.function({} if old is None else old))
+
+
+BLIND = (Clear, Replace)
+"""The changes that ignore what is stored: they need no read, and they repair a damaged row."""
+
+
+def apply_in_order(
+    changes: Iterable[tuple[Key, Change]],
+    rows: dict[Key, Row],
+    *,
+    decode: Callable[[Key, Row], dict[str, Any]],
+    encode: Callable[[dict[str, Any]], Row],
+) -> list[dict[str, Any] | None]:
+    """Apply changes one after the other to encoded rows; for storages that keep text or bytes.
+
+    Each change sees the results of those before it. What ``encode`` returns shares nothing with the
+    results, so neither do the rows.
+
+    Args:
+        changes: pairs of a row's key and the change to that row.
+        rows: the stored rows by key, at least those that the changes read; absent ones are missing.
+            Afterwards it holds the new row of every key that was changed, if it still has one.
+        decode: takes a key and its row and returns the metadata.
+        encode: takes the new metadata and returns the row.
+
+    Returns:
+        One entry per change, in order: the new metadata, or ``None`` if the row is removed.
+
+    Raises:
+        Exception: any exception of a change, of ``decode`` or of ``encode``, unchanged.
+
+    Example:
+        >>> import json
+        >>> rows = {"alice": '{"n": 1}'}
+        >>> changes = [("alice", Merge({"m": 2})), ("bob", Merge({})), ("bob", Clear())]
+        >>> apply_in_order(
+        ...     changes, rows, decode=lambda user_id, row: json.loads(row), encode=json.dumps
+        ... )
+        [{'n': 1, 'm': 2}, {}, None]
+        >>> rows
+        {'alice': '{"n": 1, "m": 2}'}
+    """
+    results: list[dict[str, Any] | None] = []
+    for key, change in changes:
+        row = None if isinstance(change, BLIND) else rows.get(key)
+        new = change(None if row is None else decode(key, row))
+        if new is None:
+            rows.pop(key, None)
+        else:
+            rows[key] = encode(new)
+        results.append(new)
+    return results

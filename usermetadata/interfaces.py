@@ -1,21 +1,19 @@
-"""What the functions return, and the interface that overrides wrap, named as in the SDK."""
+"""What the functions return, and the interface that overrides implement, named as in the SDK."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Mapping
-    from typing import Any
+    from collections.abc import Callable, Iterable, Mapping
 
 
 class MetadataResult:
     """A user's metadata.
 
     Attributes:
-        metadata: the JSON object, ``{}`` if nothing is stored. It is the caller's own: changing it
-            changes nothing stored.
+        metadata: the JSON object, ``{}`` if nothing is stored. Changing it changes nothing stored.
 
     Example:
         >>> MetadataResult({"theme": "dark"}).metadata["theme"]
@@ -30,65 +28,61 @@ class MetadataResult:
 
 
 class ClearUserMetadataResult:
-    """The metadata is gone; there is nothing more to say."""
+    """Empty result, kept for compatibility with the SDK."""
 
     def __repr__(self) -> str:
         return "ClearUserMetadataResult()"
 
 
 class RecipeInterface(ABC):
-    """The functions behind both facades; an override wraps one of these.
+    """The functions behind both facades; an override replaces or wraps them.
 
     The first three are abstract, as in the SDK. An override class need not define the other four:
-    where it does not, the recipe calls the original's. Overrides are ``async def`` functions; the
-    signatures here say ``Coroutine`` because the original's check their arguments when they are
-    called, not when they are awaited.
+    the recipe then uses the original's.
 
-    Every method is called with the arguments that the facade got, by position, not yet checked;
-    ``user_context`` is never ``None``. What a method returns, the facade returns.
+    Each method is called with the arguments that the facade got, by position, not yet checked;
+    ``user_context`` is never ``None``. The facade returns what the method returns.
     """
 
     @abstractmethod
-    def get_user_metadata(
-        self, user_id: str, user_context: dict[str, Any]
-    ) -> Coroutine[Any, Any, MetadataResult]:
+    async def get_user_metadata(self, user_id: str, user_context: dict[str, Any]) -> MetadataResult:
         """See :func:`usermetadata.syncio.get_user_metadata`."""
 
     @abstractmethod
-    def update_user_metadata(
+    async def update_user_metadata(
         self, user_id: str, metadata_update: dict[str, Any], user_context: dict[str, Any]
-    ) -> Coroutine[Any, Any, MetadataResult]:
+    ) -> MetadataResult:
         """See :func:`usermetadata.syncio.update_user_metadata`."""
 
     @abstractmethod
-    def clear_user_metadata(
+    async def clear_user_metadata(
         self, user_id: str, user_context: dict[str, Any]
-    ) -> Coroutine[Any, Any, ClearUserMetadataResult]:
+    ) -> ClearUserMetadataResult:
         """See :func:`usermetadata.syncio.clear_user_metadata`."""
 
-    def set_user_metadata(
+    async def set_user_metadata(
         self, user_id: str, metadata: dict[str, Any], user_context: dict[str, Any]
-    ) -> Coroutine[Any, Any, MetadataResult]:
+    ) -> MetadataResult:
         """See :func:`usermetadata.syncio.set_user_metadata`."""
         raise NotImplementedError
 
-    def modify_user_metadata(
+    async def modify_user_metadata(
         self,
         user_id: str,
         function: Callable[[dict[str, Any]], Mapping[str, Any]],
         user_context: dict[str, Any],
-    ) -> Coroutine[Any, Any, MetadataResult]:
+    ) -> MetadataResult:
         """See :func:`usermetadata.syncio.modify_user_metadata`."""
         raise NotImplementedError
 
-    def get_bulk_user_metadata(
+    async def get_bulk_user_metadata(
         self, user_ids: Iterable[str], user_context: dict[str, Any]
-    ) -> Coroutine[Any, Any, dict[str, MetadataResult]]:
+    ) -> dict[str, MetadataResult]:
         """See :func:`usermetadata.syncio.get_bulk_user_metadata`."""
         raise NotImplementedError
 
-    def update_bulk_user_metadata(
+    async def update_bulk_user_metadata(
         self, metadata_updates: Mapping[str, Mapping[str, Any]], user_context: dict[str, Any]
-    ) -> Coroutine[Any, Any, dict[str, MetadataResult]]:
+    ) -> dict[str, MetadataResult]:
         """See :func:`usermetadata.syncio.update_bulk_user_metadata`."""
         raise NotImplementedError

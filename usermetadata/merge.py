@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-TYPE_CHECKING = False
+from typing import TYPE_CHECKING, Any
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Any
 
 
 def merge_metadata(old: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``old`` with the root-level properties of ``update`` laid over it.
+    """Return ``old`` with its root-level properties overwritten by those of ``update``.
 
     Properties of ``update`` replace those of the same name, whole: a nested object is not merged
     into the stored one. Then every root-level property whose value is ``None`` is removed, also

@@ -11,7 +11,6 @@ import hmac
 import json
 import logging
 import re
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,7 +24,9 @@ except ImportError as error:
         "usermetadata.server needs Starlette and uvicorn: pip install 'usermetadata[server]'"
     ) from error
 
-from usermetadata.coalescing import Coalescer
+from usermetadata._core.operations import ClearOne, Get, Update
+from usermetadata._core.runners import AsyncioRunner
+from usermetadata.codec import encode_metadata
 from usermetadata.exceptions import (
     DamagedMetadataError,
     InvalidInputError,
@@ -33,20 +34,15 @@ from usermetadata.exceptions import (
     StorageError,
     UsageError,
 )
-from usermetadata.identifiers import check_user_id
-from usermetadata.json import encode_metadata
-from usermetadata.recipe_implementation import RecipeImplementation
 from usermetadata.storage import Storage
+from usermetadata.validation import check_user_id
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
-    from concurrent.futures import Executor
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 
     from starlette.types import Receive, Scope, Send
 
-    from usermetadata.bridge import Verbs
-    from usermetadata.changes import Change
-    from usermetadata.json import Metadata
+    from usermetadata.codec import Metadata
 
 T = TypeVar("T")
 
@@ -58,7 +54,6 @@ VERSIONS = (
 """The versions of the core driver interface that are spoken; the metadata part is one in all."""
 
 _MOST_USERS = 500  # that one request may ask for
-_THREADS = 4  # that read, and as many that write, for apps that a request names
 _APP = re.compile(r"/appid-([^/]+)(/.*)")
 _log = logging.getLogger(__name__)
 
@@ -111,7 +106,7 @@ def create_app(
     )
 
 
-class _Refusal(Exception):  # noqa: N818 - what is answered, not what is raised
+class _Refusal(Exception):
     """An answer other than 200."""
 
     def __init__(self, status: int, text: str) -> None:
@@ -119,38 +114,14 @@ class _Refusal(Exception):  # noqa: N818 - what is answered, not what is raised
         self.text = text
 
 
-class _InThreads:
-    """The verbs of a storage, each call in a thread, where reads do not wait for writes.
-
-    For apps that a request names: there may be any number, and none has workers of its own.
-    """
-
-    def __init__(self, storage: Storage, readers: Executor, writers: Executor) -> None:
-        self._storage = storage
-        self._readers = readers
-        self._writers = writers
-
-    async def read(self, user_ids: Sequence[str], finish: Callable[[dict[str, Metadata]], T]) -> T:
-        loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(self._readers, self._storage.read, user_ids)
-        return finish(found)
-
-    async def write(
-        self, changes: Sequence[tuple[str, Change]], finish: Callable[[list[Metadata | None]], T]
-    ) -> T:
-        loop = asyncio.get_running_loop()
-        written = await loop.run_in_executor(self._writers, self._storage.write, changes)
-        return finish(written)
-
-
 class _Server:
     def __init__(self, storage: Storage, api_keys: Collection[str], max_body_size: int) -> None:
-        self._storage = storage
         self._api_keys = [key.encode() for key in api_keys]
         self._max_body_size = max_body_size
-        self._coalescer = Coalescer(storage)
-        self._threads = [ThreadPoolExecutor(_THREADS), ThreadPoolExecutor(_THREADS)]
-        self._functions: dict[str, dict[str, Callable[[Request, Verbs], Awaitable[Any]]]] = {
+        self._runner = AsyncioRunner(storage)
+        self._functions: dict[
+            str, dict[str, Callable[[Request, AsyncioRunner], Awaitable[dict[str, Any]]]]
+        ] = {
             "/apiversion": {"GET": self._versions},
             "/recipe/user/metadata": {"GET": self._get, "PUT": self._update},
             "/recipe/user/metadata/remove": {"POST": self._remove},
@@ -163,10 +134,8 @@ class _Server:
         await response(scope, receive, send)
 
     def close(self) -> None:
-        """Let the calls under way end."""
-        self._coalescer.close()
-        for threads in self._threads:
-            threads.shutdown()
+        """Complete the calls under way."""
+        self._runner.close()
 
     async def _answer(self, request: Request) -> Response:
         try:
@@ -200,10 +169,8 @@ class _Server:
             raise _Refusal(400, f"cdi-version {version} not supported")
         if request.method not in self._functions[path]:
             raise _Refusal(405, "Method not supported")
-        verbs: Verbs = self._coalescer
-        if app:
-            verbs = _InThreads(self._storage.for_app(app[1]), *self._threads)
-        content = await self._functions[path][request.method](request, verbs)
+        runner = self._runner.for_app(app[1]) if app else self._runner
+        content = await self._functions[path][request.method](request, runner)
         return Response(
             encode_metadata(content), headers={"content-type": "application/json;charset=UTF-8"}
         )
@@ -234,40 +201,46 @@ class _Server:
             raise _Refusal(400, "Invalid Json Input")
         return parsed
 
-    async def _versions(self, request: Request, verbs: Verbs) -> dict[str, Any]:
+    async def _versions(self, request: Request, runner: AsyncioRunner) -> dict[str, Any]:
         return {"versions": VERSIONS}
 
-    async def _get(self, request: Request, verbs: Verbs) -> dict[str, Any]:
+    async def _get(self, request: Request, runner: AsyncioRunner) -> dict[str, Any]:
         user_ids = request.query_params.getlist("userId")
         if not user_ids:
             raise _Refusal(400, "Field name 'userId' is missing in GET request")
-        found = await RecipeImplementation(verbs).get_user_metadata(user_ids[0], {})
+        found = await runner.read(Get(user_ids[0]))
         return {"metadata": found.metadata, "status": "OK"}
 
-    async def _update(self, request: Request, verbs: Verbs) -> dict[str, Any]:
+    async def _update(self, request: Request, runner: AsyncioRunner) -> dict[str, Any]:
         body = await self._body(request)
         user_id, update = _field(body, "userId", str), _field(body, "metadataUpdate", dict)
-        updated = await RecipeImplementation(verbs).update_user_metadata(user_id, update, {})
+        updated = await runner.write(Update(user_id, update))
         return {"metadata": updated.metadata, "status": "OK"}
 
-    async def _remove(self, request: Request, verbs: Verbs) -> dict[str, Any]:
+    async def _remove(self, request: Request, runner: AsyncioRunner) -> dict[str, Any]:
         user_id = _field(await self._body(request), "userId", str)
-        await RecipeImplementation(verbs).clear_user_metadata(user_id, {})
+        await runner.write(ClearOne(user_id))
         return {"status": "OK"}
 
-    async def _get_bulk(self, request: Request, verbs: Verbs) -> dict[str, Any]:
+    async def _get_bulk(self, request: Request, runner: AsyncioRunner) -> dict[str, Any]:
         user_ids = _field(await self._body(request), "userIds", list)
         if len(user_ids) > _MOST_USERS:
             raise _Refusal(400, f"You can only query up to {_MOST_USERS} users at a time.")
         if not all(isinstance(user_id, str) for user_id in user_ids):
             raise _Refusal(400, "userIds array must contain only strings")
-        for number, user_id in enumerate(user_ids):
-            check_user_id(user_id, f"userIds[{number}]")
+        return {"status": "OK", "users": await runner.read(_GetBulk(user_ids))}
 
-        def in_order(found: dict[str, Metadata]) -> list[dict[str, Any]]:
-            return [{"userId": user_id, "metadata": found.get(user_id)} for user_id in user_ids]
 
-        return {"status": "OK", "users": await verbs.read(user_ids, in_order)}
+class _GetBulk:
+    """Read many users; absent ones are ``null``."""
+
+    def __init__(self, user_ids: list[str]) -> None:
+        self.user_ids = [
+            check_user_id(user_id, f"userIds[{number}]") for number, user_id in enumerate(user_ids)
+        ]
+
+    def result(self, found: dict[str, Metadata]) -> list[dict[str, Any]]:
+        return [{"userId": user_id, "metadata": found.get(user_id)} for user_id in self.user_ids]
 
 
 def _text(status: int, text: str) -> Response:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from sqlite_utils import hookimpl
 
-from usermetadata.command_line import main
-from usermetadata.json import copy_metadata, decode_metadata, encode_metadata
+from usermetadata.cli import main
+from usermetadata.codec import decode_metadata, encode_metadata
 from usermetadata.merge import merge_metadata
+from usermetadata.validation import copy_metadata
 
 if TYPE_CHECKING:
     import sqlite3

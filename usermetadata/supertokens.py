@@ -22,7 +22,7 @@ from usermetadata.asyncio import (
 )
 
 
-def use_storage(original: RecipeInterface) -> RecipeInterface:  # noqa: ARG001 - not used any more
+def use_storage(original: RecipeInterface) -> RecipeInterface:
     """Let the SDK's user metadata recipe, and its dashboard, use what ``usermetadata.init`` set up.
 
     Args:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from usermetadata import DamagedMetadataError, StorageError, UsageError
 from usermetadata.changes import Change
-from usermetadata.identifiers import check_app_id
-from usermetadata.json import Metadata, decode_metadata, encode_metadata
+from usermetadata.validation import check_app_id
+from usermetadata.codec import Metadata, decode_metadata, encode_metadata
 
 Apps = dict[str, dict[str, str]]  # JSON text by user id by app id
 

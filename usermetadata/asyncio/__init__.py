@@ -1,42 +1,28 @@
-"""The functions for ``asyncio``: each returns at once what is to be awaited; none blocks the loop.
+"""The functions for ``asyncio``: they never block the event loop.
 
-Arguments are checked and copied at the call, before anything is awaited.
+Arguments are checked and copied when the coroutine starts: at ``await``, or in the first step of a
+task.
 """
 
 from __future__ import annotations
 
-import asyncio
-import inspect
-import sys
-from collections.abc import Callable, Coroutine, Iterable, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
+from usermetadata._core.recipe import UserMetadataRecipe
 from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult
-from usermetadata.recipe import UserMetadataRecipe
-
-F = TypeVar("F", bound="Callable[..., Coroutine[Any, Any, Any]]")
 
 
-def _to_be_awaited(function: F) -> F:
-    # Frameworks ask whether a function is to be awaited. These are, though they are no async def:
-    # that would read its arguments only when it is awaited.
-    if sys.version_info >= (3, 12):
-        return inspect.markcoroutinefunction(function)
-    function.__dict__["_is_coroutine"] = vars(asyncio.coroutines)["_is_coroutine"]
-    return function
-
-
-@_to_be_awaited
-def get_user_metadata(
+async def get_user_metadata(
     user_id: str, user_context: dict[str, Any] | None = None
-) -> Coroutine[Any, Any, MetadataResult]:
+) -> MetadataResult:
     """Return the metadata of a user.
 
-    Nobody checks that the user exists: of an unknown user the metadata is ``{}``.
+    Users need not exist; an unknown user's metadata is ``{}``.
 
     Args:
         user_id: 1 to 255 characters, without U+0000.
-        user_context: handed on to an override; this library does not look into it.
+        user_context: passed to an override unchanged; this library ignores it.
 
     Returns:
         The metadata, in ``.metadata``.
@@ -45,9 +31,9 @@ def get_user_metadata(
         InvalidInputError: the user id is not valid.
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed; ``__cause__`` is its driver's error.
-        StorageBusyError: others held the storage for too long.
+        StorageBusyError: timed out waiting for another writer or for a connection.
         StorageUnavailableError: the server cannot be reached.
-        DamagedMetadataError: what is stored is not a JSON object.
+        DamagedMetadataError: the stored row is not a JSON object.
 
     Example:
         >>> (await get_user_metadata("alice")).metadata
@@ -55,23 +41,22 @@ def get_user_metadata(
     """
     functions = UserMetadataRecipe.get_instance().recipe_implementation
     context = {} if user_context is None else user_context
-    return functions.get_user_metadata(user_id, context)
+    return await functions.get_user_metadata(user_id, context)
 
 
-@_to_be_awaited
-def update_user_metadata(
+async def update_user_metadata(
     user_id: str, metadata_update: Mapping[str, Any], user_context: dict[str, Any] | None = None
-) -> Coroutine[Any, Any, MetadataResult]:
-    """Lay an update over the metadata of a user, in one atomic step.
+) -> MetadataResult:
+    """Merge an update into the metadata of a user, in one atomic step.
 
-    Root-level properties of the update replace the stored ones, whole; a root-level property whose
-    value is ``None`` is removed. ``None`` deeper down is data and stays. Two concurrent updates of
-    one user, from tasks, threads or processes, both survive.
+    Root-level properties of the update overwrite the stored ones; nested objects are not merged. A
+    root-level property whose value is ``None`` is removed. A nested ``None`` is data and stays. Two
+    concurrent updates of one user, from tasks, threads or processes, both survive.
 
     Args:
         user_id: 1 to 255 characters, without U+0000.
-        metadata_update: a mapping of properties to JSON values. It is copied at the call.
-        user_context: handed on to an override; this library does not look into it.
+        metadata_update: a mapping of properties to JSON values. It is copied.
+        user_context: passed to an override unchanged; this library ignores it.
 
     Returns:
         The whole metadata after the update, in ``.metadata``.
@@ -81,11 +66,11 @@ def update_user_metadata(
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: others held the storage for too long; nothing was written.
+        StorageBusyError: timed out waiting for another writer or for a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: connection or disk failed in between; it was written whole or not at
-            all.
-        DamagedMetadataError: what is stored is not a JSON object; nothing was written.
+        OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
+            not at all.
+        DamagedMetadataError: the stored row is not a JSON object; nothing was written.
 
     Example:
         >>> (await update_user_metadata("alice", {"theme": "dark", "todos": ["a"]})).metadata
@@ -98,30 +83,31 @@ def update_user_metadata(
     functions = UserMetadataRecipe.get_instance().recipe_implementation
     context = {} if user_context is None else user_context
     # Overrides are written for the SDK's type, and nearly always get it.
-    return functions.update_user_metadata(user_id, cast("dict[str, Any]", metadata_update), context)
+    return await functions.update_user_metadata(
+        user_id, cast("dict[str, Any]", metadata_update), context
+    )
 
 
-@_to_be_awaited
-def clear_user_metadata(
+async def clear_user_metadata(
     user_id: str, user_context: dict[str, Any] | None = None
-) -> Coroutine[Any, Any, ClearUserMetadataResult]:
+) -> ClearUserMetadataResult:
     """Remove everything stored about a user; no error if there is nothing.
 
     Args:
         user_id: 1 to 255 characters, without U+0000.
-        user_context: handed on to an override; this library does not look into it.
+        user_context: passed to an override unchanged; this library ignores it.
 
     Returns:
-        An object without content.
+        An empty result.
 
     Raises:
         InvalidInputError: the user id is not valid.
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was removed; ``__cause__`` is its driver's
             error.
-        StorageBusyError: others held the storage for too long; nothing was removed.
+        StorageBusyError: timed out waiting for another writer or for a connection; nothing was removed.
         StorageUnavailableError: the server cannot be reached; nothing was removed.
-        OutcomeUnknownError: connection or disk failed in between; it was removed or not.
+        OutcomeUnknownError: the connection or the disk failed meanwhile; it was removed or not.
 
     Example:
         >>> await clear_user_metadata("alice")
@@ -129,22 +115,21 @@ def clear_user_metadata(
     """
     functions = UserMetadataRecipe.get_instance().recipe_implementation
     context = {} if user_context is None else user_context
-    return functions.clear_user_metadata(user_id, context)
+    return await functions.clear_user_metadata(user_id, context)
 
 
-@_to_be_awaited
-def set_user_metadata(
+async def set_user_metadata(
     user_id: str, metadata: Mapping[str, Any], user_context: dict[str, Any] | None = None
-) -> Coroutine[Any, Any, MetadataResult]:
-    """Replace the metadata of a user whole, in one atomic step.
+) -> MetadataResult:
+    """Replace all metadata of a user, in one atomic step.
 
-    The same as clear and update in turn, except that nobody ever sees the user without metadata:
-    root-level properties whose value is ``None`` are left out.
+    The result is that of clear followed by update, but no reader sees the user without metadata.
+    Root-level properties whose value is ``None`` are left out.
 
     Args:
         user_id: 1 to 255 characters, without U+0000.
-        metadata: a mapping of properties to JSON values. It is copied at the call.
-        user_context: handed on to an override; this library does not look into it.
+        metadata: a mapping of properties to JSON values. It is copied.
+        user_context: passed to an override unchanged; this library ignores it.
 
     Returns:
         The metadata as stored, in ``.metadata``.
@@ -155,10 +140,10 @@ def set_user_metadata(
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: others held the storage for too long; nothing was written.
+        StorageBusyError: timed out waiting for another writer or for a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: connection or disk failed in between; it was written whole or not at
-            all.
+        OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
+            not at all.
 
     Example:
         >>> (await set_user_metadata("alice", {"plan": "pro"})).metadata
@@ -166,43 +151,42 @@ def set_user_metadata(
     """
     functions = UserMetadataRecipe.get_instance().recipe_implementation
     context = {} if user_context is None else user_context
-    return functions.set_user_metadata(user_id, cast("dict[str, Any]", metadata), context)
+    return await functions.set_user_metadata(user_id, cast("dict[str, Any]", metadata), context)
 
 
-@_to_be_awaited
-def modify_user_metadata(
+async def modify_user_metadata(
     user_id: str,
     function: Callable[[dict[str, Any]], Mapping[str, Any]],
     user_context: dict[str, Any] | None = None,
-) -> Coroutine[Any, Any, MetadataResult]:
-    """Pass the metadata of a user through a function, in one atomic step.
+) -> MetadataResult:
+    """Replace the metadata of a user with ``function(metadata)``, in one atomic step.
 
     For counters, nested edits and conditional changes. The function runs inside the storage's lock
-    or transaction, so it should be quick, must not call this library, and may be called again if
-    the storage retries. It is a plain function. Root-level properties that it leaves ``None`` are
-    removed.
+    or transaction, so it should be quick and must not call this library. It may be called again if
+    the storage retries. It is a plain function, not an ``async`` one. Root-level properties whose
+    value is ``None`` are removed.
 
     Args:
         user_id: 1 to 255 characters, without U+0000.
-        function: takes the stored metadata, ``{}`` if there is none, and returns the new one; it
-            may change what it was given and return that. If it raises, nothing is written.
-        user_context: handed on to an override; this library does not look into it.
+        function: takes the stored metadata, ``{}`` if there is none, and returns the new metadata;
+            it may change its argument and return that. If it raises, nothing is written.
+        user_context: passed to an override unchanged; this library ignores it.
 
     Returns:
         The metadata as stored, in ``.metadata``.
 
     Raises:
-        InvalidInputError: the user id is not valid, or what the function returned is not JSON;
+        InvalidInputError: the user id is not valid, or the function's result is not JSON;
             nothing was written.
         UsageError: ``usermetadata.init`` was not called, or the function called this library.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: others held the storage for too long; nothing was written.
+        StorageBusyError: timed out waiting for another writer or for a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: connection or disk failed in between; it was written whole or not at
-            all.
-        DamagedMetadataError: what is stored is not a JSON object; nothing was written.
-        Exception: whatever the function raises, as it is; nothing was written.
+        OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
+            not at all.
+        DamagedMetadataError: the stored row is not a JSON object; nothing was written.
+        Exception: exceptions of the function propagate unchanged; nothing was written.
 
     Example:
         >>> def count_visit(metadata):
@@ -212,65 +196,62 @@ def modify_user_metadata(
     """
     functions = UserMetadataRecipe.get_instance().recipe_implementation
     context = {} if user_context is None else user_context
-    return functions.modify_user_metadata(user_id, function, context)
+    return await functions.modify_user_metadata(user_id, function, context)
 
 
-@_to_be_awaited
-def get_bulk_user_metadata(
+async def get_bulk_user_metadata(
     user_ids: Iterable[str], user_context: dict[str, Any] | None = None
-) -> Coroutine[Any, Any, dict[str, MetadataResult]]:
+) -> dict[str, MetadataResult]:
     """Return the metadata of many users, in one query.
 
     Args:
         user_ids: any number of user ids.
-        user_context: handed on to an override; this library does not look into it.
+        user_context: passed to an override unchanged; this library ignores it.
 
     Returns:
-        For each user id, in the order given, what ``get_user_metadata`` returns, all as of one
-        moment.
+        The result of ``get_user_metadata`` by user id, in the order given, all as of one moment.
 
     Raises:
         InvalidInputError: a user id is not valid.
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed; ``__cause__`` is its driver's error.
-        StorageBusyError: others held the storage for too long.
+        StorageBusyError: timed out waiting for another writer or for a connection.
         StorageUnavailableError: the server cannot be reached.
-        DamagedMetadataError: what is stored about one of them is not a JSON object.
+        DamagedMetadataError: the stored row of one of them is not a JSON object.
 
     Example:
-        >>> await get_bulk_user_metadata(["nobody", "noone"])
-        {'nobody': MetadataResult(metadata={}), 'noone': MetadataResult(metadata={})}
+        >>> await get_bulk_user_metadata(["erin", "frank"])
+        {'erin': MetadataResult(metadata={}), 'frank': MetadataResult(metadata={})}
     """
     functions = UserMetadataRecipe.get_instance().recipe_implementation
     context = {} if user_context is None else user_context
-    return functions.get_bulk_user_metadata(user_ids, context)
+    return await functions.get_bulk_user_metadata(user_ids, context)
 
 
-@_to_be_awaited
-def update_bulk_user_metadata(
+async def update_bulk_user_metadata(
     metadata_updates: Mapping[str, Mapping[str, Any]],
     user_context: dict[str, Any] | None = None,
-) -> Coroutine[Any, Any, dict[str, MetadataResult]]:
-    """Update the metadata of many users, all or none, in one atomic step.
+) -> dict[str, MetadataResult]:
+    """Update the metadata of many users in one atomic step: all of them or none.
 
     Args:
-        metadata_updates: for each user id the update, as ``update_user_metadata`` takes it. All is
-            copied at the call.
-        user_context: handed on to an override; this library does not look into it.
+        metadata_updates: the updates by user id, each as ``update_user_metadata`` takes it. They
+            are copied.
+        user_context: passed to an override unchanged; this library ignores it.
 
     Returns:
-        For each user id, in the order given, what ``update_user_metadata`` returns.
+        The result of ``update_user_metadata`` by user id, in the order given.
 
     Raises:
         InvalidInputError: a user id is not valid, or an update is not JSON; nothing was written.
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: others held the storage for too long; nothing was written.
+        StorageBusyError: timed out waiting for another writer or for a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: connection or disk failed in between; it was written whole or not at
-            all.
-        DamagedMetadataError: what is stored about one of them is not a JSON object; nothing was
+        OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
+            not at all.
+        DamagedMetadataError: the stored row of one of them is not a JSON object; nothing was
             written.
 
     Example:
@@ -280,4 +261,4 @@ def update_bulk_user_metadata(
     """
     functions = UserMetadataRecipe.get_instance().recipe_implementation
     context = {} if user_context is None else user_context
-    return functions.update_bulk_user_metadata(metadata_updates, context)
+    return await functions.update_bulk_user_metadata(metadata_updates, context)

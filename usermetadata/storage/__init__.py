@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from usermetadata.changes import Change
-    from usermetadata.json import Metadata
+    from usermetadata.codec import Metadata
 
 
 @runtime_checkable

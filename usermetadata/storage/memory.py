@@ -1,4 +1,4 @@
-"""The in-memory storage: for tests, and for state that may die with the process."""
+"""The in-memory storage: for tests, and for state that may end with the process."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import threading
 from heapq import nsmallest
 from typing import TYPE_CHECKING, Any
 
+from usermetadata._core.forking import ForkHooks, watch
+from usermetadata.changes import apply_in_order
 from usermetadata.exceptions import UsageError
-from usermetadata.forking import watch
-from usermetadata.identifiers import check_app_id
+from usermetadata.validation import check_app_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,14 +19,16 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from usermetadata.changes import Change
-    from usermetadata.json import Metadata
+    from usermetadata.codec import Metadata
+
+    Key = tuple[str, str]
 
 
 class InMemoryStorage:
     """Keeps metadata in this process's memory.
 
-    Rows are bytes, as in a database, so that nothing stored can be changed by accident. Every
-    ``InMemoryStorage()`` is a store of its own; after ``fork`` each process has its own copy.
+    Rows are bytes, as in a database, so that nothing stored can be changed by accident. Each
+    ``InMemoryStorage()`` has rows of its own. After ``fork`` each process has a copy.
 
     Args:
         app_id: the app whose rows these are.
@@ -53,54 +56,52 @@ class InMemoryStorage:
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         """Return the metadata of those users that have a row."""
-        store = self._store
-        found: dict[str, Any] = {}
-        with store.lock:
-            rows = store.rows()
-            for user_id in user_ids:
-                row = rows.get((self._app_id, user_id))
-                if row is not None:
-                    found[user_id] = row
-        for user_id, row in found.items():
-            found[user_id] = _decode(row)
-        return found
+        app_id = self._app_id
+        with self._store.lock:
+            rows = self._store.rows()
+            found = {
+                user_id: row
+                for user_id in user_ids
+                if (row := rows.get((app_id, user_id))) is not None
+            }
+        return {user_id: marshal.loads(row) for user_id, row in found.items()}
 
     def read_after(self, user_id: str, limit: int) -> dict[str, Metadata]:
         """Return the metadata of the next users, in the order of their code points."""
         with self._store.lock:
-            rows = self._store.rows()
-            later = (key for key in rows if key[0] == self._app_id and key[1] > user_id)
-            found = {key[1]: rows[key] for key in nsmallest(limit, later)}
-        return {user_id: _decode(row) for user_id, row in found.items() if row is not None}
+            later = (
+                key[1]
+                for key, row in self._store.rows().items()
+                if key[0] == self._app_id and key[1] > user_id and row is not None
+            )
+            return self.read(nsmallest(limit, later))
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order, all or none."""
-        store = self._store
+        store, app_id = self._store, self._app_id
         with store.lock:
             rows = store.rows()
             if store.is_writing:
-                raise UsageError("a write inside a write of the same thread: it would be lost")
+                raise UsageError(
+                    "InMemoryStorage: a write inside a write of the same thread would be lost;"
+                    " write before or after it"
+                )
             try:
                 store.is_writing = True
-                staged: dict[tuple[str, str], bytes | None] = {}
-                results: list[Metadata | None] = []
-                for user_id, change in changes:
-                    key = (self._app_id, user_id)
-                    old = staged[key] if key in staged else rows.get(key)
-                    new = change(None if old is None else _decode(old))
-                    staged[key] = None if new is None else _encode(new)
-                    results.append(new)
-                # One step that no interrupt can halve; None is no row already.
-                rows.update(staged)
-                for key, row in staged.items():
-                    if row is None:
+                keyed = [((app_id, user_id), change) for user_id, change in changes]
+                staged = {key: row for key, _ in keyed if (row := rows.get(key)) is not None}
+                results = apply_in_order(keyed, staged, decode=_decode, encode=_encode)
+                # One step that no interrupt can halve; None already counts as no row.
+                rows.update({key: staged.get(key) for key, _ in keyed})
+                for key, _ in keyed:
+                    if rows.get(key, b"") is None:
                         del rows[key]
                 return results
             finally:
                 store.is_writing = False
 
     def for_app(self, app_id: str) -> Self:
-        """Return the same storage, seen from another app."""
+        """Return the same storage for another app."""
         other = copy.copy(self)
         other._app_id = check_app_id(app_id)
         return other
@@ -111,29 +112,24 @@ class InMemoryStorage:
 
 
 def _encode(metadata: Metadata) -> bytes:
-    # The quickest deep copy of plain values there is. From version 3 on it would keep what is
-    # shared inside an object shared, which JSON does not.
+    # The quickest deep copy of plain values. From version 3 on it would keep what is shared inside
+    # an object shared, which JSON does not. Only this process reads it.
     return marshal.dumps(metadata, 2)
 
 
-def _decode(row: bytes) -> Any:
-    return marshal.loads(row)  # noqa: S302 - nobody else has had it
+def _decode(_: Key, row: bytes) -> Any:
+    return marshal.loads(row)
 
 
-class _Store:
+class _Store(ForkHooks):
     """The rows of all apps, for one thread at a time: the one that has ``lock``."""
 
     def __init__(self) -> None:
-        self._rows: dict[tuple[str, str], bytes | None] | None = {}
-        self._start()
+        self._rows: dict[Key, bytes | None] | None = {}
+        self.after_fork_in_child()
         watch(self)
 
-    def _start(self) -> None:
-        self.lock = threading.RLock()
-        self.is_writing = False
-        self._held_for_fork = False
-
-    def rows(self) -> dict[tuple[str, str], bytes | None]:
+    def rows(self) -> dict[Key, bytes | None]:
         if self._rows is None:
             raise UsageError("this InMemoryStorage is closed: make a new one")
         return self._rows
@@ -142,16 +138,7 @@ class _Store:
         with self.lock:
             self._rows = None
 
-    def before_fork(self) -> None:
-        self._held_for_fork = self.lock.acquire(timeout=_LONGEST_WAIT_OF_A_FORK)
-
-    def after_fork_in_parent(self) -> None:
-        if self._held_for_fork:
-            self._held_for_fork = False
-            self.lock.release()
-
     def after_fork_in_child(self) -> None:
-        self._start()
-
-
-_LONGEST_WAIT_OF_A_FORK = 30.0  # seconds
+        """Another thread of the parent may have held the lock."""
+        self.lock = threading.RLock()
+        self.is_writing = False

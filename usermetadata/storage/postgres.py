@@ -24,13 +24,12 @@ except ImportError as error:
     ) from error
 
 from usermetadata.changes import Clear, Merge, Replace
+from usermetadata.codec import decode_metadata, encode_metadata
 from usermetadata.exceptions import (
     DamagedMetadataError,
     InvalidInputError,
     OutcomeUnknownError,
 )
-from usermetadata.identifiers import check_app_id
-from usermetadata.json import decode_metadata, encode_metadata
 from usermetadata.storage.postgres_statements import (
     HOLD,
     MERGE,
@@ -43,6 +42,7 @@ from usermetadata.storage.postgres_statements import (
     STORE_ONE,
     Table,
 )
+from usermetadata.validation import check_app_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from typing_extensions import LiteralString, Self
 
     from usermetadata.changes import Change
-    from usermetadata.json import Metadata
+    from usermetadata.codec import Metadata
 
 _MIN_TIMEOUT, _MAX_TIMEOUT = 0.001, 1_000_000  # seconds
 _NATIVE = {Merge, Replace, Clear}
@@ -94,7 +94,7 @@ class PostgresStorage:
     # Updates keep their order if one batch is written at a time; reads have none to keep.
     reads_in_flight, writes_in_flight = 2, 1
 
-    def __init__(  # noqa: PLR0913 - the table's name has two parts
+    def __init__(
         self,
         database: str | ConnectionPool[Any],
         *,

@@ -15,6 +15,7 @@ import psycopg
 from psycopg import conninfo, errors
 from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
+from usermetadata._core.forking import notice, watch
 from usermetadata.exceptions import (
     InvalidInputError,
     OutcomeUnknownError,
@@ -23,7 +24,6 @@ from usermetadata.exceptions import (
     StorageUnavailableError,
     UsageError,
 )
-from usermetadata.forking import notice, watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -142,7 +142,7 @@ class Connections:
                 if not can_repeat or attempt == _ATTEMPTS:
                     raise self._translated(error, is_write=is_write) from error
             # So that those who have met do not meet again; nothing secret.
-            time.sleep(random.uniform(0, min(_LONGEST_PAUSE, 0.01 * 2**attempt)))  # noqa: S311
+            time.sleep(random.uniform(0, min(_LONGEST_PAUSE, 0.01 * 2**attempt)))
             attempt += 1
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from psycopg.rows import tuple_row
 from psycopg.sql import SQL, Identifier
 
 from usermetadata.exceptions import InvalidInputError
-from usermetadata.identifiers import USER_ID_MAX_LENGTH
+from usermetadata.validation import USER_ID_MAX_LENGTH
 
 if TYPE_CHECKING:
     from psycopg import Connection

@@ -1,30 +1,26 @@
-"""The functions for code without ``async``: each returns when it is done.
+"""The functions for code without ``async``: they block until they are done.
 
-They also work in a thread whose event loop is running, which they then block for that long.
+They also work in a thread whose event loop is running, and block that loop meanwhile. This file is
+generated from ``usermetadata/asyncio/__init__.py``; change that one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+from usermetadata._core.recipe import UserMetadataRecipe
 from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult
-from usermetadata.recipe import UserMetadataRecipe
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-else:
-    Any = object  # for who evaluates the annotations; typing takes longer to import than the rest
 
 
 def get_user_metadata(user_id: str, user_context: dict[str, Any] | None = None) -> MetadataResult:
     """Return the metadata of a user.
 
-    Nobody checks that the user exists: of an unknown user the metadata is ``{}``.
+    Users need not exist; an unknown user's metadata is ``{}``.
 
     Args:
         user_id: 1 to 255 characters, without U+0000.
-        user_context: handed on to an override; this library does not look into it.
+        user_context: passed to an override unchanged; this library ignores it.
 
     Returns:
         The metadata, in ``.metadata``.
@@ -33,9 +29,9 @@ def get_user_metadata(user_id: str, user_context: dict[str, Any] | None = None) 
         InvalidInputError: the user id is not valid.
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed; ``__cause__`` is its driver's error.
-        StorageBusyError: others held the storage for too long.
+        StorageBusyError: timed out waiting for another writer or for a connection.
         StorageUnavailableError: the server cannot be reached.
-        DamagedMetadataError: what is stored is not a JSON object.
+        DamagedMetadataError: the stored row is not a JSON object.
 
     Example:
         >>> get_user_metadata("alice").metadata
@@ -43,23 +39,22 @@ def get_user_metadata(user_id: str, user_context: dict[str, Any] | None = None) 
     """
     functions = UserMetadataRecipe.get_instance().blocking_implementation
     context = {} if user_context is None else user_context
-    result: MetadataResult = functions.get_user_metadata(user_id, context)
-    return result
+    return functions.get_user_metadata(user_id, context)
 
 
 def update_user_metadata(
     user_id: str, metadata_update: Mapping[str, Any], user_context: dict[str, Any] | None = None
 ) -> MetadataResult:
-    """Lay an update over the metadata of a user, in one atomic step.
+    """Merge an update into the metadata of a user, in one atomic step.
 
-    Root-level properties of the update replace the stored ones, whole; a root-level property whose
-    value is ``None`` is removed. ``None`` deeper down is data and stays. Two concurrent updates of
-    one user, from tasks, threads or processes, both survive.
+    Root-level properties of the update overwrite the stored ones; nested objects are not merged. A
+    root-level property whose value is ``None`` is removed. A nested ``None`` is data and stays. Two
+    concurrent updates of one user, from tasks, threads or processes, both survive.
 
     Args:
         user_id: 1 to 255 characters, without U+0000.
-        metadata_update: a mapping of properties to JSON values. It is copied at the call.
-        user_context: handed on to an override; this library does not look into it.
+        metadata_update: a mapping of properties to JSON values. It is copied.
+        user_context: passed to an override unchanged; this library ignores it.
 
     Returns:
         The whole metadata after the update, in ``.metadata``.
@@ -69,11 +64,11 @@ def update_user_metadata(
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: others held the storage for too long; nothing was written.
+        StorageBusyError: timed out waiting for another writer or for a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: connection or disk failed in between; it was written whole or not at
-            all.
-        DamagedMetadataError: what is stored is not a JSON object; nothing was written.
+        OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
+            not at all.
+        DamagedMetadataError: the stored row is not a JSON object; nothing was written.
 
     Example:
         >>> update_user_metadata("alice", {"theme": "dark", "todos": ["a"]}).metadata
@@ -85,8 +80,7 @@ def update_user_metadata(
     """
     functions = UserMetadataRecipe.get_instance().blocking_implementation
     context = {} if user_context is None else user_context
-    result: MetadataResult = functions.update_user_metadata(user_id, metadata_update, context)
-    return result
+    return functions.update_user_metadata(user_id, metadata_update, context)
 
 
 def clear_user_metadata(
@@ -96,19 +90,19 @@ def clear_user_metadata(
 
     Args:
         user_id: 1 to 255 characters, without U+0000.
-        user_context: handed on to an override; this library does not look into it.
+        user_context: passed to an override unchanged; this library ignores it.
 
     Returns:
-        An object without content.
+        An empty result.
 
     Raises:
         InvalidInputError: the user id is not valid.
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was removed; ``__cause__`` is its driver's
             error.
-        StorageBusyError: others held the storage for too long; nothing was removed.
+        StorageBusyError: timed out waiting for another writer or for a connection; nothing was removed.
         StorageUnavailableError: the server cannot be reached; nothing was removed.
-        OutcomeUnknownError: connection or disk failed in between; it was removed or not.
+        OutcomeUnknownError: the connection or the disk failed meanwhile; it was removed or not.
 
     Example:
         >>> clear_user_metadata("alice")
@@ -116,22 +110,21 @@ def clear_user_metadata(
     """
     functions = UserMetadataRecipe.get_instance().blocking_implementation
     context = {} if user_context is None else user_context
-    result: ClearUserMetadataResult = functions.clear_user_metadata(user_id, context)
-    return result
+    return functions.clear_user_metadata(user_id, context)
 
 
 def set_user_metadata(
     user_id: str, metadata: Mapping[str, Any], user_context: dict[str, Any] | None = None
 ) -> MetadataResult:
-    """Replace the metadata of a user whole, in one atomic step.
+    """Replace all metadata of a user, in one atomic step.
 
-    The same as clear and update in turn, except that nobody ever sees the user without metadata:
-    root-level properties whose value is ``None`` are left out.
+    The result is that of clear followed by update, but no reader sees the user without metadata.
+    Root-level properties whose value is ``None`` are left out.
 
     Args:
         user_id: 1 to 255 characters, without U+0000.
-        metadata: a mapping of properties to JSON values. It is copied at the call.
-        user_context: handed on to an override; this library does not look into it.
+        metadata: a mapping of properties to JSON values. It is copied.
+        user_context: passed to an override unchanged; this library ignores it.
 
     Returns:
         The metadata as stored, in ``.metadata``.
@@ -142,10 +135,10 @@ def set_user_metadata(
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: others held the storage for too long; nothing was written.
+        StorageBusyError: timed out waiting for another writer or for a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: connection or disk failed in between; it was written whole or not at
-            all.
+        OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
+            not at all.
 
     Example:
         >>> set_user_metadata("alice", {"plan": "pro"}).metadata
@@ -153,8 +146,7 @@ def set_user_metadata(
     """
     functions = UserMetadataRecipe.get_instance().blocking_implementation
     context = {} if user_context is None else user_context
-    result: MetadataResult = functions.set_user_metadata(user_id, metadata, context)
-    return result
+    return functions.set_user_metadata(user_id, metadata, context)
 
 
 def modify_user_metadata(
@@ -162,34 +154,34 @@ def modify_user_metadata(
     function: Callable[[dict[str, Any]], Mapping[str, Any]],
     user_context: dict[str, Any] | None = None,
 ) -> MetadataResult:
-    """Pass the metadata of a user through a function, in one atomic step.
+    """Replace the metadata of a user with ``function(metadata)``, in one atomic step.
 
     For counters, nested edits and conditional changes. The function runs inside the storage's lock
-    or transaction, so it should be quick, must not call this library, and may be called again if
-    the storage retries. It is a plain function. Root-level properties that it leaves ``None`` are
-    removed.
+    or transaction, so it should be quick and must not call this library. It may be called again if
+    the storage retries. It is a plain function, not an ``async`` one. Root-level properties whose
+    value is ``None`` are removed.
 
     Args:
         user_id: 1 to 255 characters, without U+0000.
-        function: takes the stored metadata, ``{}`` if there is none, and returns the new one; it
-            may change what it was given and return that. If it raises, nothing is written.
-        user_context: handed on to an override; this library does not look into it.
+        function: takes the stored metadata, ``{}`` if there is none, and returns the new metadata;
+            it may change its argument and return that. If it raises, nothing is written.
+        user_context: passed to an override unchanged; this library ignores it.
 
     Returns:
         The metadata as stored, in ``.metadata``.
 
     Raises:
-        InvalidInputError: the user id is not valid, or what the function returned is not JSON;
+        InvalidInputError: the user id is not valid, or the function's result is not JSON;
             nothing was written.
         UsageError: ``usermetadata.init`` was not called, or the function called this library.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: others held the storage for too long; nothing was written.
+        StorageBusyError: timed out waiting for another writer or for a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: connection or disk failed in between; it was written whole or not at
-            all.
-        DamagedMetadataError: what is stored is not a JSON object; nothing was written.
-        Exception: whatever the function raises, as it is; nothing was written.
+        OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
+            not at all.
+        DamagedMetadataError: the stored row is not a JSON object; nothing was written.
+        Exception: exceptions of the function propagate unchanged; nothing was written.
 
     Example:
         >>> def count_visit(metadata):
@@ -199,8 +191,7 @@ def modify_user_metadata(
     """
     functions = UserMetadataRecipe.get_instance().blocking_implementation
     context = {} if user_context is None else user_context
-    result: MetadataResult = functions.modify_user_metadata(user_id, function, context)
-    return result
+    return functions.modify_user_metadata(user_id, function, context)
 
 
 def get_bulk_user_metadata(
@@ -210,54 +201,52 @@ def get_bulk_user_metadata(
 
     Args:
         user_ids: any number of user ids.
-        user_context: handed on to an override; this library does not look into it.
+        user_context: passed to an override unchanged; this library ignores it.
 
     Returns:
-        For each user id, in the order given, what ``get_user_metadata`` returns, all as of one
-        moment.
+        The result of ``get_user_metadata`` by user id, in the order given, all as of one moment.
 
     Raises:
         InvalidInputError: a user id is not valid.
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed; ``__cause__`` is its driver's error.
-        StorageBusyError: others held the storage for too long.
+        StorageBusyError: timed out waiting for another writer or for a connection.
         StorageUnavailableError: the server cannot be reached.
-        DamagedMetadataError: what is stored about one of them is not a JSON object.
+        DamagedMetadataError: the stored row of one of them is not a JSON object.
 
     Example:
-        >>> get_bulk_user_metadata(["nobody", "noone"])
-        {'nobody': MetadataResult(metadata={}), 'noone': MetadataResult(metadata={})}
+        >>> get_bulk_user_metadata(["erin", "frank"])
+        {'erin': MetadataResult(metadata={}), 'frank': MetadataResult(metadata={})}
     """
     functions = UserMetadataRecipe.get_instance().blocking_implementation
     context = {} if user_context is None else user_context
-    result: dict[str, MetadataResult] = functions.get_bulk_user_metadata(user_ids, context)
-    return result
+    return functions.get_bulk_user_metadata(user_ids, context)
 
 
 def update_bulk_user_metadata(
     metadata_updates: Mapping[str, Mapping[str, Any]],
     user_context: dict[str, Any] | None = None,
 ) -> dict[str, MetadataResult]:
-    """Update the metadata of many users, all or none, in one atomic step.
+    """Update the metadata of many users in one atomic step: all of them or none.
 
     Args:
-        metadata_updates: for each user id the update, as ``update_user_metadata`` takes it. All is
-            copied at the call.
-        user_context: handed on to an override; this library does not look into it.
+        metadata_updates: the updates by user id, each as ``update_user_metadata`` takes it. They
+            are copied.
+        user_context: passed to an override unchanged; this library ignores it.
 
     Returns:
-        For each user id, in the order given, what ``update_user_metadata`` returns.
+        The result of ``update_user_metadata`` by user id, in the order given.
 
     Raises:
         InvalidInputError: a user id is not valid, or an update is not JSON; nothing was written.
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: others held the storage for too long; nothing was written.
+        StorageBusyError: timed out waiting for another writer or for a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: connection or disk failed in between; it was written whole or not at
-            all.
-        DamagedMetadataError: what is stored about one of them is not a JSON object; nothing was
+        OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
+            not at all.
+        DamagedMetadataError: the stored row of one of them is not a JSON object; nothing was
             written.
 
     Example:
@@ -267,7 +256,4 @@ def update_bulk_user_metadata(
     """
     functions = UserMetadataRecipe.get_instance().blocking_implementation
     context = {} if user_context is None else user_context
-    result: dict[str, MetadataResult] = functions.update_bulk_user_metadata(
-        metadata_updates, context
-    )
-    return result
+    return functions.update_bulk_user_metadata(metadata_updates, context)

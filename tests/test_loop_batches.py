@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import queue
+import gc
 import subprocess
 import sys
 import threading
@@ -16,6 +16,7 @@ import usermetadata
 from usermetadata import (
     InMemoryStorage,
     InvalidInputError,
+    OutcomeUnknownError,
     SQLiteStorage,
     StorageBusyError,
     UserMetadataRecipe,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from usermetadata.changes import Change
-    from usermetadata.json import Metadata
+    from usermetadata.codec import Metadata
 
 
 class Gated(InMemoryStorage):
@@ -176,11 +177,11 @@ def test_a_failing_call_fails_alone(storage: Gated) -> None:
 
 
 def test_bad_input_never_joins_a_batch(storage: Gated) -> None:
-    """It raises at the call."""
+    """It raises before the storage is called."""
 
     async def main() -> None:
         with pytest.raises(InvalidInputError):
-            _ = update_user_metadata("alice", {"a": float("nan")})
+            await update_user_metadata("alice", {"a": float("nan")})
 
     asyncio.run(main())
     assert storage.writes == []
@@ -342,41 +343,41 @@ def test_the_storage_says_how_many_batches_run_at_a_time() -> None:
     asyncio.run(main())
 
 
-def test_idle_workers_end_by_themselves(database: Path) -> None:
-    """So a storage that was closed leaves no thread, without ``reset`` too; later calls work."""
+def test_a_dropped_recipe_leaves_no_thread(database: Path) -> None:
+    """Without ``reset``, too, the worker threads end once nothing refers to them any more."""
     before = set(threading.enumerate())
-
-    async def call() -> None:
-        await update_user_metadata("alice", {"n": 1})
-        assert (await get_user_metadata("alice")).metadata == {"n": 1}
-
     with contextlib.closing(SQLiteStorage(database)) as storage:
-        usermetadata.init(storage)
-        for _ in range(2):
-            asyncio.run(call())
-            for thread in set(threading.enumerate()) - before:
-                thread.join(60)
-            assert set(threading.enumerate()) <= before
+        recipe = UserMetadataRecipe(storage)
+        asyncio.run(write_once(recipe))
+        threads = set(threading.enumerate()) - before
+        assert threads
+        del recipe
+        gc.collect()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
 
 
-def test_a_worker_that_is_about_to_end_takes_the_call(
-    storage: Gated, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A call that comes when the worker has just given up waiting for one is not left waiting."""
+async def write_once(recipe: UserMetadataRecipe) -> None:
+    """Update one user."""
+    await recipe.recipe_implementation.update_user_metadata("alice", {"n": 1}, {})
 
-    class GivesUpTooLate(queue.SimpleQueue[None]):
-        def get(self, block: bool = True, timeout: float | None = None) -> None:  # noqa: FBT001, FBT002 - SimpleQueue has it so
-            super().get()
-            if timeout is not None:
-                self.put(None)
-                raise queue.Empty
+
+def test_an_unknown_outcome_is_not_repeated(storage: Gated) -> None:
+    """After ``OutcomeUnknownError`` no call of the batch is executed a second time."""
+
+    def lost(self: object, changes: object) -> list[Metadata | None]:
+        raise OutcomeUnknownError("the connection was lost")
 
     async def main() -> None:
-        for n in range(5):
-            assert (await update_user_metadata("alice", {"n": n})).metadata == {"n": n}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(InMemoryStorage, "write", lost)
+            updates = (update_user_metadata("alice", {"n": n}) for n in range(5))
+            errors = await behind_another(storage, *updates)
+        assert [type(error) for error in errors] == [OutcomeUnknownError] * 5
 
-    monkeypatch.setattr("usermetadata.coalescing.SimpleQueue", GivesUpTooLate)
-    asyncio.run(asyncio.wait_for(main(), 10))
+    asyncio.run(main())
+    assert storage.writes == [1, 5]
 
 
 def test_memory_needs_no_thread() -> None:

@@ -1,10 +1,11 @@
-"""What SQLite's errors mean to whoever gets them."""
+"""What SQLite's errors mean, and what to do about them."""
 
 from __future__ import annotations
 
 import os
 
-from usermetadata.exceptions import DamagedMetadataError, StorageBusyError, StorageError
+from usermetadata._core.batching import busy
+from usermetadata.exceptions import DamagedMetadataError, OutcomeUnknownError, StorageError
 
 _ADVICE = [
     ("unable to open", ": is it a file, and may this process open it?"),
@@ -18,13 +19,25 @@ _ADVICE = [
 ]
 
 
-def translate(error: Exception, name: str) -> StorageError:
-    """Return our error for the driver's: what happened, to which file, and what to do."""
+def translate(error: Exception, name: str, *, committing: bool = False) -> StorageError:
+    """Return the library's error for the driver's.
+
+    Args:
+        error: the driver's error.
+        name: the name of the database.
+        committing: whether the statement that failed is ``COMMIT``.
+    """
     message = str(error)
     if message.startswith("database ") and message.endswith("is locked"):
         return busy(name)
     if message.startswith("Could not decode to UTF-8"):
         return DamagedMetadataError(f"{name}: a row is damaged: {message}")
+    if committing and "disk I/O error" in message:
+        # It may be in the write-ahead log already, and be found there after a crash.
+        return OutcomeUnknownError(
+            f"{name}: {message} during COMMIT: whether the write was stored is unknown; read to"
+            " find out"
+        )
     directory = os.path.dirname(name)
     if "unable to open" in message and not os.path.isdir(directory):
         return StorageError(f"{name}: the directory {directory} does not exist: create it")
@@ -32,17 +45,10 @@ def translate(error: Exception, name: str) -> StorageError:
     return StorageError(f"{name}: {message}{advice}")
 
 
-def orphaned(name: str) -> StorageError:
+def inherited(name: str) -> StorageError:
     """Return the error of a process that has its parent's connection to the file."""
     return StorageError(
         f"{name}: this process was forked in the middle of a call, or without telling Python"
-        " (uWSGI does it, without py-call-uwsgi-fork-hooks), and cannot use the file"
-    )
-
-
-def busy(name: str) -> StorageBusyError:
-    """Return the error of a write that has waited long enough."""
-    return StorageBusyError(
-        f"{name}: other writers did not let go of the database within the timeout; repeat the"
-        " call, or the transaction of yours that it is part of, or allow for a longer timeout"
+        " (as uWSGI does without py-call-uwsgi-fork-hooks), and cannot use the file; fork before"
+        " the first call"
     )

@@ -1,23 +1,24 @@
-"""The recipe: ``init``, overrides, and what both facades find their functions by."""
+"""The recipe: ``init``, overrides, and the functions that both facades call."""
 
 from __future__ import annotations
 
 import os
+import threading
+from typing import TYPE_CHECKING, ClassVar
 
 from usermetadata.exceptions import InvalidInputError, UsageError
 from usermetadata.interfaces import RecipeInterface
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, ClassVar
 
-    from usermetadata.coalescing import Coalescer
+    from usermetadata._core.functions import BlockingFunctions
+    from usermetadata._core.runners import AsyncioRunner
     from usermetadata.storage import Storage
 
 
 class UserMetadataOverrideConfig:
-    """What ``init`` takes to replace or wrap the recipe's functions.
+    """Replaces or wraps the recipe's functions; an argument of ``init``.
 
     Args:
         functions: takes the original implementation and returns the one to use: the original with
@@ -49,10 +50,10 @@ def init(
     storage: Storage | str | os.PathLike[str] | None = None,
     override: UserMetadataOverrideConfig | None = None,
 ) -> None:
-    """Say where metadata is kept; to be called once, before any other function.
+    """Choose where metadata is stored; call it once, before any other function.
 
-    Nothing is opened yet: the first call does that, so ``init`` may stand at the top of a program
-    that forks its workers later.
+    Nothing is opened yet: the first call does that. So ``init`` may be called at module level, also
+    in a program that forks its workers later.
 
     Args:
         storage: a storage; or a URL, ``memory://``, ``postgresql://...`` or ``sqlite:///users.db``
@@ -75,19 +76,19 @@ def init(
 
 
 class UserMetadataRecipe:
-    """What ``init`` set up; the facades find it by ``get_instance()``.
+    """The storage and the override that ``init`` was given; ``get_instance()`` returns it.
 
     Args:
-        storage: where the metadata is kept.
+        storage: where the metadata is stored.
         override: replaces or wraps the functions.
         owns_storage: whether ``reset`` closes the storage.
 
     Attributes:
         recipe_id: ``"usermetadata"``, as in the SDK.
-        storage: where the metadata is kept.
+        storage: where the metadata is stored.
         override: what ``init`` got.
-        blocking_implementation: the functions, as the override left them, each returning its result
-            itself; ``usermetadata.syncio`` calls these.
+        blocking_implementation: the functions as the override left them, blocking;
+            ``usermetadata.syncio`` calls these.
     """
 
     recipe_id: ClassVar[str] = "usermetadata"
@@ -100,29 +101,23 @@ class UserMetadataRecipe:
         *,
         owns_storage: bool = False,
     ) -> None:
-        # Here, as all that init() needs and importing a facade does not.
-        import threading
+        # Here, because importing a facade needs none of it.
+        from usermetadata._core.functions import BlockingFunctions, OverriddenFunctions
+        from usermetadata._core.runners import BlockingRunner
 
         self.storage = storage
         self.override = override
-        self._one_at_a_time = threading.Lock()
         self._owns_storage = owns_storage
-        self._coalescer: Coalescer | None = None
+        self._lock = threading.Lock()
+        self._runner: AsyncioRunner | None = None
         self._implementation: RecipeInterface | None = None
-        self.blocking_implementation: Any
+        self.blocking_implementation: BlockingFunctions
         if override is None or override.functions is None:
-            from usermetadata.bridge import OnTheSpot
-            from usermetadata.recipe_implementation import RecipeImplementation
-
-            # Its functions return their result itself, whatever the interface says.
-            on_the_spot: Any = OnTheSpot(storage)
-            self.blocking_implementation = RecipeImplementation(on_the_spot)
+            self.blocking_implementation = BlockingFunctions(BlockingRunner(storage))
         else:
-            from usermetadata.bridge import InThreads
-
-            original = self._awaitable_implementation()
+            original = self._asyncio_functions()
             self._implementation = _complete(override.functions(original), original)
-            self.blocking_implementation = InThreads(self._implementation)
+            self.blocking_implementation = OverriddenFunctions(self._implementation)
 
     def __repr__(self) -> str:
         return f"UserMetadataRecipe({self.storage!r})"
@@ -143,8 +138,10 @@ class UserMetadataRecipe:
                 f"override: {type(override).__name__} is not an override:"
                 " pass UserMetadataOverrideConfig(functions=...)"
             )
+        from usermetadata._core.urls import DEFAULT_URL, open_storage
+
         if storage is None:
-            storage = os.environ.get("USERMETADATA_URL") or "sqlite:///usermetadata.db"
+            storage = os.environ.get("USERMETADATA_URL") or DEFAULT_URL
         opened = isinstance(storage, (str, os.PathLike))
         UserMetadataRecipe._instance = UserMetadataRecipe(
             open_storage(storage), override, owns_storage=opened
@@ -152,7 +149,7 @@ class UserMetadataRecipe:
 
     @staticmethod
     def get_instance() -> UserMetadataRecipe:
-        """Return what ``init`` set up.
+        """Return the recipe that ``init`` has made.
 
         Returns:
             The one instance of this process.
@@ -171,86 +168,42 @@ class UserMetadataRecipe:
     def reset() -> None:
         """Undo ``init``, which may then be called again; closes the storage if ``init`` opened it.
 
-        Calls of ``usermetadata.asyncio`` that are under way come to their end before.
-
-        A storage that the caller made and passed to ``init`` is the caller's to close. Without
-        ``init`` before, nothing happens.
+        Calls of ``usermetadata.asyncio`` that are under way are completed first. A storage that the
+        caller made and passed to ``init`` stays open. Without ``init`` before, nothing happens.
 
         Raises:
             UsageError: a function given to ``modify_user_metadata`` calls it.
         """
-        from usermetadata.reentry import refuse_reentry
+        from usermetadata._core.reentry import refuse_reentry
 
         refuse_reentry()
         recipe, UserMetadataRecipe._instance = UserMetadataRecipe._instance, None
         if recipe is None:
             return
-        if recipe._coalescer is not None:
-            recipe._coalescer.close()
+        if recipe._runner is not None:
+            recipe._runner.close()
         if recipe._owns_storage:
             recipe.storage.close()
 
     @property
     def recipe_implementation(self) -> RecipeInterface:
-        """The functions, as the override left them; ``usermetadata.asyncio`` calls these."""
+        """The functions as the override left them; ``usermetadata.asyncio`` calls these."""
         if self._implementation is None:
-            with self._one_at_a_time:
+            with self._lock:
                 if self._implementation is None:
-                    self._implementation = self._awaitable_implementation()
+                    self._implementation = self._asyncio_functions()
         return self._implementation
 
-    def _awaitable_implementation(self) -> RecipeInterface:
-        from usermetadata.coalescing import Coalescer
-        from usermetadata.recipe_implementation import RecipeImplementation
+    def _asyncio_functions(self) -> RecipeInterface:
+        from usermetadata._core.functions import AsyncioFunctions
+        from usermetadata._core.runners import AsyncioRunner
 
-        self._coalescer = Coalescer(self.storage)
-        return RecipeImplementation(self._coalescer)
-
-
-def open_storage(storage: Storage | str | os.PathLike[str]) -> Storage:
-    """Return the storage that a URL or a path names, or the storage itself."""
-    if isinstance(storage, str):
-        scheme, separator, rest = storage.partition("://")
-        if not separator:
-            return _open_sqlite(storage)
-        if storage == "memory://":
-            from usermetadata.storage.memory import InMemoryStorage
-
-            return InMemoryStorage()
-        if scheme == "sqlite" and rest[:1] in ("", "/"):
-            return _open_sqlite(rest[1:] or ":memory:")
-        if scheme in ("postgresql", "postgres"):
-            return _open_postgres(storage)
-        raise InvalidInputError(
-            f'storage: {scheme}:// is not a URL that is known: pass "memory://",'
-            ' "sqlite:///users.db", "sqlite:////absolute/path/users.db" or "postgresql://..."'
-        )
-    if isinstance(storage, os.PathLike):
-        return _open_sqlite(storage)
-    from usermetadata.storage import Storage
-
-    if isinstance(storage, Storage) and not isinstance(storage, type):
-        return storage
-    raise InvalidInputError(
-        f"storage: {type(storage).__name__} is neither a storage nor a URL nor a path:"
-        ' pass "sqlite:///users.db"'
-    )
-
-
-def _open_sqlite(path: str | os.PathLike[str]) -> Storage:
-    from usermetadata.storage.sqlite import SQLiteStorage
-
-    return SQLiteStorage(path)
-
-
-def _open_postgres(url: str) -> Storage:
-    from usermetadata.storage.postgres import PostgresStorage
-
-    return PostgresStorage(url)
+        self._runner = AsyncioRunner(self.storage)
+        return AsyncioFunctions(self._runner)
 
 
 def _complete(overridden: RecipeInterface, original: RecipeInterface) -> RecipeInterface:
-    """Let functions that the override does not have be the original's."""
+    """Use the original's functions where the override has none."""
     if not isinstance(overridden, RecipeInterface):
         raise InvalidInputError(
             f"override: functions returned {type(overridden).__name__}, not a RecipeInterface:"

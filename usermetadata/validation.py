@@ -1,33 +1,83 @@
-"""JSON as this library stores it: checking and copying input, encoding, decoding.
-
-JSON is that of `RFC 8259 <https://www.rfc-editor.org/rfc/rfc8259>`_: no NaN, no infinities, keys
-are strings, text is Unicode. Whatever passes :func:`copy_metadata` comes back from
-``decode_metadata(encode_metadata(...))`` equal, in type and to the last bit.
-"""
+"""Checking what callers pass in: metadata, user ids and app ids."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from usermetadata.exceptions import InvalidInputError
 
-Metadata = dict[str, Any]
-"""A JSON object as Python has it: ``str`` keys; values ``None``, ``bool``, ``int``, ``float``,
-``str``, ``list`` or ``dict``."""
+if TYPE_CHECKING:
+    from usermetadata.codec import Metadata
+
+USER_ID_MAX_LENGTH = 255
+APP_ID_MAX_LENGTH = 64
 
 MAX_DEPTH = 200
-"""How deep objects and arrays may nest, the root object counted. Python's JSON decoder recurses,
-and Python allows 1000 levels in all; 200 leave room for the caller's."""
+"""How many levels objects and arrays may nest, counting the root object. Python's JSON decoder
+recurses and Python allows 1000 levels in all; a limit of 200 leaves room for the caller's stack."""
 
 _SHOWN_PARTS = 10
 _SHOWN_CHARACTERS = 60
 _TOO_DEEP = f"nests deeper than {MAX_DEPTH} levels: store it flatter"
 # Python may refuse to write longer integers as text, at the earliest from 640 digits on.
 _ALWAYS_WRITABLE = 10**640
+
+
+def check_user_id(user_id: object, name: str = "user_id") -> str:
+    """Return ``user_id`` if it is a valid user id.
+
+    A user id is a ``str`` of 1 to 255 characters (code points) without U+0000 and without lone
+    surrogates. Nothing else is assumed about it, and the user need not exist.
+
+    Args:
+        user_id: the value to check.
+        name: the argument's name, for the error message.
+
+    Returns:
+        The same text, as a plain ``str``.
+
+    Raises:
+        InvalidInputError: it is not a valid user id.
+
+    Example:
+        >>> check_user_id("")
+        Traceback (most recent call last):
+            ...
+        usermetadata.exceptions.InvalidInputError: user_id: is empty: pass the id of a user
+    """
+    # Nearly every id is plain, and each call of the library checks one.
+    if (
+        type(user_id) is str
+        and 0 < len(user_id) <= USER_ID_MAX_LENGTH
+        and user_id.isascii()
+        and "\0" not in user_id
+    ):
+        return user_id
+    return _check_identifier(user_id, name, USER_ID_MAX_LENGTH, "pass the id of a user")
+
+
+def check_app_id(app_id: object) -> str:
+    """Return ``app_id`` if it is a valid app id.
+
+    The rules are those of a user id, with at most 64 characters.
+
+    Args:
+        app_id: the value to check.
+
+    Returns:
+        The same text, as a plain ``str``.
+
+    Raises:
+        InvalidInputError: it is not a valid app id.
+
+    Example:
+        >>> check_app_id("public")
+        'public'
+    """
+    return _check_identifier(app_id, "app_id", APP_ID_MAX_LENGTH, 'pass the id of an app, "public"')
 
 
 def copy_metadata(value: object, name: str) -> Metadata:
@@ -37,8 +87,8 @@ def copy_metadata(value: object, name: str) -> Metadata:
     ``dict``, a tuple becomes a ``list``.
 
     Args:
-        value: what the caller gave; it is only read.
-        name: what the caller calls it, for the error message.
+        value: the value to check and copy; it is only read.
+        name: the argument's name, for the error message.
 
     Returns:
         The copy, which shares nothing mutable with ``value``.
@@ -56,7 +106,7 @@ def copy_metadata(value: object, name: str) -> Metadata:
     """
     if type(value) is not dict and not isinstance(value, Mapping):
         raise InvalidInputError(
-            f"{name}: {type(value).__name__} is not a mapping: it must be a dict of properties"
+            f"{name}: {type(value).__name__} is not a mapping: pass a dict of properties"
         )
     try:
         copied = _copy_object(value, 1)
@@ -68,101 +118,27 @@ def copy_metadata(value: object, name: str) -> Metadata:
     return copied
 
 
-def encode_metadata(metadata: Metadata) -> str:
-    """Return checked ``metadata`` as compact JSON text, non-ASCII characters as themselves.
-
-    Args:
-        metadata: an object that :func:`copy_metadata` or :func:`decode_metadata` returned.
-
-    Returns:
-        The text. It holds neither U+0000 nor a lone surrogate, so every database can store it.
-
-    Example:
-        >>> encode_metadata({"name": "Zoë", "n": -0.0})
-        '{"name":"Zoë","n":-0.0}'
-    """
-    text = _encode(metadata)
-    if not text.isascii():
+def _check_identifier(value: object, name: str, max_length: int, remedy: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidInputError(f"{name}: {type(value).__name__} is not str: {remedy}")
+    if not value:
+        raise InvalidInputError(f"{name}: is empty: {remedy}")
+    if len(value) > max_length:
+        raise InvalidInputError(f"{name}: has {len(value)} characters; {max_length} are allowed")
+    if "\0" in value:
+        raise InvalidInputError(f"{name}: holds U+0000, which databases cannot store: {value!r}")
+    if not value.isascii():
         try:
-            text.encode()
+            value.encode()
         except UnicodeEncodeError:
-            # Only a row written by another program can hold one; as an escape it survives.
-            return _encode_ascii(metadata)
-    return text
-
-
-def decode_metadata(text: str) -> Metadata:
-    """Return the object that ``text`` holds, fresh at every call.
-
-    Args:
-        text: JSON text, as :func:`encode_metadata` or another program wrote it.
-
-    Returns:
-        The object.
-
-    Raises:
-        ValueError: ``text`` is not JSON, or is not an object, or Python cannot hold it.
-
-    Example:
-        >>> decode_metadata('{"n": 12345678901234567890}')
-        {'n': 12345678901234567890}
-    """
-    try:
-        # What this library has written has no blanks around it, and need not be searched for them.
-        if text.startswith("{"):
-            decoded, end = _decoder.raw_decode(text)
-            if end == len(text):
-                of_ours: Metadata = decoded
-                return of_ours
-        decoded = _decoder.decode(text)
-    except RecursionError:
-        # Either the text is to blame, or the caller's stack, which is no fault of the text.
-        if _depth(text) > MAX_DEPTH:
-            raise ValueError(f"it nests deeper than {MAX_DEPTH} levels") from None
-        raise
-    if not isinstance(decoded, dict):
-        raise ValueError(f"it holds {_KINDS[type(decoded)]}, not an object")
-    return decoded
-
-
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _parse_float(digits: str) -> float:
-    number = float(digits)
-    if math.isinf(number):
-        raise ValueError(f"{digits} is too large for a float")
-    return number
-
-
-def _depth(text: str) -> int:
-    depth = deepest = 0
-    for bracket in re.findall(r"[][{}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
-        depth += 1 if bracket in "[{" else -1
-        deepest = max(deepest, depth)
-    return deepest
-
-
-_encode = json.JSONEncoder(
-    ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":")
-).encode
-_encode_ascii = json.JSONEncoder(
-    check_circular=False, allow_nan=False, separators=(",", ":")
-).encode
-_decoder = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_parse_float)
-_KINDS = {
-    list: "an array",
-    str: "a string",
-    int: "a number",
-    float: "a number",
-    bool: "a boolean",
-    type(None): "null",
-}
+            raise InvalidInputError(
+                f"{name}: holds a lone surrogate, which is not Unicode text: {value!r}"
+            ) from None
+    return str.__str__(value)
 
 
 class _FaultError(Exception):
-    """What cannot be stored; the frames it unwinds through add where it is, innermost first."""
+    """A value that cannot be stored; the frames it unwinds through add its place, innermost first."""
 
     def __init__(self, reason: str, culprit: object) -> None:
         self.reason = reason
@@ -183,7 +159,7 @@ class _FaultError(Exception):
         return "".join(parts)
 
 
-def _copy(value: Any, depth: int) -> Any:  # noqa: C901, PLR0911 - one case per type
+def _copy(value: Any, depth: int) -> Any:
     kind = type(value)
     if kind is str:
         return value if value.isascii() else _copy_text(value)
@@ -208,7 +184,7 @@ def _copy(value: Any, depth: int) -> Any:  # noqa: C901, PLR0911 - one case per 
         return _copy(int.__int__(value), depth)
     if isinstance(value, float):
         return _copy(float.__float__(value), depth)
-    raise _FaultError(f"{kind.__name__} is not JSON: convert it first, to a str say", value)
+    raise _FaultError(f"{kind.__name__} is not JSON: convert it first, for example to a str", value)
 
 
 def _copy_object(mapping: Mapping[Any, Any], depth: int) -> Metadata:
@@ -219,7 +195,10 @@ def _copy_object(mapping: Mapping[Any, Any], depth: int) -> Metadata:
     try:
         for key, value in mapping.items():
             plain = type(key) is str and key.isascii()
-            copied[key if plain else _copy_key(key)] = _copy(value, depth + 1)
+            # Most values are plain text: it is copied here, without a call.
+            copied[key if plain else _copy_key(key)] = (
+                value if type(value) is str and value.isascii() else _copy(value, depth + 1)
+            )
         if len(copied) != len(mapping):
             raise _FaultError("the same key as another, once both are plain text", key)
     except _FaultError as fault:
@@ -234,7 +213,7 @@ def _copy_array(array: list[Any] | tuple[Any, ...], depth: int) -> list[Any]:
     copied: list[Any] = []
     try:
         for value in array:
-            copied.append(_copy(value, depth + 1))  # noqa: PERF401 - its length is the place
+            copied.append(_copy(value, depth + 1))
     except _FaultError as fault:
         fault.pass_through(array, len(copied))
         raise

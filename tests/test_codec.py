@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from strategies import metadata
 
 from usermetadata import InvalidInputError
-from usermetadata.json import MAX_DEPTH, copy_metadata, decode_metadata, encode_metadata
+from usermetadata.codec import decode_metadata, encode_metadata
+from usermetadata.validation import MAX_DEPTH, copy_metadata
 
 
 def nested(levels: int) -> dict[str, Any]:

@@ -1,10 +1,4 @@
-"""For tests: a fresh in-memory store per test, and the conformance suite for storages.
-
-pytest finds the fixture by itself where this library is installed.
-"""
-
-# pyright: reportPrivateUsage=false
-# The fixture puts the recipe's one instance aside, which nothing else should be able to do.
+"""The conformance suite for storages."""
 
 from __future__ import annotations
 
@@ -18,107 +12,13 @@ import pytest
 
 from usermetadata.changes import Clear, Merge, Modify, Replace
 from usermetadata.exceptions import InvalidInputError, UsageError
-from usermetadata.recipe import UserMetadataRecipe
-from usermetadata.storage.memory import InMemoryStorage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable
 
     from usermetadata.changes import Change
-    from usermetadata.json import Metadata
+    from usermetadata.codec import Metadata
     from usermetadata.storage import Storage
-
-
-@pytest.fixture
-def usermetadata_storage() -> Generator[InMemoryStorage, None, None]:
-    """Give the test a fresh in-memory store, in place of whatever ``init`` set up.
-
-    The application's override, if there is one, stays in force. Afterwards all is as it was before.
-
-    Example:
-        A test that uses it::
-
-            def test_theme(usermetadata_storage):
-                update_user_metadata("alice", {"theme": "dark"})
-                assert get_user_metadata("alice").metadata == {"theme": "dark"}
-    """
-    before = UserMetadataRecipe._instance
-    storage = InMemoryStorage()
-    UserMetadataRecipe._instance = UserMetadataRecipe(
-        storage, None if before is None else before.override
-    )
-    yield storage
-    UserMetadataRecipe.reset()
-    UserMetadataRecipe._instance = before
-    storage.close()
-
-
-@pytest.fixture
-def usermetadata_server(
-    usermetadata_storage: InMemoryStorage, _usermetadata_served: _Served
-) -> Generator[str, None, None]:
-    """Serve the test's fresh in-memory store to SuperTokens' SDKs; give the test the URL.
-
-    It needs the extra ``server``. The application's SDK is given the URL as its ``connection_uri``,
-    and asks for no key. The URL is one for all tests, as an SDK keeps the first that it was given.
-
-    Example:
-        A test of an application that uses the SDK::
-
-            def test_theme(usermetadata_server):
-                init(supertokens_config=SupertokensConfig(connection_uri=usermetadata_server), ...)
-    """
-    _usermetadata_served.storage = usermetadata_storage
-    yield _usermetadata_served.url
-    _usermetadata_served.storage = None
-
-
-class _Served:
-    """What the tests' server serves: the storage of the test that runs."""
-
-    reads_in_flight = writes_in_flight = 0
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.storage: InMemoryStorage | None = None
-
-    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
-        return self._current().read(user_ids)
-
-    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
-        return self._current().write(changes)
-
-    def for_app(self, app_id: str) -> InMemoryStorage:
-        return self._current().for_app(app_id)
-
-    def close(self) -> None:
-        """The test's fixture closes what it has opened."""
-
-    def _current(self) -> InMemoryStorage:
-        if self.storage is None:
-            raise UsageError("the test that this server was for is over")
-        return self.storage
-
-
-@pytest.fixture(scope="session")
-def _usermetadata_served() -> Generator[_Served, None, None]:
-    import socket
-
-    import uvicorn
-
-    from usermetadata.server import create_app
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        served: Any = _Served(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        config = uvicorn.Config(create_app(served), log_config=None, access_log=False)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        # Whoever connects now waits until the server is ready.
-        yield served
-        server.should_exit = True
-        thread.join()
-
 
 _EXACT_VALUES: list[Any] = [
     *(None, True, False, 0, 1, 2**53 + 1, -(2**63) - 1, 10**600),

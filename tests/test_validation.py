@@ -7,7 +7,7 @@ import enum
 import pytest
 
 from usermetadata import InvalidInputError
-from usermetadata.identifiers import check_app_id, check_user_id
+from usermetadata.validation import check_app_id, check_user_id
 
 
 @pytest.mark.parametrize(

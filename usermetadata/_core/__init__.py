@@ -1,0 +1,1 @@
+"""What makes the library work; nothing in here is public."""

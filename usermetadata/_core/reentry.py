@@ -1,0 +1,38 @@
+"""Refusing calls of the library from within a function that the library itself is calling."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, TypeVar
+
+from usermetadata.exceptions import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+# The list is not empty while the function runs. What the function starts elsewhere inherits the
+# list, and finds it empty once the function has returned.
+inside: ContextVar[list[object]] = ContextVar("usermetadata_inside_function", default=[])
+
+
+def call_guarded(function: Callable[[A], R], argument: A) -> R:
+    """Return ``function(argument)``; meanwhile, ``refuse_reentry`` raises."""
+    running: list[object] = [function]
+    token = inside.set(running)
+    try:
+        return function(argument)
+    finally:
+        inside.reset(token)
+        running.clear()
+
+
+def refuse_reentry() -> None:
+    """Raise ``UsageError`` if this is called from within ``call_guarded``."""
+    if inside.get():
+        raise UsageError(
+            "usermetadata: called by a function given to modify_user_metadata, which runs inside the"
+            " storage's lock; read what the function needs before, and write the rest after"
+        )

@@ -1,0 +1,34 @@
+"""Rows of JSON text: decoding one, and the error that names the user if it is damaged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from usermetadata.codec import decode_metadata
+from usermetadata.exceptions import DamagedMetadataError
+
+if TYPE_CHECKING:
+    from usermetadata.codec import Metadata
+
+
+def decode_row(database: str, key: tuple[str, str], text: object) -> Metadata:
+    """Return the metadata that ``text`` holds.
+
+    Args:
+        database: its name, for the error message.
+        key: the app id and the user id of the row.
+        text: the content of the column ``user_metadata``.
+
+    Raises:
+        DamagedMetadataError: it is not a JSON object.
+    """
+    try:
+        if not isinstance(text, str):
+            raise ValueError(f"it is a {type(text).__name__}, not text")
+        return decode_metadata(text)
+    except ValueError as error:
+        app_id, user_id = key
+        raise DamagedMetadataError(
+            f"{database}: the metadata of user {user_id!r} in app {app_id!r} is damaged: {error};"
+            " set or clear it to repair it"
+        ) from error

@@ -1,0 +1,167 @@
+"""Runners execute checked operations on a storage: blocking, or for ``asyncio``."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, TypeVar
+
+from usermetadata._core.reentry import refuse_reentry
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from typing_extensions import ParamSpec, Self
+
+    from usermetadata._core.operations import Read, Write
+    from usermetadata.changes import Change
+    from usermetadata.codec import Metadata
+    from usermetadata.storage import Storage
+
+    P = ParamSpec("P")
+
+T = TypeVar("T")
+
+
+class BlockingRunner:
+    """Executes operations in the calling thread."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+
+    def read(self, operation: Read[T]) -> T:
+        """Execute an operation that reads."""
+        refuse_reentry()
+        return operation.result(self._storage.read(operation.user_ids))
+
+    def write(self, operation: Write[T]) -> T:
+        """Execute an operation that writes."""
+        refuse_reentry()
+        return operation.result(self._storage.write(operation.changes))
+
+
+class AsyncioRunner:
+    """Executes operations in worker threads; concurrent operations share a ``read`` or ``write``.
+
+    Args:
+        storage: where to read and write. Its ``reads_in_flight`` and ``writes_in_flight`` say how
+            many batches of each may run at a time: 1 where it does not say; 0 means that it never
+            waits and is called on the event loop.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        from usermetadata._core.batching import LoopBatches
+
+        self._storage = storage
+        self._app_id: str | None = None  # None: whichever app the storage is for
+        self._reads_at_once: int = getattr(storage, "reads_in_flight", 1)
+        self._writes_at_once: int = getattr(storage, "writes_in_flight", 1)
+        self._reads = LoopBatches(_read_together, self._reads_at_once)
+        self._writes = LoopBatches(_write_together, self._writes_at_once)
+
+    def for_app(self, app_id: str) -> Self:
+        """Return a runner for another app of the storage, with the same batches and threads.
+
+        Raises:
+            InvalidInputError: the app id is not valid.
+        """
+        other = copy.copy(self)
+        other._storage, other._app_id = self._storage.for_app(app_id), app_id
+        return other
+
+    async def read(self, operation: Read[T]) -> T:
+        """Execute an operation that reads."""
+        refuse_reentry()
+        if self._reads_at_once and not _in_private_loop():
+            argument = (self._storage, operation.user_ids)
+            return operation.result(await self._reads.submit(self._app_id, argument))
+        return operation.result(self._storage.read(operation.user_ids))
+
+    async def write(self, operation: Write[T]) -> T:
+        """Execute an operation that writes; operations take effect in the order of the calls."""
+        refuse_reentry()
+        if self._writes_at_once and not _in_private_loop():
+            argument = (self._storage, operation.changes)
+            return operation.result(await self._writes.submit(self._app_id, argument))
+        return operation.result(self._storage.write(operation.changes))
+
+    def close(self) -> None:
+        """Wait until the operations under way are executed, and end the worker threads."""
+        self._reads.close()
+        self._writes.close()
+
+
+def _read_together(calls: list[tuple[Storage, Sequence[str]]]) -> list[dict[str, Metadata]]:
+    from usermetadata.codec import decode_metadata, encode_metadata
+
+    [(storage, first), *others] = calls
+    if not others:
+        return [storage.read(first)]
+    all_users = dict.fromkeys(user_id for _, user_ids in calls for user_id in user_ids)
+    found = storage.read(list(all_users))
+    unused = dict(found)
+
+    def take(user_id: str) -> Metadata:
+        # Each call gets objects of its own.
+        if user_id in unused:
+            return unused.pop(user_id)
+        return decode_metadata(encode_metadata(found[user_id]))
+
+    return [
+        {user_id: take(user_id) for user_id in user_ids if user_id in found}
+        for _, user_ids in calls
+    ]
+
+
+def _write_together(
+    calls: list[tuple[Storage, Sequence[tuple[str, Change]]]],
+) -> list[list[Metadata | None]]:
+    from itertools import islice
+
+    storage = calls[0][0]
+    written = iter(storage.write([change for _, changes in calls for change in changes]))
+    return [list(islice(written, len(changes))) for _, changes in calls]
+
+
+# The event loop that `wait_for` made for one call. Blocking it is safe: nothing else runs in it.
+_private_loop: ContextVar[object] = ContextVar("usermetadata_private_loop", default=None)
+
+
+def _in_private_loop() -> bool:
+    private = _private_loop.get()
+    if private is None:
+        return False
+    import asyncio
+
+    return private is asyncio.get_running_loop()
+
+
+def wait_for(function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call an ``async`` function and wait for its result, also where an event loop is running.
+
+    The function runs in a thread of its own with an event loop of its own, because two event loops
+    cannot run in one thread. It sees the caller's context variables, as with ``asyncio``.
+    """
+    import asyncio
+    import contextvars
+
+    async def main() -> T:
+        _private_loop.set(asyncio.get_running_loop())
+        return await function(*args, **kwargs)
+
+    def run() -> T:
+        return asyncio.run(main())
+
+    in_context = contextvars.copy_context().run
+    gevent_monkey = sys.modules.get("gevent.monkey")
+    if gevent_monkey is not None and gevent_monkey.is_module_patched("threading"):
+        # There a thread is a greenlet, and all greenlets share the running loop of their real
+        # thread. gevent's own pool has real threads, for which a greenlet waits as it should.
+        in_gevent: T = sys.modules["gevent"].get_hub().threadpool.apply(in_context, (run,))
+        return in_gevent
+
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1, thread_name_prefix="usermetadata") as executor:
+        return executor.submit(in_context, run).result()

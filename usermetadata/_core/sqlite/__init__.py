@@ -1,0 +1,1 @@
+"""The SQLite storage's connections, statements and errors."""

@@ -1,0 +1,102 @@
+"""The command that serves SuperTokens' SDKs over HTTP."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from usermetadata.cli.group import with_storage
+
+if TYPE_CHECKING:
+    from usermetadata.storage import Storage
+
+_GRACE = 30  # seconds for the requests under way, when the server is told to stop
+
+
+class _Keys(click.types.StringParamType):
+    envvar_list_splitter = ","
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=3567,
+    show_default=True,
+    help="The port to listen on.",
+)
+@click.option(
+    "--api-key",
+    "api_keys",
+    multiple=True,
+    type=_Keys(),
+    envvar="USERMETADATA_API_KEYS",
+    show_envvar=True,
+    help="A key that clients must send. Repeatable; in the variable, separated by commas.",
+)
+@click.option(
+    "--max-body-size", type=click.IntRange(0), default=2**20, show_default=True, help="In bytes."
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="debug logs each request.",
+)
+@with_storage
+def serve(
+    storage: Storage,
+    host: str,
+    port: int,
+    api_keys: tuple[str, ...],
+    max_body_size: int,
+    log_level: str,
+) -> None:
+    """Answer SuperTokens' SDKs, in any language, as a core would: user metadata, over HTTP."""
+    if not api_keys and not _is_loopback(host):
+        raise click.UsageError(
+            f"--host {host!r} can be reached from elsewhere: give --api-key, or listen at 127.0.0.1"
+        )
+    from usermetadata.server import create_app
+
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise ImportError("serve needs uvicorn: pip install 'usermetadata[server]'") from error
+
+    keys = [key.strip() for key in api_keys]
+    app = create_app(storage, api_keys=keys, max_body_size=max_body_size)
+    storage.read([])  # an error of the storage is shown before the first request
+    logging.basicConfig(format="%(levelname)s:     %(message)s")
+    logging.getLogger("usermetadata").setLevel(log_level.upper())
+    # uvicorn sends itself this signal again when it has stopped; then the storage is closed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    try:
+        uvicorn.run(
+            app,
+            host=host,
+            port=port,
+            access_log=False,
+            server_header=False,
+            log_level=log_level,
+            timeout_graceful_shutdown=_GRACE,
+        )
+    except SystemExit as error:
+        if error.code:  # its log has the cause
+            text = f"cannot listen at --host {host!r} --port {port}"
+            raise click.ClickException(text) from error
+        raise
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

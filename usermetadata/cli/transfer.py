@@ -1,0 +1,164 @@
+"""The commands for all users: export, import, import-supertokens."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import tempfile
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, BinaryIO, TextIO, TypeVar
+
+import click
+
+from usermetadata.changes import Replace
+from usermetadata.cli.group import with_storage
+from usermetadata.cli.parsing import parse_line
+from usermetadata.codec import encode_metadata
+from usermetadata.exceptions import InvalidInputError, StorageError, UsageError
+from usermetadata.storage import ListingStorage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+
+    from usermetadata.codec import Metadata
+    from usermetadata.storage import Storage
+
+Batch = TypeVar("Batch", bound="Sized")
+
+_BATCH = 1000  # users that are read, or written, together
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False, allow_dash=True), default="-")
+@partial(with_storage, must_exist=True)
+def export(storage: Storage, file: str) -> None:
+    """Write all users as JSON Lines to FILE, or to standard output.
+
+    Each line is {"userId": "...", "metadata": {...}}. A thousand users at a time are read as of one
+    moment. FILE is replaced when all users are written.
+    """
+    with _replaced_at_the_end(file) as output:
+        is_shown = output is sys.stdout and sys.stdout.isatty()
+        for batch in _watched(_users(storage, ""), "Exporting", hidden=is_shown):
+            for user_id, metadata in batch.items():
+                output.write(encode_metadata({"userId": user_id, "metadata": metadata}) + "\n")
+
+
+@click.command("import")
+@click.argument("file", type=click.File("rb"), default="-")
+@click.option(
+    "--from-line",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Skip the lines before it.",
+)
+@with_storage
+def import_(storage: Storage, file: BinaryIO, from_line: int) -> None:
+    """Store all users of FILE, or of standard input, in the format that export writes.
+
+    Existing users are overwritten, so an import can be repeated. A thousand users at a time are
+    stored, all or none; after an error, the message says from which line to go on.
+    """
+    numbered = islice(enumerate(file, 1), from_line - 1, None)
+    lines = ((number, line) for number, line in numbered if line.strip())
+    batches = iter(lambda: list(islice(lines, _BATCH)), [])
+    done = from_line - 1
+    with _resumable(lambda: f"--from-line {done + 1}" if done >= from_line else ""):
+        for batch in _watched(batches, "Importing"):
+            storage.write([parse_line(line, number) for number, line in batch])
+            done = batch[-1][0]
+
+
+@click.command()
+@click.argument("dsn")
+@click.option("--table", default="user_metadata", show_default=True, help="The core's table.")
+@click.option("--schema", help="Its schema, if not the first of the search path.")
+@click.option("--core-app-id", default="public", show_default=True, help="The core's app.")
+@click.option("--after", default="", help="Skip the users up to this user id.")
+@with_storage
+def import_supertokens(
+    storage: Storage, dsn: str, table: str, schema: str | None, core_app_id: str, after: str
+) -> None:
+    """Copy the users of a SuperTokens core, whose PostgreSQL database is at DSN.
+
+    Existing users are overwritten. The core may keep running; later changes to users that were
+    copied already are not copied again.
+    """
+    from usermetadata.storage.postgres import PostgresStorage
+
+    with (
+        closing(PostgresStorage(dsn, table=table, schema=schema, app_id=core_app_id)) as source,
+        _resumable(lambda: f"--after {shlex.quote(after)}" if after else ""),
+    ):
+        if not source.read_after("", 1):
+            raise UsageError(
+                f"{source!r}: it has no table {table!r}, or no users in it; check --schema, --table"
+                " and --core-app-id"
+            )
+        for batch in _watched(_users(source, after), "Copying"):
+            storage.write([(user_id, Replace(batch[user_id])) for user_id in batch])
+            after = list(batch)[-1]
+
+
+@contextmanager
+def _replaced_at_the_end(file: str) -> Generator[TextIO, None, None]:
+    """Open a temporary file beside ``file`` and rename it at the end, unless an error occurs."""
+    if file == "-" or (os.path.exists(file) and not os.path.isfile(file)):
+        # Standard output, a terminal or a pipe is written to directly.
+        with click.open_file(file, "w", encoding="utf-8") as output:
+            yield output
+        return
+    target = os.path.realpath(file)
+    folder, name = os.path.split(target)
+    handle, temporary = tempfile.mkstemp(prefix=f"{name}.", dir=folder)
+    try:
+        with open(handle, "w", encoding="utf-8") as output:
+            if os.path.exists(target):
+                os.chmod(temporary, os.stat(target).st_mode)
+            yield output
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _users(storage: Storage, after: str) -> Iterator[dict[str, Metadata]]:
+    """Read all users after ``after`` in batches, in the storage's order."""
+    if not isinstance(storage, ListingStorage):
+        raise UsageError(
+            f"{type(storage).__name__}: it cannot list its users; give it a method read_after"
+        )
+    while batch := storage.read_after(after, _BATCH):
+        yield batch
+        after = list(batch)[-1]
+
+
+def _watched(batches: Iterable[Batch], label: str, *, hidden: bool = False) -> Iterator[Batch]:
+    """Show on a terminal how many users are done."""
+    done = 0
+    with click.progressbar(
+        batches,
+        label=label,
+        file=sys.stderr,
+        hidden=hidden or not sys.stderr.isatty(),
+        item_show_func=lambda _: f"{done} users",
+    ) as bar:
+        for batch in bar:
+            yield batch
+            done += len(batch)
+    click.echo(f"{done} users", err=True)
+
+
+@contextmanager
+def _resumable(how: Callable[[], str]) -> Generator[None, None, None]:
+    try:
+        yield
+    except (StorageError, InvalidInputError, OSError, KeyboardInterrupt):
+        if how():
+            click.echo(f"Earlier users are stored. Go on with {how()} after this error:", err=True)
+        raise

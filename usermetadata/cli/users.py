@@ -1,0 +1,64 @@
+"""The commands for one user: get, set, update, clear."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import TYPE_CHECKING
+
+import click
+
+from usermetadata._core.operations import ClearOne, Get, Set, Update
+from usermetadata._core.runners import BlockingRunner
+from usermetadata.cli.group import with_storage
+from usermetadata.cli.parsing import argument_or_input, parse
+from usermetadata.codec import encode_metadata
+
+if TYPE_CHECKING:
+    from usermetadata.codec import Metadata
+    from usermetadata.storage import Storage
+
+
+@click.command()
+@click.argument("user_id")
+@partial(with_storage, must_exist=True)
+def get(storage: Storage, user_id: str) -> None:
+    """Show the metadata of USER_ID, {} if there is none."""
+    _show(BlockingRunner(storage).read(Get(user_id)).metadata)
+
+
+@click.command("set")
+@click.argument("user_id")
+@click.argument("metadata", required=False)
+@with_storage
+def set_(storage: Storage, user_id: str, metadata: str | None) -> None:
+    """Replace the metadata of USER_ID with METADATA, a JSON object, and show it."""
+    parsed = parse(argument_or_input(metadata), "metadata")
+    _show(BlockingRunner(storage).write(Set(user_id, parsed)).metadata)
+
+
+@click.command()
+@click.argument("user_id")
+@click.argument("update", required=False)
+@with_storage
+def update(storage: Storage, user_id: str, update: str | None) -> None:
+    """Merge UPDATE, a JSON object, into the metadata of USER_ID, and show the result.
+
+    Root-level properties are overwritten; those that are null are removed.
+    """
+    parsed = parse(argument_or_input(update), "metadata_update")
+    _show(BlockingRunner(storage).write(Update(user_id, parsed)).metadata)
+
+
+@click.command()
+@click.argument("user_id")
+@with_storage
+def clear(storage: Storage, user_id: str) -> None:
+    """Remove all metadata of USER_ID."""
+    BlockingRunner(storage).write(ClearOne(user_id))
+
+
+def _show(metadata: Metadata) -> None:
+    # A row of another program may hold a lone surrogate, which only an escape can express.
+    is_ascii = encode_metadata(metadata).isascii()
+    click.echo(json.dumps(metadata, ensure_ascii=is_ascii, indent=2))

@@ -1,0 +1,24 @@
+"""For tests: a fresh in-memory store per test, and the conformance suite for storages.
+
+pytest finds the fixtures by itself where this library is installed.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.register_assert_rewrite("usermetadata.testing.conformance")
+
+from usermetadata.testing.conformance import StorageConformance
+from usermetadata.testing.fixtures import (
+    _usermetadata_served,
+    usermetadata_server,
+    usermetadata_storage,
+)
+
+__all__ = [
+    "StorageConformance",
+    "_usermetadata_served",
+    "usermetadata_server",
+    "usermetadata_storage",
+]
