@@ -16,6 +16,7 @@ try:
         Connections,
         UncommittedError,
         before_commit,
+        check_committed,
         is_gone,
     )
 except ImportError as error:
@@ -144,11 +145,13 @@ class PostgresStorage:
         is_native = {type(change) for _, change in changes} <= _NATIVE
         apply = self._apply_natively if is_native else self._apply_holding
         try:
-            return self._connections.run(
+            results = self._connections.run(
                 lambda connection: apply(connection, changes), is_write=True
             )
         except _ChangeError as failed:
             error = failed.error
+        else:
+            return self._decoded(changes, results)
         raise error
 
     def for_app(self, app_id: str) -> Self:
@@ -163,10 +166,16 @@ class PostgresStorage:
 
     def _prepare(self, *, create: bool) -> bool:
         """Learn about the table; tell whether there is one."""
-        if not self._table.user_id_length:
-            look = self._table.create if create else self._table.describe
-            self._connections.run_first(look)
-        return self._table.user_id_length > 0
+        while not self._table.user_id_length:
+            # Each step is committed before anything is concluded from it.
+            found = self._connections.run_first(self._table.describe)
+            if found is not None:
+                self._table.learn(found)
+            elif create:
+                self._connections.run_first(self._table.create)
+            else:
+                return False
+        return True
 
     def _execute(
         self, connection: Connection[Any], statement: LiteralString, **parameters: object
@@ -186,7 +195,7 @@ class PostgresStorage:
 
     def _apply_natively(
         self, connection: Connection[Any], changes: Sequence[tuple[str, Change]]
-    ) -> list[Metadata | None]:
+    ) -> Sequence[str | Metadata | None]:
         texts: list[str | None] = [None] * len(changes)
         groups = list(_grouped(changes))
         users = {user_id for user_id, _ in changes}
@@ -205,11 +214,20 @@ class PostgresStorage:
                         texts[by_user[user_id][0]] = text
         except DataError:
             # What the server's JSON cannot take (U+0000 in a value, a damaged row), ours may.
+            with before_commit():
+                connection.rollback()  # of a transaction that a pooler has left open
             return self._apply_holding(connection, changes)
+        return texts
+
+    def _decoded(
+        self,
+        changes: Sequence[tuple[str, Change]],
+        results: Sequence[str | Metadata | None],
+    ) -> list[Metadata | None]:
         try:
             return [
-                None if text is None else self._decode(user_id, text)
-                for (user_id, _), text in zip(changes, texts, strict=True)
+                self._decode(user_id, result) if isinstance(result, str) else result
+                for (user_id, _), result in zip(changes, results, strict=True)
             ]
         except DamagedMetadataError as error:
             # PostgreSQL's JSON has numbers that ours has not.
@@ -267,7 +285,8 @@ class PostgresStorage:
         with connection.pipeline():
             self._execute(connection, STORE, rows=_rows(texts.items()))
             self._execute(connection, REMOVE, user_ids=_dump(gone))
-            connection.execute("COMMIT")
+            committed = connection.execute("COMMIT")
+        check_committed(committed)
         return results
 
     def _decode(self, user_id: str, text: str) -> Metadata:

@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
-from psycopg import conninfo, errors
+from psycopg import Cursor, conninfo, errors
+from psycopg.pq import TransactionStatus
 from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
 from usermetadata.exceptions import (
@@ -39,7 +40,11 @@ _RECONNECT_TIMEOUT, _ASK_AGAIN = 1.0, 2.0  # seconds
 
 
 class UncommittedError(psycopg.OperationalError):
-    """The connection was lost before COMMIT was sent."""
+    """The connection was lost before COMMIT was sent, or COMMIT was answered with ROLLBACK."""
+
+
+class UnsettledError(psycopg.OperationalError):
+    """The work was answered without an error, and yet it may not have been committed."""
 
 
 # With one of these as its answer to a statement, a server says that it has undone the transaction,
@@ -82,6 +87,31 @@ def before_commit() -> Generator[None, None, None]:
         raise
 
 
+def check_committed(cursor: Cursor[Any]) -> None:
+    """Check the answer to the COMMIT of a transaction that has begun with BEGIN."""
+    # A server answers the COMMIT of an aborted transaction with ROLLBACK, which is no error.
+    if cursor.statusmessage != "COMMIT":
+        raise UncommittedError(f"COMMIT was answered with {cursor.statusmessage}")
+
+
+def settle(connection: Connection[Any]) -> None:
+    """Return when no transaction is open: only then is what was done also committed.
+
+    A statement or a pipeline without BEGIN is a transaction of its own, and ends by itself. A
+    pooler may have sent a BEGIN in between that the client did not ask for: pgpool-II does so to
+    look up a table, and leaves the end of the transaction to the client.
+    """
+    # As of the last answer: to look costs no round trip.
+    if connection.pgconn.transaction_status == TransactionStatus.IDLE:
+        return
+    # psycopg's commit() does not say what the answer was.
+    answer = Cursor(connection).execute("COMMIT", prepare=False).statusmessage
+    if answer != "COMMIT":
+        raise UnsettledError(f"the COMMIT of an open transaction was answered with {answer}")
+    if connection.pgconn.transaction_status != TransactionStatus.IDLE:
+        raise UnsettledError("a transaction is still open after COMMIT")
+
+
 class Connections:
     """Lends connections in autocommit mode, opened when they are needed."""
 
@@ -111,27 +141,33 @@ class Connections:
         self._has_connected = False
         watch(self)
 
-    def run_first(self, work: Callable[[Connection[Any]], object]) -> None:
+    def run_first(self, work: Callable[[Connection[Any]], T]) -> T:
         """Do what comes before all else, on a connection that says why it cannot be opened."""
         if self._opened() is self._borrowed or self._has_connected:
-            self.run(work, is_write=False)
-            return
+            return self.run(work, is_write=False)
         # The pool would try again and again, and not tell.
         with self._connect() as connection:
             try:
-                work(connection)
+                result = work(connection)
+                settle(connection)
             except psycopg.Error as error:
                 raise self._translated(error, is_write=False) from error
         self._has_connected = True
+        return result
 
     def run(self, work: Callable[[Connection[Any]], T], *, is_write: bool = False) -> T:
-        """Let ``work`` have a connection, and another one where it is safe to do it again."""
+        """Let ``work`` have a connection, and another one where it is safe to do it again.
+
+        What it has done is committed when this returns.
+        """
         process = os.getpid()
         attempt = 1
         while True:
             try:
                 with self._lend() as connection:
-                    return work(connection)
+                    result = work(connection)
+                    settle(connection)
+                    return result
             except psycopg.Error as error:
                 if os.getpid() != process:
                     raise StorageError(
@@ -182,10 +218,14 @@ class Connections:
         was_autocommit = connection.autocommit
         self._lent.add(connection)
         try:
+            if connection.pgconn.transaction_status != TransactionStatus.IDLE:
+                # The check of a borrowed pool, say, has left open what is no part of the work.
+                with before_commit():
+                    connection.rollback()
             if not was_autocommit:
                 connection.autocommit = True
             yield connection
-        except (errors.ReadOnlySqlTransaction, errors.InvalidSqlStatementName):
+        except (errors.ReadOnlySqlTransaction, errors.InvalidSqlStatementName, UnsettledError):
             connection.close()
             raise
         except BaseException:
@@ -274,9 +314,10 @@ class Connections:
         if isinstance(error, _IN_THE_WAY):
             return StorageBusyError(f"{text}: nothing was done, so the call may be repeated")
         if is_write and _is_lost(error) and not isinstance(error, _UNDONE):
+            if not isinstance(error, UnsettledError):
+                text += ": the connection was lost during a write"
             return OutcomeUnknownError(
-                f"{text}: the connection was lost during a write, which was done whole or not at"
-                " all: read to find out"
+                f"{text}; the write was done whole or not at all: read to find out"
             )
         if isinstance(error, errors.AdminShutdown) or _is_lost(error):
             return StorageUnavailableError(f"{text}: nothing was done")
@@ -301,6 +342,7 @@ def _configure(connection: Connection[Any]) -> None:
     # A pooler has told us a number of its own.
     if served_by != connection.info.backend_pid:
         connection.prepare_threshold = None
+    settle(connection)
 
 
 # Where there is poll, it is faster than what is best for many sockets.
