@@ -22,7 +22,13 @@ from psycopg.pq import TransactionStatus
 from psycopg_pool import ConnectionPool
 
 import usermetadata
-from usermetadata import OutcomeUnknownError, PostgresStorage, StorageBusyError, UserMetadataRecipe
+from usermetadata import (
+    OutcomeUnknownError,
+    PostgresStorage,
+    StorageBusyError,
+    StorageUnavailableError,
+    UserMetadataRecipe,
+)
 from usermetadata import asyncio as asynchronous
 from usermetadata.changes import Clear, Merge, Modify, Replace
 from usermetadata.syncio import (
@@ -171,6 +177,19 @@ def test_the_table_is_there_when_it_has_been_created(
         pooler.fates = ["", fate]
         assert storage.write([("alice", Merge({"n": 1}))]) == [{"n": 1}]
         assert pooler.fates == []
+        assert rows(direct) == {"alice": {"n": 1}}
+
+
+@pytest.mark.parametrize("fate", ["lose", "abort", "begin"])
+def test_the_first_call_of_all_may_fail(
+    pooler: BeginningPooler, schema: str, direct: psycopg.Connection[Any], fate: str
+) -> None:
+    """The error is the library's, nothing was done, and the next call does what it should."""
+    with contextlib.closing(PostgresStorage(pooler.url, schema=schema)) as storage:
+        pooler.fates = [fate]
+        with pytest.raises(StorageUnavailableError, match="nothing was done"):
+            storage.write([("alice", Merge({"n": 1}))])
+        assert storage.write([("alice", Merge({"n": 1}))]) == [{"n": 1}]
         assert rows(direct) == {"alice": {"n": 1}}
 
 

@@ -166,16 +166,13 @@ class PostgresStorage:
 
     def _prepare(self, *, create: bool) -> bool:
         """Learn about the table; tell whether there is one."""
-        while not self._table.user_id_length:
-            # Each step is committed before anything is concluded from it.
-            found = self._connections.run_first(self._table.describe)
-            if found is not None:
-                self._table.learn(found)
-            elif create:
-                self._connections.run_first(self._table.create)
-            else:
-                return False
-        return True
+        if not self._table.user_id_length:
+            self._connections.run_first(self._table.describe)
+        while create and not self._table.user_id_length:
+            # The table is committed before it is learned about.
+            self._connections.run(self._table.create)
+            self._connections.run(self._table.describe)
+        return self._table.user_id_length > 0
 
     def _execute(
         self, connection: Connection[Any], statement: LiteralString, **parameters: object

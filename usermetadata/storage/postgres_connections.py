@@ -141,19 +141,19 @@ class Connections:
         self._has_connected = False
         watch(self)
 
-    def run_first(self, work: Callable[[Connection[Any]], T]) -> T:
+    def run_first(self, work: Callable[[Connection[Any]], object]) -> None:
         """Do what comes before all else, on a connection that says why it cannot be opened."""
         if self._opened() is self._borrowed or self._has_connected:
-            return self.run(work, is_write=False)
+            self.run(work, is_write=False)
+            return
         # The pool would try again and again, and not tell.
         with self._connect() as connection:
             try:
-                result = work(connection)
+                work(connection)
                 settle(connection)
             except psycopg.Error as error:
                 raise self._translated(error, is_write=False) from error
         self._has_connected = True
-        return result
 
     def run(self, work: Callable[[Connection[Any]], T], *, is_write: bool = False) -> T:
         """Let ``work`` have a connection, and another one where it is safe to do it again.
@@ -225,7 +225,7 @@ class Connections:
             if not was_autocommit:
                 connection.autocommit = True
             yield connection
-        except (errors.ReadOnlySqlTransaction, errors.InvalidSqlStatementName, UnsettledError):
+        except (errors.ReadOnlySqlTransaction, errors.InvalidSqlStatementName):
             connection.close()
             raise
         except BaseException:

@@ -120,8 +120,8 @@ class Table:
         self._statements: dict[str, bytes] = {}
         self.user_id_length = 0
 
-    def describe(self, connection: Connection) -> tuple[int | None, bool] | None:
-        """Return what there is to know about the table, if it is there."""
+    def describe(self, connection: Connection) -> None:
+        """Learn about the table, if it is there."""
         if connection.info.encoding != "utf-8":
             raise InvalidInputError(
                 f"database: its client_encoding is {connection.info.encoding}, which cannot express"
@@ -129,14 +129,10 @@ class Table:
             )
         cursor = Cursor(connection, row_factory=tuple_row)
         cursor.execute(_DESCRIBE, {"table": self._name.as_string(connection)})
-        return cursor.fetchone()
-
-    def learn(self, found: tuple[int | None, bool]) -> None:
-        """Take note of what ``describe`` has returned."""
-        length, is_shared = found
-        if is_shared:
-            self._lock = SQL(_CORES_LOCK)
-        self.user_id_length = length or USER_ID_MAX_LENGTH
+        for length, is_shared in cursor:
+            if is_shared:
+                self._lock = SQL(_CORES_LOCK)
+            self.user_id_length = length or USER_ID_MAX_LENGTH
 
     def create(self, connection: Connection) -> None:
         """Create the table if it is missing."""
