@@ -555,6 +555,25 @@ def test_a_borrowed_database_commits_by_itself(borrowed: Database, database: Pat
         assert other.read(["alice"]) == {"alice": {"n": 1}}
 
 
+def test_a_commit_without_effect_is_not_acknowledged(borrowed: Database, database: Path) -> None:
+    """Where the application's authorizer suppresses COMMIT, a write does not pass for stored."""
+    storage = SQLiteStorage(borrowed)
+    storage.write([("alice", Replace({"n": 1}))])
+
+    def authorize(action: int, operation: str | None, *_: object) -> int:
+        is_suppressed = action == sqlite3.SQLITE_TRANSACTION and operation == "COMMIT"
+        return sqlite3.SQLITE_IGNORE if is_suppressed else sqlite3.SQLITE_OK
+
+    borrowed.conn.set_authorizer(authorize)
+    with pytest.raises(OutcomeUnknownError, match="a transaction is still open after COMMIT"):
+        storage.write([("alice", Replace({"n": 2}))])
+    with contextlib.closing(sqlite3.connect(database)) as other:
+        assert other.execute("SELECT user_metadata FROM user_metadata").fetchall() == [('{"n":1}',)]
+    borrowed.conn.set_authorizer(lambda *_: sqlite3.SQLITE_OK)
+    borrowed.rollback()
+    assert storage.write([("alice", Merge({"m": 2}))]) == [{"n": 1, "m": 2}]
+
+
 @pytest.mark.parametrize("commit", [True, False], ids=["commit", "rollback"])
 def test_metadata_joins_the_callers_transaction(borrowed: Database, *, commit: bool) -> None:
     """Metadata and the caller's rows are committed, or rolled back, together."""

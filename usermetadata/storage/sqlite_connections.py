@@ -119,6 +119,11 @@ class Connection:
                 for statement in undo:
                     self.run(statement)
             raise
+        if not joins and self.in_transaction:  # an authorizer can make COMMIT do nothing
+            raise OutcomeUnknownError(
+                f"{self._name}: a transaction is still open after COMMIT; end it and read to find"
+                " out"
+            )
         return result
 
     @property
