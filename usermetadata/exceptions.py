@@ -24,7 +24,7 @@ class StorageUnavailableError(StorageError, ConnectionError):
 
 
 class OutcomeUnknownError(StorageError):
-    """Connection or disk failed during a write, which was done whole or not at all.
+    """Connection, disk or COMMIT failed during a write, which was done whole or not at all.
 
     To repeat an update is safe if nobody else writes the same properties meanwhile.
     """
