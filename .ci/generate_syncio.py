@@ -1,7 +1,7 @@
 """Generate the facade ``usermetadata.syncio`` from ``usermetadata.asyncio``.
 
-Run it after each change of the ``asyncio`` facade. With ``--check`` nothing is written, and the exit
-code is 1 if the generated file is not up to date.
+Run it after each change of the ``asyncio`` facade. With ``--check`` nothing is written, and the
+exit code is 1 if the generated file is not up to date.
 """
 
 from __future__ import annotations

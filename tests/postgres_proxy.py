@@ -135,6 +135,58 @@ class Pooler(Proxy):
             message = _request(client)
 
 
+class BeginningPooler(Proxy):
+    """Like pgpool-II: begins transactions of its own, and leaves their end to the client.
+
+    Attributes:
+        begun: how many transactions it has begun.
+        fates: what happens to the next COMMITs, whoever began: ``"lose"`` cuts the connection
+            instead of passing on the answer, ``"abort"`` makes the transaction fail before, so that
+            the answer is ROLLBACK, and ``"begin"`` begins another transaction after it.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.begun = 0
+        self.fates: list[str] = []
+        super().__init__(url)
+
+    def serve(self, client: socket.socket) -> None:
+        """Send BEGIN before what a client sends outside a transaction, and hide the answer."""
+        self.connections += 1
+        server = _connect(self._server)
+        self._sockets |= {client, server}
+        with contextlib.closing(server):
+            server.sendall(_startup(client))
+            replies, status = _until_ready(server)
+            client.sendall(b"".join(replies))
+            while not (message := _request(client)).startswith(b"X"):
+                messages = [message]
+                while messages[-1][:1] not in b"SQ":
+                    messages.append(_request(client))
+                commits = [number for number, each in enumerate(messages) if b"COMMIT\0" in each]
+                fate = self.fates.pop(0) if commits and self.fates else ""
+                if status == b"I" and not commits and b"BEGIN\0" not in b"".join(messages):
+                    self._begin(server)
+                replies = []
+                if fate == "abort":
+                    server.sendall(b"".join(messages[: commits[0]]))
+                    # Without the error and what comes after it.
+                    replies = _query(server, b"SELECT 1 / 0")[:-2]
+                    del messages[: commits[0]]
+                server.sendall(b"".join(messages))
+                replies += _until_ready(server)[0]
+                if fate == "lose":
+                    break
+                if fate == "begin":
+                    replies[-1] = self._begin(server)
+                status = replies[-1][5:]
+                client.sendall(b"".join(replies))
+
+    def _begin(self, server: socket.socket) -> bytes:
+        self.begun += 1
+        return _query(server, b"BEGIN")[-1]
+
+
 def _address(url: str) -> str | tuple[str, int]:
     options = conninfo_to_dict(url)
     host, port = str(options.get("host") or "/var/run/postgresql"), options.get("port") or 5432
@@ -189,3 +241,8 @@ def _until_ready(session: socket.socket) -> tuple[list[bytes], bytes]:
     while messages[-1][:1] != b"Z":
         messages.append(_message(session))
     return messages, messages[-1][5:]
+
+
+def _query(session: socket.socket, statement: bytes) -> list[bytes]:
+    session.sendall(b"Q" + struct.pack("!i", 5 + len(statement)) + statement + b"\0")
+    return _until_ready(session)[0]

@@ -131,7 +131,7 @@ def test_the_deepest_nesting_comes_back() -> None:
 def test_other_spellings_of_json_become_plain() -> None:
     """Tuples, mappings and subclasses of plain types are stored as what JSON has for them."""
 
-    class Colour(str, enum.Enum):
+    class Colour(str, enum.Enum):  # noqa: UP042 - applications have these
         RED = "red"
 
     class Level(enum.IntEnum):

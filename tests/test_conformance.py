@@ -18,8 +18,7 @@ from usermetadata.testing import StorageConformance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from typing_extensions import Self
+    from typing import Self
 
     from usermetadata import Storage
     from usermetadata.changes import Change

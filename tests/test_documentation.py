@@ -114,6 +114,14 @@ def test_links_between_pages_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_the_test_index_names_tests_that_exist() -> None:
+    """Each promise in the index of the contributors' page leads to a test."""
+    names = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs/contributing.md").read_text())
+    assert len(names) > 30
+    for file, name in names:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
+
+
 def test_the_storage_of_the_guide_is_short() -> None:
     """A third party writes a storage in about 40 lines of code."""
     text = (ROOT / "docs/examples/json_file_storage.py").read_text(encoding="utf-8")

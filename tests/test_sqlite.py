@@ -280,7 +280,8 @@ def test_a_signal_handler_may_read(storage: SQLiteStorage, monkeypatch: pytest.M
     def interrupted(*args: Any, **kwargs: Any) -> sqlite3.Connection:
         monkeypatch.undo()
         signal.raise_signal(signal.SIGUSR1)
-        return connect(*args, **kwargs)
+        connection: sqlite3.Connection = connect(*args, **kwargs)
+        return connection
 
     before = signal.signal(signal.SIGUSR1, lambda *_: seen.append(storage.read(["alice"])))
     try:
@@ -430,12 +431,13 @@ def test_an_error_of_the_disk(
             return cursor
 
     if meanwhile:
-        connect = sqlite3.connect
-        monkeypatch.setattr(
-            sqlite3,
-            "connect",
-            lambda path, **kwargs: connect(path, **kwargs | {"factory": Reading}),
-        )
+        connect: Any = sqlite3.connect
+
+        def connect_reading(path: str, **options: Any) -> sqlite3.Connection:
+            connection: sqlite3.Connection = connect(path, **options | {"factory": Reading})
+            return connection
+
+        monkeypatch.setattr(sqlite3, "connect", connect_reading)
         assert storage.read(["alice"]) == {"alice": {"old": True}}
     else:
         storage.read(["alice"])
@@ -561,6 +563,25 @@ def test_a_borrowed_database_commits_by_itself(borrowed: Database, database: Pat
     assert not borrowed.conn.in_transaction
     with contextlib.closing(SQLiteStorage(database)) as other:
         assert other.read(["alice"]) == {"alice": {"n": 1}}
+
+
+def test_a_commit_without_effect_is_not_acknowledged(borrowed: Database, database: Path) -> None:
+    """Where the application's authorizer suppresses COMMIT, a write does not pass for stored."""
+    storage = SQLiteStorage(borrowed)
+    storage.write([("alice", Replace({"n": 1}))])
+
+    def authorize(action: int, operation: str | None, *_: object) -> int:
+        is_suppressed = action == sqlite3.SQLITE_TRANSACTION and operation == "COMMIT"
+        return sqlite3.SQLITE_IGNORE if is_suppressed else sqlite3.SQLITE_OK
+
+    borrowed.conn.set_authorizer(authorize)
+    with pytest.raises(OutcomeUnknownError, match="a transaction is still open after COMMIT"):
+        storage.write([("alice", Replace({"n": 2}))])
+    with contextlib.closing(sqlite3.connect(database)) as other:
+        assert other.execute("SELECT user_metadata FROM user_metadata").fetchall() == [('{"n":1}',)]
+    borrowed.conn.set_authorizer(lambda *_: sqlite3.SQLITE_OK)
+    borrowed.rollback()
+    assert storage.write([("alice", Merge({"m": 2}))]) == [{"n": 1, "m": 2}]
 
 
 @pytest.mark.parametrize("commit", [True, False], ids=["commit", "rollback"])

@@ -58,7 +58,7 @@ class Threads:
 
     def _has_stopped(self, thread: int) -> bool:
         """Tell whether the thread sleeps until another wakes it, or executes a batch."""
-        frame = sys._current_frames().get(thread)
+        frame = sys._current_frames().get(thread)  # pyright: ignore[reportPrivateUsage]
         name = "" if frame is None else frame.f_code.co_name
         return name == "sleep" or self._is_executing(name)
 
@@ -71,7 +71,7 @@ class Contended:
         self.commits = 0
 
         def connect_traced(*arguments: Any, **options: Any) -> sqlite3.Connection:
-            connection = connect(*arguments, **options)
+            connection: sqlite3.Connection = connect(*arguments, **options)
             connection.set_trace_callback(self.trace)
             return connection
 
@@ -219,7 +219,7 @@ class Gated:
         self.batches: list[list[int]] = []
         self.permits = threading.Semaphore(0)
         self.calls = ThreadBatches(self.execute, timeout, "the test")
-        self.threads = Threads(lambda name: name == "acquire" or name == "wait")
+        self.threads = Threads(lambda name: name in {"acquire", "wait"})
 
     def execute(self, numbers: list[int]) -> list[int]:
         """Return the numbers."""

@@ -11,8 +11,8 @@ import usermetadata
 from usermetadata import InMemoryStorage, SQLiteStorage, Storage, UserMetadataRecipe
 from usermetadata import asyncio as aio
 from usermetadata.changes import Change
-from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult, RecipeInterface
 from usermetadata.codec import Metadata
+from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult, RecipeInterface
 from usermetadata.syncio import (
     clear_user_metadata,
     get_bulk_user_metadata,

@@ -1,10 +1,10 @@
-"""The errors this library raises: all are ``UserMetadataError``."""
+"""The errors that this library raises; all are subclasses of ``UserMetadataError``."""
 
 from __future__ import annotations
 
 
 class UserMetadataError(Exception):
-    """Base of every error that the library itself raises."""
+    """Base class of every error that the library itself raises."""
 
 
 class InvalidInputError(UserMetadataError, ValueError):
@@ -16,7 +16,7 @@ class UsageError(UserMetadataError, RuntimeError):
 
 
 class StorageError(UserMetadataError):
-    """The storage failed and nothing was written; ``__cause__`` is the driver's own error."""
+    """The storage failed and nothing was written; ``__cause__`` is the driver's error."""
 
 
 class StorageUnavailableError(StorageError, ConnectionError):
@@ -24,15 +24,15 @@ class StorageUnavailableError(StorageError, ConnectionError):
 
 
 class OutcomeUnknownError(StorageError):
-    """Connection or disk failed during a write, which was done whole or not at all.
+    """Connection, disk or COMMIT failed during a write, which was done whole or not at all.
 
-    To repeat an update is safe if nobody else writes the same properties meanwhile.
+    Repeating an update is safe if no other writer changes the same properties meanwhile.
     """
 
 
 class StorageBusyError(StorageError, TimeoutError):
-    """Others held the storage for longer than its timeout; nothing was written: repeat the call."""
+    """Timed out waiting for another writer or a connection; nothing was written."""
 
 
 class DamagedMetadataError(StorageError, ValueError):
-    """A stored row is not a JSON object; ``set_user_metadata`` and ``clear_user_metadata`` help."""
+    """A stored row is not a JSON object; setting or clearing the user's metadata repairs it."""

@@ -1,7 +1,7 @@
 """A server of SuperTokens' core driver interface, its user metadata part, over any storage.
 
-SuperTokens' own SDKs, in any language, talk to it as they talk to a core. It answers in the core's
-words; what is stored, and what is refused, is this library's.
+SuperTokens' SDKs, in any language, use it like a core. Statuses and error texts are the core's. The rules
+for what is stored, and what is refused, are this library's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ try:
     from starlette.routing import Route
 except ImportError as error:
     raise ImportError(
-        "usermetadata.server needs Starlette and uvicorn: pip install 'usermetadata[server]'"
+        "usermetadata.server needs Starlette and uvicorn; pip install 'usermetadata[server]'"
     ) from error
 
 from usermetadata._core.operations import ClearOne, Get, Update
@@ -51,7 +51,7 @@ VERSIONS = (
     *("3.0", "3.1", "4.0"),
     *(f"5.{minor}" for minor in range(7)),
 )
-"""The versions of the core driver interface that are spoken; the metadata part is one in all."""
+"""The supported versions of the core driver interface; its metadata part is the same in all."""
 
 _MOST_USERS = 500  # that one request may ask for
 _APP = re.compile(r"/appid-([^/]+)(/.*)")
@@ -61,21 +61,21 @@ _log = logging.getLogger(__name__)
 def create_app(
     storage: Storage, *, api_keys: Collection[str] = (), max_body_size: int = 2**20
 ) -> Starlette:
-    """Make an ASGI application that answers SuperTokens' SDKs out of a storage.
+    """Return an ASGI application that serves a storage to SuperTokens' SDKs.
 
     It may be served by itself, or mounted in the application's own.
 
     Args:
-        storage: where the metadata is kept. It stays the caller's to close.
-        api_keys: the keys that a client may show; without any, nobody needs one.
+        storage: where the metadata is stored. The caller closes it.
+        api_keys: the keys that a client may send; without any, no key is needed.
         max_body_size: how many bytes a request's body may have.
 
     Returns:
-        The application. Its lifespan lets the calls under way come to their end.
+        The application. At its end, its lifespan completes the calls under way.
 
     Raises:
-        InvalidInputError: ``storage`` is a URL, say; ``api_keys`` is not a collection of keys, or
-            one of them is empty.
+        InvalidInputError: ``storage`` is not a storage, but for example a URL; ``api_keys`` is not
+            a collection of keys, or one of them is empty.
 
     Example:
         >>> from usermetadata import InMemoryStorage
@@ -85,10 +85,13 @@ def create_app(
     """
     if not isinstance(storage, Storage):
         raise InvalidInputError(
-            f"storage: {type(storage).__name__} is not a storage: pass SQLiteStorage(...), say"
+            f"storage: {type(storage).__name__} is not a storage; for example pass"
+            " SQLiteStorage(...)"
         )
     if isinstance(api_keys, str) or not all(key.strip() for key in api_keys):
-        raise InvalidInputError("api_keys: an empty key, or a text instead of a list of keys")
+        raise InvalidInputError(
+            "api_keys: an empty key, or a text instead of a list of keys; pass a list of keys"
+        )
     server = _Server(storage, api_keys, max_body_size)
 
     @asynccontextmanager
@@ -106,7 +109,7 @@ def create_app(
     )
 
 
-class _Refusal(Exception):
+class _Refusal(Exception):  # noqa: N818 - it is an answer, not a failure
     """An answer other than 200."""
 
     def __init__(self, status: int, text: str) -> None:
@@ -129,7 +132,7 @@ class _Server:
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, whatever it is."""
+        """Answer one request."""
         response = await self._answer(Request(scope, receive))
         await response(scope, receive, send)
 
@@ -183,7 +186,7 @@ class _Server:
             authorization = request.headers.get("authorization", "")
             key = re.sub("^bearer ", "", authorization, flags=re.IGNORECASE).strip()
         shown = key.encode("latin-1")  # the bytes that were sent
-        # All are compared, so that the time tells nothing.
+        # All keys are compared, so that the time reveals nothing.
         if not sum(hmac.compare_digest(shown, each) for each in self._api_keys):
             raise _Refusal(401, "Invalid API key")
 
@@ -246,18 +249,18 @@ class _GetBulk:
 def _text(status: int, text: str) -> Response:
     headers = {
         "content-type": "text/html;charset=UTF-8",  # as the core has it
-        "content-security-policy": "default-src 'none'; sandbox",  # what is quoted is not executed
+        "content-security-policy": "default-src 'none'; sandbox",  # browsers execute nothing of it
     }
     return Response(text, status, headers)
 
 
 def _trouble(error: StorageError | UsageError) -> tuple[int, str]:
-    """Say what has happened, without what the database says of itself."""
+    """Describe the error without the database's own text."""
     if isinstance(error, DamagedMetadataError):
-        return 500, "What is stored is damaged; the server's log says about which user."
+        return 500, "The stored row is damaged; the server's log names the user."
     if isinstance(error, OutcomeUnknownError):
-        return 503, "The storage was lost: whether the change was stored is not known."
-    return 503, "The storage is busy or cannot be reached: try again."
+        return 503, "The storage failed meanwhile: whether the change was stored is unknown."
+    return 503, "The storage is busy or cannot be reached; try again."
 
 
 def _field(body: dict[str, Any], name: str, kind: type[T]) -> T:

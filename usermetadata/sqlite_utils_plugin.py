@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_commands(cli: click.Group) -> None:
-    """Add the commands; an SQLite file is named as ``--storage``."""
+    """Add the commands; ``--storage`` names the SQLite file."""
     cli.add_command(main, name="usermetadata")
 
 
 @hookimpl
 def prepare_connection(conn: sqlite3.Connection) -> None:
-    """Give every connection the SQL function ``merge_metadata(stored, update)``."""
+    """Add the SQL function ``merge_metadata(stored, update)`` to every connection."""
     conn.create_function("merge_metadata", 2, _merge, deterministic=True)
 
 

@@ -1,4 +1,4 @@
-"""SuperTokens' own Python SDK on this library's storage: every call stays, only the data moves."""
+"""An override that lets SuperTokens' Python SDK use this library's storage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        "usermetadata.supertokens needs the SDK: pip install 'usermetadata[supertokens]'"
+        "usermetadata.supertokens needs the SDK; pip install 'usermetadata[supertokens]'"
     ) from error
 
 from usermetadata.asyncio import (
@@ -22,11 +22,11 @@ from usermetadata.asyncio import (
 )
 
 
-def use_storage(original: RecipeInterface) -> RecipeInterface:
-    """Let the SDK's user metadata recipe, and its dashboard, use what ``usermetadata.init`` set up.
+def use_storage(original: RecipeInterface) -> RecipeInterface:  # noqa: ARG001 - replaced
+    """Let the SDK's user metadata recipe, and its dashboard, use the storage of ``init``.
 
     Args:
-        original: the SDK's functions, which ask a core. They are not used any more.
+        original: the SDK's functions, which call a core. They are replaced.
 
     Returns:
         Functions that read and write the storage, for the ``override`` of the SDK's recipe.

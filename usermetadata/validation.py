@@ -138,7 +138,7 @@ def _check_identifier(value: object, name: str, max_length: int, remedy: str) ->
 
 
 class _FaultError(Exception):
-    """A value that cannot be stored; the frames it unwinds through add its place, innermost first."""
+    """A value that cannot be stored; the frames it unwinds add its place, innermost first."""
 
     def __init__(self, reason: str, culprit: object) -> None:
         self.reason = reason
@@ -159,7 +159,7 @@ class _FaultError(Exception):
         return "".join(parts)
 
 
-def _copy(value: Any, depth: int) -> Any:
+def _copy(value: Any, depth: int) -> Any:  # noqa: C901, PLR0911 - one case per type
     kind = type(value)
     if kind is str:
         return value if value.isascii() else _copy_text(value)
@@ -213,7 +213,7 @@ def _copy_array(array: list[Any] | tuple[Any, ...], depth: int) -> list[Any]:
     copied: list[Any] = []
     try:
         for value in array:
-            copied.append(_copy(value, depth + 1))
+            copied.append(_copy(value, depth + 1))  # noqa: PERF401 - its length is the place
     except _FaultError as fault:
         fault.pass_through(array, len(copied))
         raise

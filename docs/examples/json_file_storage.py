@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from usermetadata import DamagedMetadataError, StorageError, UsageError
-from usermetadata.changes import Change
-from usermetadata.validation import check_app_id
+from usermetadata.changes import Change, apply_in_order
 from usermetadata.codec import Metadata, decode_metadata, encode_metadata
+from usermetadata.validation import check_app_id
 
 Apps = dict[str, dict[str, str]]  # JSON text by user id by app id
 
@@ -37,16 +37,12 @@ class JSONFileStorage:
         return {user: self._decode(texts[user]) for user in user_ids if user in texts}
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
-        results: list[Metadata | None] = []
         with self._locked():
             apps = self._load()
             texts = apps.setdefault(self._app_id, {})
-            for user_id, change in changes:
-                old = texts.pop(user_id, None)
-                new = change(None if old is None else self._decode(old))
-                if new is not None:
-                    texts[user_id] = encode_metadata(new)
-                results.append(new)
+            results = apply_in_order(
+                changes, texts, decode=lambda _, text: self._decode(text), encode=encode_metadata
+            )
             self._save(apps)
         return results
 

@@ -1,8 +1,8 @@
 """Batches: calls that arrive while one is being executed share the next execution.
 
-There is no timer. A call that finds nothing running is executed at once and alone. A thread executes
-batches itself, one thread after the other (``ThreadBatches``); for event loops worker threads do it
-(``LoopBatches``). Both follow one policy for errors, :func:`settle`.
+There is no timer. A call that finds nothing running is executed at once and alone. Threads execute
+batches themselves, one thread after the other (``ThreadBatches``); for event loops worker threads
+do it (``LoopBatches``). Both follow one policy for errors, :func:`settle`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from usermetadata._core.forking import ForkHooks, watch
+from usermetadata._core.forking import ForkHooks, notice, watch
 from usermetadata.exceptions import (
     OutcomeUnknownError,
     StorageBusyError,
@@ -134,7 +134,7 @@ class ThreadBatches(Generic[A, R]):
         self._executing_thread: int | None = None
         self.turn = threading.RLock()
 
-    def call(self, argument: A, *, alone: bool = False) -> R:
+    def call(self, argument: A, *, alone: bool = False) -> R:  # noqa: C901, PLR0912 - interrupts
         """Execute the call, or wait until another thread has executed it.
 
         Args:
@@ -168,13 +168,14 @@ class ThreadBatches(Generic[A, R]):
                         if not call.is_settled:
                             self._execute_with_all_that_wait(call)
                 finally:
-                    if self._executing_thread == me:
+                    had_turn = self._executing_thread == me
+                    if had_turn:
                         self._executing_thread = None
-                    try:
+                    try:  # noqa: SIM105 - suppress() would be a call before the release
                         self.turn.release()
                     except RuntimeError:
                         pass
-                    if self._waiting:
+                    if had_turn and self._waiting:
                         self._wake_one()
                 if alone:
                     raise busy(self._name)
@@ -266,7 +267,7 @@ class _LoopCall(Call[A, R]):
         self.future: asyncio.Future[R] = loop.create_future()
 
 
-class LoopBatches(Generic[A, R], ForkHooks):
+class LoopBatches(ForkHooks, Generic[A, R]):
     """Batches of calls from any number of event loops, executed in worker threads.
 
     Args:
@@ -287,7 +288,8 @@ class LoopBatches(Generic[A, R], ForkHooks):
         self._workers = ThreadPoolExecutor(max(1, self._at_once), "usermetadata")
 
     def submit(self, key: object, argument: A) -> asyncio.Future[R]:
-        """Join the next batch of calls with the same key, and let it start if nothing is running."""
+        """Join the next batch of calls with the same key; it starts at once if none is running."""
+        notice()
         call: _LoopCall[A, R] = _LoopCall(key, argument, asyncio.get_running_loop())
         with self._lock:
             self._waiting.append(call)

@@ -34,7 +34,7 @@ def watch(owner: ForkHooks) -> None:
 
 def notice() -> None:
     """Run the hooks now if C code has forked the process without telling Python, as uWSGI does."""
-    global _one_fork_at_a_time
+    global _one_fork_at_a_time  # noqa: PLW0603 - a thread of the parent may have held it
     if os.getpid() != _process:
         with _noticing:
             if os.getpid() != _process:
@@ -71,7 +71,7 @@ def _after_in_parent() -> None:
 
 
 def _after_in_child() -> None:
-    global _owners_lock, _process
+    global _owners_lock, _process  # noqa: PLW0603 - a thread of the parent may have held it
     _owners_lock = threading.RLock()
     try:
         with ExitStack() as hooks:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from usermetadata._core.operations import (
     ClearOne,
@@ -109,7 +109,10 @@ class BlockingFunctions:
 
 
 class OverriddenFunctions(BlockingFunctions):
-    """The functions as an override left them, blocking."""
+    """The functions as an override left them, blocking.
+
+    Overrides are written for the SDK's type ``dict``, and nearly always get one.
+    """
 
     def __init__(self, functions: RecipeInterface) -> None:
         self._functions = functions
@@ -121,7 +124,10 @@ class OverriddenFunctions(BlockingFunctions):
         self, user_id: str, metadata_update: Mapping[str, Any], user_context: dict[str, Any]
     ) -> MetadataResult:
         return wait_for(
-            self._functions.update_user_metadata, user_id, metadata_update, user_context
+            self._functions.update_user_metadata,
+            user_id,
+            cast("dict[str, Any]", metadata_update),
+            user_context,
         )
 
     def clear_user_metadata(
@@ -132,7 +138,12 @@ class OverriddenFunctions(BlockingFunctions):
     def set_user_metadata(
         self, user_id: str, metadata: Mapping[str, Any], user_context: dict[str, Any]
     ) -> MetadataResult:
-        return wait_for(self._functions.set_user_metadata, user_id, metadata, user_context)
+        return wait_for(
+            self._functions.set_user_metadata,
+            user_id,
+            cast("dict[str, Any]", metadata),
+            user_context,
+        )
 
     def modify_user_metadata(
         self,

@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 # The list is not empty while the function runs. What the function starts elsewhere inherits the
 # list, and finds it empty once the function has returned.
-inside: ContextVar[list[object]] = ContextVar("usermetadata_inside_function", default=[])
+inside: ContextVar[list[object]] = ContextVar("usermetadata_inside_function", default=[])  # noqa: B039 - it stays empty
 
 
 def call_guarded(function: Callable[[A], R], argument: A) -> R:
@@ -33,6 +33,6 @@ def refuse_reentry() -> None:
     """Raise ``UsageError`` if this is called from within ``call_guarded``."""
     if inside.get():
         raise UsageError(
-            "usermetadata: called by a function given to modify_user_metadata, which runs inside the"
-            " storage's lock; read what the function needs before, and write the rest after"
+            "usermetadata: called by a function given to modify_user_metadata, which runs inside"
+            " the storage's lock; read what the function needs before, and write the rest after"
         )

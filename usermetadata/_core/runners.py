@@ -11,8 +11,9 @@ from usermetadata._core.reentry import refuse_reentry
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+    from typing import Self
 
-    from typing_extensions import ParamSpec, Self
+    from typing_extensions import ParamSpec
 
     from usermetadata._core.operations import Read, Write
     from usermetadata.changes import Change

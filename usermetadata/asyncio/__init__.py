@@ -31,7 +31,7 @@ async def get_user_metadata(
         InvalidInputError: the user id is not valid.
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed; ``__cause__`` is its driver's error.
-        StorageBusyError: timed out waiting for another writer or for a connection.
+        StorageBusyError: timed out waiting for a writer or a connection.
         StorageUnavailableError: the server cannot be reached.
         DamagedMetadataError: the stored row is not a JSON object.
 
@@ -66,7 +66,7 @@ async def update_user_metadata(
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: timed out waiting for another writer or for a connection; nothing was written.
+        StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
         OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
             not at all.
@@ -105,7 +105,7 @@ async def clear_user_metadata(
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was removed; ``__cause__`` is its driver's
             error.
-        StorageBusyError: timed out waiting for another writer or for a connection; nothing was removed.
+        StorageBusyError: timed out waiting for a writer or a connection; nothing was removed.
         StorageUnavailableError: the server cannot be reached; nothing was removed.
         OutcomeUnknownError: the connection or the disk failed meanwhile; it was removed or not.
 
@@ -140,7 +140,7 @@ async def set_user_metadata(
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: timed out waiting for another writer or for a connection; nothing was written.
+        StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
         OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
             not at all.
@@ -181,7 +181,7 @@ async def modify_user_metadata(
         UsageError: ``usermetadata.init`` was not called, or the function called this library.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: timed out waiting for another writer or for a connection; nothing was written.
+        StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
         OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
             not at all.
@@ -215,7 +215,7 @@ async def get_bulk_user_metadata(
         InvalidInputError: a user id is not valid.
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed; ``__cause__`` is its driver's error.
-        StorageBusyError: timed out waiting for another writer or for a connection.
+        StorageBusyError: timed out waiting for a writer or a connection.
         StorageUnavailableError: the server cannot be reached.
         DamagedMetadataError: the stored row of one of them is not a JSON object.
 
@@ -247,7 +247,7 @@ async def update_bulk_user_metadata(
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: timed out waiting for another writer or for a connection; nothing was written.
+        StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
         OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
             not at all.

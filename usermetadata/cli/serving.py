@@ -51,7 +51,7 @@ class _Keys(click.types.StringParamType):
     help="debug logs each request.",
 )
 @with_storage
-def serve(
+def serve(  # noqa: PLR0913, PLR0917 - they are options
     storage: Storage,
     host: str,
     port: int,
@@ -59,17 +59,17 @@ def serve(
     max_body_size: int,
     log_level: str,
 ) -> None:
-    """Answer SuperTokens' SDKs, in any language, as a core would: user metadata, over HTTP."""
+    """Serve user metadata over HTTP to SuperTokens' SDKs, as a core does."""
     if not api_keys and not _is_loopback(host):
         raise click.UsageError(
-            f"--host {host!r} can be reached from elsewhere: give --api-key, or listen at 127.0.0.1"
+            f"--host {host!r} can be reached from elsewhere: give --api-key, or listen on 127.0.0.1"
         )
     from usermetadata.server import create_app
 
     try:
         import uvicorn
     except ImportError as error:
-        raise ImportError("serve needs uvicorn: pip install 'usermetadata[server]'") from error
+        raise ImportError("serve needs uvicorn; pip install 'usermetadata[server]'") from error
 
     keys = [key.strip() for key in api_keys]
     app = create_app(storage, api_keys=keys, max_body_size=max_body_size)
@@ -90,7 +90,7 @@ def serve(
         )
     except SystemExit as error:
         if error.code:  # its log has the cause
-            text = f"cannot listen at --host {host!r} --port {port}"
+            text = f"cannot listen at --host {host!r} --port {port}; choose another"
             raise click.ClickException(text) from error
         raise
 

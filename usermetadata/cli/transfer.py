@@ -9,7 +9,7 @@ import tempfile
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, BinaryIO, TextIO, TypeVar
+from typing import IO, TYPE_CHECKING, BinaryIO, TypeVar
 
 import click
 
@@ -80,7 +80,7 @@ def import_(storage: Storage, file: BinaryIO, from_line: int) -> None:
 @click.option("--core-app-id", default="public", show_default=True, help="The core's app.")
 @click.option("--after", default="", help="Skip the users up to this user id.")
 @with_storage
-def import_supertokens(
+def import_supertokens(  # noqa: PLR0913, PLR0917 - they are options
     storage: Storage, dsn: str, table: str, schema: str | None, core_app_id: str, after: str
 ) -> None:
     """Copy the users of a SuperTokens core, whose PostgreSQL database is at DSN.
@@ -105,7 +105,7 @@ def import_supertokens(
 
 
 @contextmanager
-def _replaced_at_the_end(file: str) -> Generator[TextIO, None, None]:
+def _replaced_at_the_end(file: str) -> Generator[IO[str], None, None]:
     """Open a temporary file beside ``file`` and rename it at the end, unless an error occurs."""
     if file == "-" or (os.path.exists(file) and not os.path.isfile(file)):
         # Standard output, a terminal or a pipe is written to directly.

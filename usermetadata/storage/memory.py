@@ -15,8 +15,7 @@ from usermetadata.validation import check_app_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from typing_extensions import Self
+    from typing import Self
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
@@ -64,7 +63,7 @@ class InMemoryStorage:
                 for user_id in user_ids
                 if (row := rows.get((app_id, user_id))) is not None
             }
-        return {user_id: marshal.loads(row) for user_id, row in found.items()}
+        return {user_id: _decode(row) for user_id, row in found.items()}
 
     def read_after(self, user_id: str, limit: int) -> dict[str, Metadata]:
         """Return the metadata of the next users, in the order of their code points."""
@@ -90,7 +89,9 @@ class InMemoryStorage:
                 store.is_writing = True
                 keyed = [((app_id, user_id), change) for user_id, change in changes]
                 staged = {key: row for key, _ in keyed if (row := rows.get(key)) is not None}
-                results = apply_in_order(keyed, staged, decode=_decode, encode=_encode)
+                results = apply_in_order(
+                    keyed, staged, decode=lambda _, row: _decode(row), encode=_encode
+                )
                 # One step that no interrupt can halve; None already counts as no row.
                 rows.update({key: staged.get(key) for key, _ in keyed})
                 for key, _ in keyed:
@@ -117,8 +118,8 @@ def _encode(metadata: Metadata) -> bytes:
     return marshal.dumps(metadata, 2)
 
 
-def _decode(_: Key, row: bytes) -> Any:
-    return marshal.loads(row)
+def _decode(row: bytes) -> Any:
+    return marshal.loads(row)  # noqa: S302 - only this process has written it
 
 
 class _Store(ForkHooks):

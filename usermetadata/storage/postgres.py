@@ -12,65 +12,66 @@ try:
     from psycopg import Cursor, DataError
     from psycopg.rows import tuple_row
 
-    from usermetadata.storage.postgres_connections import (
-        Connections,
+    from usermetadata._core.postgres.connections import Connections
+    from usermetadata._core.postgres.outcomes import (
         UncommittedError,
         before_commit,
+        check_committed,
         is_gone,
+    )
+    from usermetadata._core.postgres.statements import (
+        HOLD,
+        MERGE,
+        MERGE_ONE,
+        READ_AFTER,
+        READ_MANY,
+        READ_ONE,
+        REMOVE,
+        STORE,
+        STORE_ONE,
+        Table,
     )
 except ImportError as error:
     raise ImportError(
-        "PostgresStorage needs psycopg: pip install 'usermetadata[postgres]'"
+        "PostgresStorage needs psycopg; pip install 'usermetadata[postgres]'"
     ) from error
 
-from usermetadata.changes import Clear, Merge, Replace
-from usermetadata.codec import decode_metadata, encode_metadata
+from usermetadata._core.rows import decode_row
+from usermetadata.changes import Clear, Merge, Replace, apply_in_order
+from usermetadata.codec import encode_metadata
 from usermetadata.exceptions import (
     DamagedMetadataError,
     InvalidInputError,
     OutcomeUnknownError,
 )
-from usermetadata.storage.postgres_statements import (
-    HOLD,
-    MERGE,
-    MERGE_ONE,
-    READ_AFTER,
-    READ_MANY,
-    READ_ONE,
-    REMOVE,
-    STORE,
-    STORE_ONE,
-    Table,
-)
 from usermetadata.validation import check_app_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from typing import LiteralString, Self
 
     from psycopg import Connection
     from psycopg_pool import ConnectionPool
-    from typing_extensions import LiteralString, Self
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
 
 _MIN_TIMEOUT, _MAX_TIMEOUT = 0.001, 1_000_000  # seconds
 _NATIVE = {Merge, Replace, Clear}
-_BLIND = (Clear, Replace)  # they do not look at what is stored, and so mend a damaged row, too
 _MOST_STATEMENTS = 3  # with more of them, one round trip takes longer than two without
 _NAME = re.compile("[^\0\ud800-\udfff]+\\Z")
-_NO_ROW = "no row"  # stands in a row that is locked before it is written; no JSON
+_NO_ROW = "no row"  # the text of a row that is locked before it is written; it is not JSON
 
 
 class PostgresStorage:
     """Keeps metadata in a table of a PostgreSQL database, which many machines may share.
 
     ``Merge``, ``Replace`` and ``Clear`` of any number of users are one statement. Other changes
-    hold their users' rows, also those that are not there yet, until they are written.
+    lock their users' rows, also those that do not exist yet, until they are written.
 
     The table is that of SuperTokens' core, ``user_metadata (app_id, user_id, user_metadata)``. It
-    is created if it is not there. One that a core has created is used as it is, under the locks
-    that the core takes, so that both may write to it.
+    is created if it is missing. A table that a core has created is used under the locks that the
+    core takes, so that both may write to it.
 
     Args:
         database: what libpq takes, ``"postgresql://..."`` or ``"host=... dbname=..."``; or a
@@ -78,10 +79,10 @@ class PostgresStorage:
         app_id: the app whose rows these are.
         table: the name of the table.
         schema: the schema it is in; without it, the first of the ``search_path``.
-        max_connections: how many connections are opened at most; none is before it is needed. A
-            pool has its own limit.
-        timeout: seconds that a call waits for a connection, and a write for other writers of its
-            users, before it raises ``StorageBusyError``.
+        max_connections: how many connections are opened at most, each when it is needed. A pool
+            has its own limit.
+        timeout: seconds that a call waits for a connection, and a write for row locks, before it
+            raises ``StorageBusyError``.
 
     Raises:
         InvalidInputError: an argument is not valid. Nothing is opened before the first call.
@@ -94,7 +95,7 @@ class PostgresStorage:
     # Updates keep their order if one batch is written at a time; reads have none to keep.
     reads_in_flight, writes_in_flight = 2, 1
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the table's name has two parts
         self,
         database: str | ConnectionPool[Any],
         *,
@@ -107,14 +108,19 @@ class PostgresStorage:
         self._app_id = check_app_id(app_id)
         if not isinstance(timeout, (int, float)) or not _MIN_TIMEOUT <= timeout <= _MAX_TIMEOUT:
             raise InvalidInputError(
-                f"timeout: {timeout!r} is not a number of seconds, {_MIN_TIMEOUT} or more"
+                f"timeout: {timeout!r} is not a number of seconds, {_MIN_TIMEOUT} or more;"
+                " pass for example 30"
             )
         if not isinstance(max_connections, int) or max_connections < 1:
-            raise InvalidInputError(f"max_connections: {max_connections!r} is not 1 or more")
+            raise InvalidInputError(
+                f"max_connections: {max_connections!r} is not 1 or more; pass for example 10"
+            )
         names = {"table": table} if schema is None else {"schema": schema, "table": table}
         for argument, name in names.items():
             if not isinstance(name, str) or not _NAME.match(name):
-                raise InvalidInputError(f"{argument}: {name!r} is no name")
+                raise InvalidInputError(
+                    f"{argument}: {name!r} is not a name; pass a text without U+0000"
+                )
         self._table = Table(*names.values())
         self._connections = Connections(database, max_connections, timeout)
         self._timeout = str(round(timeout * 1000))
@@ -133,7 +139,7 @@ class PostgresStorage:
         return self._read(READ_AFTER, user_id=user_id, limit=limit)
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
-        """Apply the changes in order in one transaction: one round trip, if none is a function."""
+        """Apply the changes in order in one transaction; without a function, in one round trip."""
         self._prepare(create=True)
         for user_id, _ in changes:
             if len(user_id) > self._table.user_id_length:
@@ -144,15 +150,17 @@ class PostgresStorage:
         is_native = {type(change) for _, change in changes} <= _NATIVE
         apply = self._apply_natively if is_native else self._apply_holding
         try:
-            return self._connections.run(
+            results = self._connections.run(
                 lambda connection: apply(connection, changes), is_write=True
             )
         except _ChangeError as failed:
             error = failed.error
+        else:
+            return self._decoded(changes, results)
         raise error
 
     def for_app(self, app_id: str) -> Self:
-        """Return the same storage, seen from another app."""
+        """Return the same storage for another app."""
         other = copy.copy(self)
         other._app_id = check_app_id(app_id)
         return other
@@ -162,16 +170,19 @@ class PostgresStorage:
         self._connections.close()
 
     def _prepare(self, *, create: bool) -> bool:
-        """Learn about the table; tell whether there is one."""
+        """Describe the table; tell whether there is one."""
         if not self._table.user_id_length:
-            look = self._table.create if create else self._table.describe
-            self._connections.run_first(look)
+            self._connections.run_first(self._table.describe)
+        while create and not self._table.user_id_length:
+            # Its creation is committed before it is described.
+            self._connections.run(self._table.create)
+            self._connections.run(self._table.describe)
         return self._table.user_id_length > 0
 
     def _execute(
         self, connection: Connection[Any], statement: LiteralString, **parameters: object
     ) -> Cursor[tuple[str, str]]:
-        # Whatever cursors and rows a lent pool makes.
+        # A borrowed pool may make other cursors and rows.
         cursor = Cursor(connection, row_factory=tuple_row)
         parameters |= {"app_id": self._app_id, "timeout": self._timeout}
         return cursor.execute(self._table[statement], parameters)
@@ -186,17 +197,17 @@ class PostgresStorage:
 
     def _apply_natively(
         self, connection: Connection[Any], changes: Sequence[tuple[str, Change]]
-    ) -> list[Metadata | None]:
+    ) -> Sequence[str | Metadata | None]:
         texts: list[str | None] = [None] * len(changes)
         groups = list(_grouped(changes))
         users = {user_id for user_id, _ in changes}
         if len(groups) > _MOST_STATEMENTS:
             return self._apply_holding(connection, changes)
         try:
-            # What a pipeline sends in one go is one transaction, without BEGIN and COMMIT.
+            # A pipeline is one transaction, without BEGIN and COMMIT.
             with connection.pipeline() if len(groups) > 1 else nullcontext():
                 if len(groups) > 1 and len(users) > 1:
-                    # The statements together do not keep to the order that each of them does.
+                    # Each statement locks in the order of the ids; several together do not.
                     self._execute(connection, HOLD, rows=_rows((user, "{}") for user in users))
                 cursors = [self._send(connection, *group) for group in groups]
             for (_, by_user), cursor in zip(groups, cursors, strict=True):
@@ -204,15 +215,24 @@ class PostgresStorage:
                     for user_id, text in cursor.fetchall():
                         texts[by_user[user_id][0]] = text
         except DataError:
-            # What the server's JSON cannot take (U+0000 in a value, a damaged row), ours may.
+            # The server's JSON refuses U+0000 in a value and a damaged row; Python's may not.
+            with before_commit():
+                connection.rollback()  # of a transaction that a pooler has left open
             return self._apply_holding(connection, changes)
+        return texts
+
+    def _decoded(
+        self,
+        changes: Sequence[tuple[str, Change]],
+        results: Sequence[str | Metadata | None],
+    ) -> list[Metadata | None]:
         try:
             return [
-                None if text is None else self._decode(user_id, text)
-                for (user_id, _), text in zip(changes, texts, strict=True)
+                self._decode(user_id, result) if isinstance(result, str) else result
+                for (user_id, _), result in zip(changes, results, strict=True)
             ]
         except DamagedMetadataError as error:
-            # PostgreSQL's JSON has numbers that ours has not.
+            # PostgreSQL's JSON has numbers that no float can hold.
             raise OutcomeUnknownError(f"{error}; the write was done") from error
 
     def _send(
@@ -241,47 +261,32 @@ class PostgresStorage:
         self, connection: Connection[Any], changes: Sequence[tuple[str, Change]]
     ) -> list[Metadata | None]:
         users = dict.fromkeys(user_id for user_id, _ in changes)
-        # Two round trips: to begin and hold the rows, and to write and commit. What is raised
-        # between them leaves a transaction that whoever gets the connection back undoes.
+        # Two round trips: one begins and locks the rows, one writes and commits. An error between
+        # them leaves a transaction open, which `Connections` rolls back.
         with before_commit(), connection.pipeline():
             connection.execute("BEGIN")
             held = self._execute(connection, HOLD, rows=_rows((user, _NO_ROW) for user in users))
         texts = {user_id: text for user_id, text in held.fetchall() if text != _NO_ROW}
-        results: list[Metadata | None] = []
-        for user_id, change in changes:
-            old = None
-            if user_id in texts and not isinstance(change, _BLIND):
-                old = self._decode(user_id, texts[user_id])
-            try:
-                new = change(old)
-            except BaseException as error:
-                raise _ChangeError(error) from error
-            results.append(new)
-            if new is None:
-                texts.pop(user_id, None)
-            else:
-                texts[user_id] = encode_metadata(new)
+        try:
+            results = apply_in_order(changes, texts, decode=self._decode, encode=encode_metadata)
+        except BaseException as error:
+            raise _ChangeError(error) from error
         gone = [user_id for user_id in users if user_id not in texts]
         if is_gone(connection):
             raise UncommittedError
         with connection.pipeline():
             self._execute(connection, STORE, rows=_rows(texts.items()))
             self._execute(connection, REMOVE, user_ids=_dump(gone))
-            connection.execute("COMMIT")
+            committed = connection.execute("COMMIT")
+        check_committed(committed)
         return results
 
     def _decode(self, user_id: str, text: str) -> Metadata:
-        try:
-            return decode_metadata(text)
-        except ValueError as error:
-            raise DamagedMetadataError(
-                f"{self._connections.name}: the metadata of user {user_id!r} in app"
-                f" {self._app_id!r} is damaged: {error}; set or clear it to mend it"
-            ) from error
+        return decode_row(self._connections.name, (self._app_id, user_id), text)
 
 
 class _ChangeError(Exception):
-    """What a change has raised, which may look like an error of the database."""
+    """Holds an exception of a change, which may look like one of the database."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
@@ -298,7 +303,7 @@ def _dump(value: object) -> str:
 def _grouped(
     changes: Sequence[tuple[str, Change]],
 ) -> Iterable[tuple[type, dict[str, tuple[int, Any]]]]:
-    """Put changes that one statement can apply together, and a user's own one after the other."""
+    """Group changes that one statement can apply; the changes of one user stay in order."""
     rounds: list[dict[type, dict[str, tuple[int, Any]]]] = []
     counts: dict[str, int] = {}
     for position, (user_id, change) in enumerate(changes):

@@ -18,8 +18,7 @@ from usermetadata.validation import check_app_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from typing_extensions import Self
+    from typing import Self
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
@@ -116,7 +115,7 @@ class SQLiteStorage:
         raise error
 
     def for_app(self, app_id: str) -> Self:
-        """Return the same storage, seen from another app."""
+        """Return the same storage for another app."""
         other = copy.copy(self)
         other._app_id = check_app_id(app_id)
         return other

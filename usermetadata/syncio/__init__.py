@@ -29,7 +29,7 @@ def get_user_metadata(user_id: str, user_context: dict[str, Any] | None = None) 
         InvalidInputError: the user id is not valid.
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed; ``__cause__`` is its driver's error.
-        StorageBusyError: timed out waiting for another writer or for a connection.
+        StorageBusyError: timed out waiting for a writer or a connection.
         StorageUnavailableError: the server cannot be reached.
         DamagedMetadataError: the stored row is not a JSON object.
 
@@ -64,7 +64,7 @@ def update_user_metadata(
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: timed out waiting for another writer or for a connection; nothing was written.
+        StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
         OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
             not at all.
@@ -100,7 +100,7 @@ def clear_user_metadata(
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was removed; ``__cause__`` is its driver's
             error.
-        StorageBusyError: timed out waiting for another writer or for a connection; nothing was removed.
+        StorageBusyError: timed out waiting for a writer or a connection; nothing was removed.
         StorageUnavailableError: the server cannot be reached; nothing was removed.
         OutcomeUnknownError: the connection or the disk failed meanwhile; it was removed or not.
 
@@ -135,7 +135,7 @@ def set_user_metadata(
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: timed out waiting for another writer or for a connection; nothing was written.
+        StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
         OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
             not at all.
@@ -176,7 +176,7 @@ def modify_user_metadata(
         UsageError: ``usermetadata.init`` was not called, or the function called this library.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: timed out waiting for another writer or for a connection; nothing was written.
+        StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
         OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
             not at all.
@@ -210,7 +210,7 @@ def get_bulk_user_metadata(
         InvalidInputError: a user id is not valid.
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed; ``__cause__`` is its driver's error.
-        StorageBusyError: timed out waiting for another writer or for a connection.
+        StorageBusyError: timed out waiting for a writer or a connection.
         StorageUnavailableError: the server cannot be reached.
         DamagedMetadataError: the stored row of one of them is not a JSON object.
 
@@ -242,7 +242,7 @@ def update_bulk_user_metadata(
         UsageError: ``usermetadata.init`` was not called.
         StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
             error.
-        StorageBusyError: timed out waiting for another writer or for a connection; nothing was written.
+        StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
         OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
             not at all.

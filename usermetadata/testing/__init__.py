@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import pytest
 
+# pyright: reportPrivateUsage=false
+
 pytest.register_assert_rewrite("usermetadata.testing.conformance")
 
-from usermetadata.testing.conformance import StorageConformance
-from usermetadata.testing.fixtures import (
+from usermetadata.testing.conformance import StorageConformance  # noqa: E402 - after the call above
+from usermetadata.testing.fixtures import (  # noqa: E402 - likewise
     _usermetadata_served,
     usermetadata_server,
     usermetadata_storage,

@@ -40,10 +40,10 @@ _USER_IDS = [
 
 
 class StorageConformance:
-    """A test for each promise of :class:`usermetadata.storage.Storage`, to be subclassed.
+    """A test for each promise of :class:`usermetadata.storage.Storage`; subclass it.
 
-    The subclass has a fixture ``storage`` that yields an empty storage, and closes it. pytest then
-    runs all of these tests over it.
+    The subclass has a fixture ``storage`` that yields an empty storage and closes it. pytest runs
+    all of these tests over it.
 
     Example:
         The whole of a test file::
@@ -59,7 +59,7 @@ class StorageConformance:
     # Absence.
 
     def test_a_user_without_a_row_is_absent(self, storage: Storage) -> None:
-        """``read`` leaves out who has no row; a change is then given ``None``."""
+        """``read`` leaves out users without a row; a change gets ``None`` for them."""
         assert storage.read(["alice"]) == {}
         given: list[Metadata | None] = []
         storage.write([("alice", given.append)])
@@ -81,10 +81,10 @@ class StorageConformance:
         assert storage.read(["alice"]) == {}
         assert storage.write([("alice", Clear())]) == [None]
 
-    # The verbs.
+    # Reading and writing.
 
     def test_read_takes_any_number_of_users(self, storage: Storage) -> None:
-        """None, one, one twice and thousands of ids are read alike."""
+        """Zero ids, one, one twice and thousands of them are read alike."""
         user_ids = [f"user {number}" for number in range(2000)]
         storage.write([(user_id, Merge({"id": user_id})) for user_id in user_ids[::2]])
         assert storage.read([]) == {}
@@ -106,7 +106,7 @@ class StorageConformance:
         assert storage.read(["alice"]) == {"alice": {"b": 2}}
 
     def test_modify_is_given_the_stored_metadata(self, storage: Storage) -> None:
-        """``Modify`` stores what its function makes of the metadata, ``{}`` without a row."""
+        """``Modify`` stores ``function(metadata)``, with ``{}`` for a user without a row."""
         count = Modify(lambda metadata: {"n": metadata.get("n", 0) + 1})
         assert storage.write([("alice", count)]) == [{"n": 1}]
         assert storage.write([("alice", count)]) == [{"n": 2}]
@@ -170,7 +170,7 @@ class StorageConformance:
     def test_a_failing_change_undoes_the_whole_write(
         self, storage: Storage, error: BaseException
     ) -> None:
-        """What a change raises, an interrupt too, is passed on as it is; nothing is stored."""
+        """An exception of a change, or an interrupt, propagates unchanged; nothing is stored."""
         storage.write([("alice", Merge({"n": 1})), ("bob", Merge({"n": 1}))])
 
         def fail(old: Metadata | None) -> Metadata:
@@ -183,7 +183,7 @@ class StorageConformance:
         assert storage.read(["alice", "bob", "carol"]) == expected
 
     def test_a_storage_works_after_a_failed_write(self, storage: Storage) -> None:
-        """A change that raised leaves nothing locked or open behind."""
+        """A change that raised leaves nothing locked or open."""
 
         def fail(old: Metadata | None) -> Metadata:
             raise LookupError
@@ -233,7 +233,7 @@ class StorageConformance:
     # Threads.
 
     def test_any_thread_may_use_the_storage(self, storage: Storage) -> None:
-        """What one thread writes, another reads; ``close`` may come from a third."""
+        """One thread reads what another has written; a third may call ``close``."""
         seen: list[dict[str, Metadata]] = []
         _finish(_in_thread(lambda: storage.write([("alice", Merge({"n": 1}))])))
         _finish(_in_thread(lambda: seen.append(storage.read(["alice"]))))
@@ -258,7 +258,7 @@ class StorageConformance:
         assert len(storage.read(["bob"])["bob"]) == 8 * 25
 
     def test_two_first_merges_both_survive(self, storage: Storage) -> None:
-        """Two threads that merge into a user without a row at the same moment lose nothing."""
+        """Two threads that merge at once into a user without a row lose nothing."""
         start = threading.Barrier(2)
 
         def merge(name: str) -> None:
@@ -273,7 +273,7 @@ class StorageConformance:
         assert list(found.values()) == [{"left": True, "right": True}] * 50
 
     def test_a_read_is_of_one_moment(self, storage: Storage) -> None:
-        """Of two users that are always written together, a reader never sees just one change."""
+        """A reader never sees only one change of two users that are always written together."""
         users = ["alice", "bob"]
         storage.write([(user_id, Merge({"n": 0})) for user_id in users])
 
@@ -303,13 +303,13 @@ class StorageConformance:
         assert found == {"old": ["a"], "new": ["a", "b"]}
 
     def test_what_read_returns_is_the_callers(self, storage: Storage) -> None:
-        """Changing it, however deep, changes nothing stored."""
+        """Changing them, however deep, changes nothing stored."""
         storage.write([("alice", Merge({"list": [1], "object": {"n": 1}}))])
         _spoil(storage.read(["alice"])["alice"])
         assert storage.read(["alice"]) == {"alice": {"list": [1], "object": {"n": 1}}}
 
     def test_what_write_returns_is_the_callers(self, storage: Storage) -> None:
-        """Changing it, however deep, changes nothing stored."""
+        """Changing them, however deep, changes nothing stored."""
         storage.write([("alice", Merge({"list": [1]}))])
         for change in (Merge({"object": {"n": 1}}), Modify(lambda metadata: metadata)):
             [written] = storage.write([("alice", change)])
@@ -341,7 +341,7 @@ class StorageConformance:
         }
 
     def test_what_a_change_is_given_is_its_own(self, storage: Storage) -> None:
-        """A change may alter the metadata it is given, and fail, and nothing is stored."""
+        """A change may alter its argument and fail, and nothing is stored."""
         storage.write([("alice", Merge({"list": [1], "object": {"n": 1}}))])
 
         def spoil_and_fail(old: Metadata | None) -> Metadata:
@@ -383,7 +383,7 @@ class StorageConformance:
         assert other.for_app("public").read(["alice"]) == {"alice": {"app": "public"}}
 
     def test_an_app_id_is_checked(self, storage: Storage) -> None:
-        """``for_app`` refuses an id that a row cannot have."""
+        """``for_app`` refuses an app id that is not valid."""
         for app_id in ("", "a" * 65, "a\0"):
             with pytest.raises(InvalidInputError, match="app_id"):
                 storage.for_app(app_id)
@@ -392,7 +392,7 @@ class StorageConformance:
 
     @pytest.mark.parametrize("which", ["the first", "the other"])
     def test_a_closed_storage_says_so(self, storage: Storage, which: str) -> None:
-        """After ``close`` of one app's, which may be called twice, both verbs raise in all."""
+        """After ``close``, which may be called twice, reads and writes raise for every app."""
         other = storage.for_app("other")
         storage.write([("alice", Merge({"n": 1}))])
         closing = storage if which == "the first" else other
@@ -405,14 +405,14 @@ class StorageConformance:
                 closed.write([("alice", Merge({"n": 2}))])
 
 
-# Seconds to give a thread that a sound storage makes wait, so that an unsound one shows.
+# Seconds that a thread gets in which a faulty storage would not make it wait.
 _MOMENT = 0.2
-# Seconds after which a thread is taken to be stuck.
+# Seconds after which a thread counts as stuck.
 _LONG = 60.0
 
 
 def _exactly(value: Any) -> str:
-    """Return text that tells apart what ``==`` does not; the order of properties is left open."""
+    """Return a text that differs where ``==`` sees no difference, as between 1 and 1.0."""
     return json.dumps(value, sort_keys=True)
 
 
@@ -424,7 +424,7 @@ def _in_thread(function: Callable[[], object]) -> threading.Thread:
 
 def _finish(thread: threading.Thread) -> None:
     thread.join(_LONG)
-    assert not thread.is_alive(), "a thread waits for ever"
+    assert not thread.is_alive(), "a thread waits forever"
 
 
 def _spoil(metadata: Metadata) -> None:

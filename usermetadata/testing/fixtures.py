@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def usermetadata_storage() -> Generator[InMemoryStorage, None, None]:
     """Give the test a fresh in-memory store, in place of the one that ``init`` was given.
 
-    The application's override, if there is one, stays in force. Afterwards the former store is back.
+    The application's override, if there is one, stays in force. Afterwards the former store is
+    back.
 
     Example:
         A test that uses it::

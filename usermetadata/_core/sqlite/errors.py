@@ -52,3 +52,10 @@ def inherited(name: str) -> StorageError:
         " (as uWSGI does without py-call-uwsgi-fork-hooks), and cannot use the file; fork before"
         " the first call"
     )
+
+
+def still_open(name: str) -> OutcomeUnknownError:
+    """Return the error of a ``COMMIT`` without effect, to which an authorizer can reduce it."""
+    return OutcomeUnknownError(
+        f"{name}: a transaction is still open after COMMIT; end it and read to find out"
+    )

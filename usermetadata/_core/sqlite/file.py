@@ -15,7 +15,7 @@ from sqlite_utils.db import NoTable
 from usermetadata._core.batching import ThreadBatches, acquire
 from usermetadata._core.forking import ForkHooks, notice, watch
 from usermetadata._core.sqlite.connecting import close_all, close_at_end, connect
-from usermetadata._core.sqlite.errors import inherited, translate
+from usermetadata._core.sqlite.errors import inherited, still_open, translate
 from usermetadata._core.sqlite.schema import create_table, has_table
 from usermetadata._core.sqlite.statements import write
 from usermetadata.exceptions import DamagedMetadataError, StorageBusyError, UsageError
@@ -110,6 +110,8 @@ class FileConnections(ForkHooks):
                     raise inherited(self.name)
                 committing = True
                 cursor.execute("COMMIT")
+                if writer.in_transaction:
+                    raise still_open(self.name)
             except BaseException:
                 # SQLite has undone some transactions itself, for example on a full disk.
                 if writer not in self._inherited and writer.in_transaction:

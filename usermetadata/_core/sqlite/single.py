@@ -10,7 +10,7 @@ from sqlite_utils.db import NoTable
 from usermetadata._core.batching import ThreadBatches, acquire
 from usermetadata._core.forking import ForkHooks, watch
 from usermetadata._core.sqlite.connecting import close_at_end, connect
-from usermetadata._core.sqlite.errors import translate
+from usermetadata._core.sqlite.errors import still_open, translate
 from usermetadata._core.sqlite.schema import create_table, has_table
 from usermetadata._core.sqlite.statements import write
 from usermetadata.exceptions import UsageError
@@ -93,6 +93,8 @@ class SingleConnection(ForkHooks):
                     for statement in undo:
                         cursor.execute(statement)
                 raise
+            if not joins and self._connection.in_transaction:
+                raise still_open(self.name)
             # The caller may yet roll back a transaction in which the table was created.
             self._is_prepared = not self._connection.in_transaction
             return results

@@ -1,7 +1,7 @@
 """The PostgreSQL storage's table and its statements: each is one, for any number of users.
 
-A list is one parameter, a JSON text: that is faster for the driver than an array, and one text of a
-statement, which the server prepares once, serves every length.
+A list is one parameter, a JSON text. The driver converts that faster than an array, and one
+statement text, which the server prepares once, serves every length.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from usermetadata.exceptions import InvalidInputError
 from usermetadata.validation import USER_ID_MAX_LENGTH
 
 if TYPE_CHECKING:
+    from typing import LiteralString
+
     from psycopg import Connection
-    from typing_extensions import LiteralString
 
 _CREATE = """
 CREATE TABLE IF NOT EXISTS {table} (
@@ -27,8 +28,8 @@ CREATE TABLE IF NOT EXISTS {table} (
     user_metadata text NOT NULL,
     PRIMARY KEY (app_id, user_id))
 """
-# How long a user id may be, and whether the table is that of a SuperTokens core, whose app_id
-# refers to its apps.
+# The longest user id, and whether the table is that of a SuperTokens core: there app_id refers to
+# the core's apps.
 _DESCRIBE = """
 SELECT
     (SELECT atttypmod - 4 FROM pg_attribute
@@ -36,7 +37,7 @@ SELECT
     EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass(%(table)s) AND contype = 'f')
 WHERE to_regclass(%(table)s) IS NOT NULL
 """
-# Two who create a table at once fail, IF NOT EXISTS or not.
+# Two sessions that create a table at once fail, even with IF NOT EXISTS.
 _LOCK_CREATION = "SELECT pg_advisory_xact_lock(hashtext('usermetadata'))"
 
 READ_ONE = """
@@ -51,8 +52,8 @@ SELECT user_id, user_metadata FROM {table}
 WHERE app_id = %(app_id)s AND user_id > %(user_id)s ORDER BY user_id LIMIT %(limit)s
 """
 
-# All writers keep to one order of users, so that two of them never wait for each other. How long
-# they wait is said in the statement itself: behind a pooler, a session is nobody's own.
+# All writers lock users in one order, so that no two of them wait for each other. The timeout is
+# set in the statement itself, because behind a pooler sessions are shared.
 _ROWS = "json_to_recordset(%(rows)s::json) AS row (user_id text, user_metadata text)"
 _UPSERT = (
     """
@@ -69,10 +70,10 @@ ON CONFLICT (app_id, user_id) DO UPDATE SET user_metadata = """
 )
 _RETURNING = " RETURNING user_id, user_metadata"
 STORE = _UPSERT + "excluded.user_metadata" + _RETURNING
-# Replaces a row by itself, which locks it; where there is none it leaves one that must be replaced.
+# Replaces each row by itself, which locks it; inserts a placeholder where there is none.
 HOLD = _UPSERT + "stored.user_metadata" + _RETURNING
-# What is stored, without the keys of the update, and then what the update sets. The type json keeps
-# each value's text as it is, to the last digit.
+# The stored properties without the keys of the update, then those that the update sets. The type
+# json keeps the text of each value, to the last digit.
 MERGE = (
     _UPSERT
     + """(
@@ -84,7 +85,7 @@ MERGE = (
     WHERE NOT %(keys)s::jsonb -> excluded.user_id::text ? key)"""
     + _RETURNING
 )
-# To wrap a single row in JSON would take a tenth of the time.
+# A single row is passed without JSON around it, which saves a tenth of the time.
 _ROW = "(VALUES (%(user_id)s, %(user_metadata)s)) AS row (user_id, user_metadata)"
 STORE_ONE = STORE.replace(_ROWS, _ROW)
 MERGE_ONE = MERGE.replace(_ROWS, _ROW)
@@ -103,13 +104,13 @@ _CORES_LOCK = ", pg_advisory_xact_lock(hashtext(%(app_id)s || '~' || user_id))"
 
 
 class Table:
-    """A table of metadata: what there is to know about it, and the statements on it.
+    """A table of metadata: its description, and the statements on it.
 
     Args:
         name: its name, with a schema or without.
 
     Attributes:
-        user_id_length: how many characters a user id may have; 0 while it is not known.
+        user_id_length: how many characters a user id may have; 0 while that is unknown.
     """
 
     def __init__(self, *name: str) -> None:
@@ -121,11 +122,11 @@ class Table:
         self.user_id_length = 0
 
     def describe(self, connection: Connection) -> None:
-        """Learn about the table, if it is there."""
+        """Describe the table, if it exists."""
         if connection.info.encoding != "utf-8":
             raise InvalidInputError(
                 f"database: its client_encoding is {connection.info.encoding}, which cannot express"
-                " all that metadata may hold: pass client_encoding=utf8"
+                " all characters; pass client_encoding=utf8"
             )
         cursor = Cursor(connection, row_factory=tuple_row)
         cursor.execute(_DESCRIBE, {"table": self._name.as_string(connection)})
@@ -135,17 +136,14 @@ class Table:
             self.user_id_length = length or USER_ID_MAX_LENGTH
 
     def create(self, connection: Connection) -> None:
-        """Create the table if it is missing, and learn about it."""
-        self.describe(connection)
-        while not self.user_id_length:
-            # Whoever else creates it at the same time, a core say, does so under another lock.
-            with suppress(errors.UniqueViolation), connection.transaction():
-                connection.execute(_LOCK_CREATION)
-                connection.execute(self[_CREATE], ())
-            self.describe(connection)
+        """Create the table if it is missing."""
+        # Another program, for example a core, may create it at once under another lock.
+        with suppress(errors.UniqueViolation), connection.transaction():
+            connection.execute(_LOCK_CREATION)
+            connection.execute(self[_CREATE], ())
 
     def __getitem__(self, template: LiteralString) -> bytes:
-        """Return the statement that a template of this module becomes for this table."""
+        """Return the statement for this table, from a template of this module."""
         statement = self._statements.get(template)
         if statement is None:
             composed = SQL(template).format(table=self._in_statements, lock=self._lock)

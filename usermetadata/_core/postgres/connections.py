@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import selectors
 import threading
 import time
 import weakref
@@ -13,12 +12,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 from psycopg import conninfo, errors
+from psycopg.pq import TransactionStatus
 from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
-from usermetadata._core.forking import notice, watch
+from usermetadata._core.forking import ForkHooks, notice, watch
+from usermetadata._core.postgres.outcomes import (
+    UNDONE,
+    before_commit,
+    first_line,
+    is_gone,
+    is_lost,
+    settle,
+    translate,
+)
 from usermetadata.exceptions import (
     InvalidInputError,
-    OutcomeUnknownError,
     StorageBusyError,
     StorageError,
     StorageUnavailableError,
@@ -34,32 +42,11 @@ T = TypeVar("T")
 
 _ATTEMPTS = 10
 _LONGEST_PAUSE = 0.5  # seconds between two of them
-# A pool that has found no server tries less and less often, unless it gives up and is asked again.
+# A pool without a server retries ever more rarely, unless it gives up and is asked again.
 _RECONNECT_TIMEOUT, _ASK_AGAIN = 1.0, 2.0  # seconds
 
 
-class UncommittedError(psycopg.OperationalError):
-    """The connection was lost before COMMIT was sent."""
-
-
-# With one of these as its answer to a statement, a server says that it has undone the transaction,
-# and that the next attempt may do better: so to repeat it loses nothing and does nothing twice.
-_UNDONE = (
-    UncommittedError,
-    errors.SerializationFailure,
-    errors.DeadlockDetected,
-    errors.AdminShutdown,  # a restart, a failover, pg_terminate_backend
-    errors.ReadOnlySqlTransaction,  # it was the primary once; another connection may find the new
-    errors.InvalidSqlStatementName,  # a pipeline failed before it was prepared, as psycopg thinks
-)
-_IN_THE_WAY = (
-    errors.SerializationFailure,
-    errors.DeadlockDetected,
-    errors.LockNotAvailable,
-    errors.QueryCanceled,
-)
-
-# What libpq does if the database's URL says nothing of it: it notices a peer that is gone.
+# Defaults for libpq, so that it notices a server that is gone; the URL overrides them.
 _DEFAULTS = {
     "connect_timeout": "10",
     "tcp_user_timeout": "30000",
@@ -68,22 +55,11 @@ _DEFAULTS = {
     "keepalives_count": "3",
     "fallback_application_name": "usermetadata",
 }
-_ENCODING = {"client_encoding": "utf8"}  # whatever the environment says
+_ENCODING = {"client_encoding": "utf8"}  # overrides the environment
 
 
-@contextmanager
-def before_commit() -> Generator[None, None, None]:
-    """Whatever is lost in this block has been undone, and can be repeated."""
-    try:
-        yield
-    except psycopg.Error as error:
-        if _is_lost(error):
-            raise UncommittedError(*error.args) from error
-        raise
-
-
-class Connections:
-    """Lends connections in autocommit mode, opened when they are needed."""
+class Connections(ForkHooks):
+    """A pool of connections in autocommit mode, opened when they are needed."""
 
     def __init__(
         self, database: str | ConnectionPool[Any], max_connections: int, timeout: float
@@ -98,7 +74,7 @@ class Connections:
             self._borrowed = database
         else:
             raise InvalidInputError(
-                f"database: {type(database).__name__} is neither a URL nor a ConnectionPool:"
+                f"database: {type(database).__name__} is neither a URL nor a ConnectionPool;"
                 ' pass "postgresql://..."'
             )
         self._max_connections = max_connections
@@ -106,43 +82,49 @@ class Connections:
         self._lock = threading.Lock()
         self._pool: ConnectionPool[Any] | None = None
         self._close_pool: weakref.finalize[[], Connections] | None = None
-        self._lent: set[Connection[Any]] = set()
+        self._in_use: set[Connection[Any]] = set()
         self._closed = False
         self._has_connected = False
         watch(self)
 
     def run_first(self, work: Callable[[Connection[Any]], object]) -> None:
-        """Do what comes before all else, on a connection that says why it cannot be opened."""
+        """Run the first work of all on a connection beside the pool; its error has a cause."""
         if self._opened() is self._borrowed or self._has_connected:
             self.run(work, is_write=False)
             return
-        # The pool would try again and again, and not tell.
+        # The pool would retry until the timeout, and not say why.
         with self._connect() as connection:
             try:
                 work(connection)
+                settle(connection)
             except psycopg.Error as error:
-                raise self._translated(error, is_write=False) from error
+                raise translate(error, self.name, is_write=False) from error
         self._has_connected = True
 
     def run(self, work: Callable[[Connection[Any]], T], *, is_write: bool = False) -> T:
-        """Let ``work`` have a connection, and another one where it is safe to do it again."""
+        """Run ``work`` with a connection, and again with another one where that is safe.
+
+        Its changes are committed when this returns.
+        """
         process = os.getpid()
         attempt = 1
         while True:
             try:
-                with self._lend() as connection:
-                    return work(connection)
+                with self._connection() as connection:
+                    result = work(connection)
+                    settle(connection)
+                    return result
             except psycopg.Error as error:
                 if os.getpid() != process:
                     raise StorageError(
-                        f"{self.name}: this process was forked inside a write, which is its"
-                        " parent's to end"
+                        f"{self.name}: this process was forked inside a write, which only its"
+                        " parent process can end; repeat the call there"
                     ) from error
-                can_repeat = isinstance(error, _UNDONE) or (_is_lost(error) and not is_write)
+                can_repeat = isinstance(error, UNDONE) or (is_lost(error) and not is_write)
                 if not can_repeat or attempt == _ATTEMPTS:
-                    raise self._translated(error, is_write=is_write) from error
-            # So that those who have met do not meet again; nothing secret.
-            time.sleep(random.uniform(0, min(_LONGEST_PAUSE, 0.01 * 2**attempt)))
+                    raise translate(error, self.name, is_write=is_write) from error
+            # A random pause, so that the same writers do not collide again.
+            time.sleep(random.uniform(0, min(_LONGEST_PAUSE, 0.01 * 2**attempt)))  # noqa: S311
             attempt += 1
 
     def close(self) -> None:
@@ -152,36 +134,34 @@ class Connections:
         if self._close_pool is not None:
             self._close_pool()
 
-    def before_fork(self) -> None:
-        """Nothing to wait for: the server's side of a connection does not fork."""
-
-    def after_fork_in_parent(self) -> None:
-        """Nothing has changed."""
-
     def after_fork_in_child(self) -> None:
-        """Leave the parent its connections, and open others when they are needed."""
+        """Leave the connections to the parent; others are opened when they are needed."""
         pool = self._borrowed or self._pool
         if pool is not None:
-            # Not even closed, which would say goodbye to the server in the parent's name.
+            # Closing them would end the parent's sessions on the server.
             _of_the_parent_process.append(pool)
         if self._close_pool is not None:
             self._close_pool.detach()
         with open(os.devnull, "rb") as nothing:
-            for connection in self._lent:
-                # Whoever uses it goes on here, too, and must not interfere.
+            for connection in self._in_use:
+                # The code that uses it goes on in the child, and must not reach the server.
                 if not connection.closed:
                     os.dup2(nothing.fileno(), connection.fileno())
-        self._lent = set()
+        self._in_use = set()
         self._lock = threading.Lock()
         self._pool = None
 
     @contextmanager
-    def _lend(self) -> Generator[Connection[Any], None, None]:
+    def _connection(self) -> Generator[Connection[Any], None, None]:
         pool = self._opened()
         connection = self._take(pool)
         was_autocommit = connection.autocommit
-        self._lent.add(connection)
+        self._in_use.add(connection)
         try:
+            if connection.pgconn.transaction_status != TransactionStatus.IDLE:
+                # A borrowed pool's check may have left a transaction open.
+                with before_commit():
+                    connection.rollback()
             if not was_autocommit:
                 connection.autocommit = True
             yield connection
@@ -189,21 +169,21 @@ class Connections:
             connection.close()
             raise
         except BaseException:
-            # Where that fails, what has failed before matters more.
+            # If the rollback fails, the first error matters more.
             with suppress(psycopg.Error):
                 connection.rollback()
             raise
         finally:
-            self._lent.discard(connection)
+            self._in_use.discard(connection)
             try:
                 if not was_autocommit and not connection.closed:
                     connection.autocommit = False
-            except psycopg.Error:  # an exception from elsewhere has left it in mid-statement
+            except psycopg.Error:  # an interrupt has left it in the middle of a statement
                 connection.close()
             pool.putconn(connection)
 
     def _take(self, pool: ConnectionPool[Any]) -> Connection[Any]:
-        """Take a connection that is still open; the pool opens others for those that are not."""
+        """Take a connection that is still open; the pool replaces those that are not."""
         deadline = time.monotonic() + self._timeout
         while True:
             try:
@@ -216,12 +196,12 @@ class Connections:
                 if self._borrowed is None:
                     self._connect().close()
                 raise StorageBusyError(
-                    f"{self.name}: no connection was free in time: let the pool open more"
-                    " (max_connections), repeat the call, or see whether the server is up"
+                    f"{self.name}: no connection was free in time; let the pool open more"
+                    " (max_connections), repeat the call, or check whether the server is up"
                 ) from error
             except PoolClosed as error:
                 raise UsageError(
-                    f"{self.name}: the pool is closed: pass one that is open"
+                    f"{self.name}: the pool is closed; pass one that is open"
                 ) from error
             if not is_gone(connection):
                 return connection
@@ -232,11 +212,11 @@ class Connections:
         notice()
         with self._lock:
             if self._closed:
-                raise UsageError(f"this PostgresStorage of {self.name} is closed: make a new one")
+                raise UsageError(f"{self.name}: this PostgresStorage is closed; make a new one")
             if self._borrowed is not None:
                 if self._borrowed in _of_the_parent_process:
                     raise UsageError(
-                        f"{self.name} is the parent process's: make one in each process"
+                        f"{self.name}: it belongs to the parent process; make one in each process"
                     )
                 return self._borrowed
             if self._pool is None:
@@ -249,76 +229,28 @@ class Connections:
                     name="usermetadata",
                     open=True,
                 )
-                # Also for who forgets it: the pool's threads would hold up the end of the process.
+                # Without close() the pool's threads would delay the end of the process.
                 self._close_pool = weakref.finalize(self, self._pool.close)
             return self._pool
 
     def _connect(self) -> Connection[Any]:
-        """Open a connection beside the pool's, which only knows that it has none, and not why."""
+        """Open a connection beside the pool, which does not say why it has none."""
         try:
             return psycopg.connect(**self._arguments, autocommit=True)
         except psycopg.Error as error:
-            raise StorageUnavailableError(f"{self.name}: {_first_line(error)}") from error
-
-    def _translated(self, error: psycopg.Error, *, is_write: bool) -> Exception:
-        text = f"{self.name}: {_first_line(error)}"
-        if isinstance(error, errors.ForeignKeyViolation):
-            return InvalidInputError(
-                f"{text}: is app_id an app of the SuperTokens core whose table this is?"
-            )
-        if isinstance(error, errors.UndefinedColumn):
-            return StorageError(
-                f"{text}: its table is another program's, or that of a SuperTokens core before 6.0:"
-                " name another"
-            )
-        if isinstance(error, _IN_THE_WAY):
-            return StorageBusyError(f"{text}: nothing was done, so the call may be repeated")
-        if is_write and _is_lost(error) and not isinstance(error, _UNDONE):
-            return OutcomeUnknownError(
-                f"{text}: the connection was lost during a write, which was done whole or not at"
-                " all: read to find out"
-            )
-        if isinstance(error, errors.AdminShutdown) or _is_lost(error):
-            return StorageUnavailableError(f"{text}: nothing was done")
-        return StorageError(text)
+            raise StorageUnavailableError(f"{self.name}: {first_line(error)}") from error
 
 
 _of_the_parent_process: list[ConnectionPool[Any]] = []
 
 
-def _is_lost(error: psycopg.Error) -> bool:
-    """Tell whether the server may not have had the last word."""
-    if not isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)):
-        return False
-    # None: libpq itself noticed. Class 08: a pooler did. A crash undoes what has not been done.
-    state = error.sqlstate
-    return state is None or state.startswith("08") or state == errors.CrashShutdown.sqlstate
-
-
 def _configure(connection: Connection[Any]) -> None:
-    """Prepare no statements behind a pooler, where the next one's session is somebody else's."""
+    """Prepare no statements behind a pooler: the next transaction may have another session."""
     [served_by] = connection.execute("SELECT pg_backend_pid()").fetchone() or [None]
-    # A pooler has told us a number of its own.
+    # A pooler reports a process number that it has made up.
     if served_by != connection.info.backend_pid:
         connection.prepare_threshold = None
-
-
-# Where there is poll, it is faster than what is best for many sockets.
-_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
-
-
-def is_gone(connection: Connection[Any]) -> bool:
-    """Tell whether the server has closed a connection; it costs no round trip."""
-    if connection.closed:
-        return True
-    with _Selector() as selector:
-        selector.register(connection.fileno(), selectors.EVENT_READ)
-        # Nobody has asked anything: whatever there is to read can only be a farewell.
-        return bool(selector.select(0))
-
-
-def _first_line(error: psycopg.Error) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    settle(connection)
 
 
 def _parse(database: str) -> dict[str, Any]:
@@ -326,9 +258,9 @@ def _parse(database: str) -> dict[str, Any]:
         database.encode()
         return _DEFAULTS | conninfo.conninfo_to_dict(database) | _ENCODING
     except (psycopg.ProgrammingError, UnicodeEncodeError):
-        # Without its text, which may quote the password.
+        # The driver's text may quote the password.
         raise InvalidInputError(
-            'database: it cannot be read: pass "postgresql://user@host/name"'
+            'database: it cannot be parsed; pass "postgresql://user@host/name"'
         ) from None
 
 

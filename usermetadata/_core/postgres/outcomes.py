@@ -1,0 +1,147 @@
+"""What PostgreSQL's answers and errors mean: committed, undone, or unknown."""
+
+from __future__ import annotations
+
+import selectors
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import Cursor, errors
+from psycopg.pq import TransactionStatus
+
+from usermetadata.exceptions import (
+    InvalidInputError,
+    OutcomeUnknownError,
+    StorageBusyError,
+    StorageError,
+    StorageUnavailableError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from psycopg import Connection
+
+
+class UncommittedError(psycopg.OperationalError):
+    """The connection was lost before COMMIT was sent, or COMMIT was answered with ROLLBACK."""
+
+
+class UnsettledError(psycopg.OperationalError):
+    """The work was answered without an error, and yet it may not have been committed."""
+
+
+# With one of these as the answer to a statement, the server says that it has undone the transaction
+# and that another attempt may succeed. So repeating it loses nothing and does nothing twice.
+UNDONE = (
+    UncommittedError,
+    errors.SerializationFailure,
+    errors.DeadlockDetected,
+    errors.AdminShutdown,  # a restart, a failover, pg_terminate_backend
+    errors.ReadOnlySqlTransaction,  # a failover: another connection may find the primary
+    errors.InvalidSqlStatementName,  # its pipeline failed before it was prepared
+)
+_IN_THE_WAY = (
+    errors.SerializationFailure,
+    errors.DeadlockDetected,
+    errors.LockNotAvailable,
+    errors.QueryCanceled,
+)
+
+
+@contextmanager
+def before_commit() -> Generator[None, None, None]:
+    """Mark a block before COMMIT: if the connection is lost there, the work can be repeated."""
+    try:
+        yield
+    except psycopg.Error as error:
+        if is_lost(error):
+            raise UncommittedError(*error.args) from error
+        raise
+
+
+def check_committed(cursor: Cursor[Any]) -> None:
+    """Check the answer to the COMMIT of a transaction that was begun with BEGIN."""
+    # A server answers the COMMIT of an aborted transaction with ROLLBACK, which is no error.
+    if cursor.statusmessage != "COMMIT":
+        raise UncommittedError(f"COMMIT was answered with {cursor.statusmessage}")
+
+
+def settle(connection: Connection[Any]) -> None:
+    """Return when no transaction is open: only then are the changes committed.
+
+    A statement or a pipeline without BEGIN is a transaction by itself. A pooler may send a BEGIN
+    that the client did not ask for: pgpool-II does so to look up a table, and leaves the end of the
+    transaction to the client.
+    """
+    # The status is that of the last answer: no round trip.
+    if connection.pgconn.transaction_status == TransactionStatus.IDLE:
+        return
+    # psycopg's commit() does not say what the answer was.
+    answer = Cursor(connection).execute("COMMIT", prepare=False).statusmessage
+    if answer != "COMMIT":
+        raise UnsettledError(f"the COMMIT of an open transaction was answered with {answer}")
+    if connection.pgconn.transaction_status != TransactionStatus.IDLE:
+        raise UnsettledError("a transaction is still open after COMMIT")
+
+
+def is_lost(error: psycopg.Error) -> bool:
+    """Tell whether the connection may have been lost before the server's last answer."""
+    if not isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)):
+        return False
+    # None: libpq noticed it. Class 08: a pooler did. A crash undoes what is not committed.
+    state = error.sqlstate
+    return state is None or state.startswith("08") or state == errors.CrashShutdown.sqlstate
+
+
+def translate(error: psycopg.Error, name: str, *, is_write: bool) -> Exception:
+    """Return the library's error for the driver's, after an attempt that is not repeated.
+
+    Args:
+        error: the driver's error.
+        name: the name of the database.
+        is_write: whether the work may have written.
+    """
+    text = f"{name}: {first_line(error)}"
+    if isinstance(error, errors.ForeignKeyViolation):
+        return InvalidInputError(
+            f"{text}; pass the app_id of an app of the SuperTokens core whose table this is"
+        )
+    if isinstance(error, errors.UndefinedColumn):
+        return StorageError(
+            f"{text}: its table is another program's, or that of a SuperTokens core before 6.0;"
+            " name another table"
+        )
+    if isinstance(error, _IN_THE_WAY):
+        return StorageBusyError(f"{text}: nothing was done, so the call may be repeated")
+    if is_write and is_lost(error) and not isinstance(error, UNDONE):
+        if not isinstance(error, UnsettledError):
+            text += ": the connection was lost during a write"
+        return OutcomeUnknownError(
+            f"{text}; the write was done whole or not at all: read to find out"
+        )
+    if isinstance(error, errors.AdminShutdown) or is_lost(error):
+        return StorageUnavailableError(
+            f"{text}; nothing was done; check the server and repeat the call"
+        )
+    return StorageError(text)
+
+
+# For one socket poll is faster than epoll.
+_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+
+
+def is_gone(connection: Connection[Any]) -> bool:
+    """Tell whether the server has closed a connection; it costs no round trip."""
+    if connection.closed:
+        return True
+    with _Selector() as selector:
+        selector.register(connection.fileno(), selectors.EVENT_READ)
+        # No question was sent, so anything to read can only be the server's farewell.
+        return bool(selector.select(0))
+
+
+def first_line(error: psycopg.Error) -> str:
+    """Return the first line of the driver's text."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
