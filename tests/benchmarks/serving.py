@@ -33,8 +33,8 @@ LAYERS = {
     "/selectors.py": "event loop and sockets (asyncio)",
     "/starlette/": "requests, routes and responses (Starlette)",
     "/json/": "JSON",
-    "/usermetadata/json.py": "JSON",
-    "/usermetadata/server.py": "this library's server",
+    "json.py": "JSON",
+    "/usermetadata/server": "this library's server",
     "/usermetadata/storage/": "the storage",
     "/usermetadata/": "checks and coalescing",
 }
