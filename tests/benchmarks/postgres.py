@@ -1,4 +1,4 @@
-"""The PostgreSQL storage, beside what one would write for PostgreSQL, and beside the others."""
+"""The PostgreSQL storage, beside what its drivers offer, and beside the other storages."""
 
 from __future__ import annotations
 

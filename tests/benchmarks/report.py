@@ -32,6 +32,8 @@ mpl.rcParams.update(
         "axes.titlesize": 12,
         "savefig.facecolor": "white",  # also on a dark page
         "figure.constrained_layout.use": True,
+        "figure.constrained_layout.h_pad": 0.1,  # room for fonts that are wider than ours
+        "figure.constrained_layout.w_pad": 0.15,
     }
 )
 
@@ -88,7 +90,7 @@ class Report:
 
     def bars(self, file: str, panels: Mapping[str, Mapping[str, float]], alt: str) -> None:
         """Add bars: how many times as long as ours each peer takes."""
-        rows = sum(len(ratios) + 2 for ratios in panels.values())
+        rows = sum(len(ratios) + 3 for ratios in panels.values())
         figure, axes = plt.subplots(
             len(panels), 1, figsize=(WIDTH, 0.27 * rows), squeeze=False, sharex=True
         )
@@ -101,11 +103,11 @@ class Report:
             drawn = axis.barh(names, values, color=colours, height=0.65)
             axis.bar_label(
                 drawn,
-                [f"{value:.2g} ×" if value < 10 else f"{value:.0f} ×" for value in values],
+                [f"{value:.2g} ×" if value < 10 else f"{value:,.0f} ×" for value in values],
                 padding=4,
             )
             axis.set_xscale("log")
-            axis.set_xlim(0.5, longest * 5)
+            axis.set_xlim(0.5, longest * 6)
             axis.set_title(title)
             axis.tick_params(left=False)
             axis.xaxis.set_visible(False)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from measuring import Times
 
 PATH = "/recipe/user/metadata"
-# Whose a sample is: the layer of the innermost frame that has one.
+# What a sample belongs to: the layer of the innermost frame that has one.
 LAYERS = {
     "/uvicorn/": "HTTP (uvicorn, httptools)",
     "/asyncio/": "event loop and sockets (asyncio)",
