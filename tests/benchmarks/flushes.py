@@ -1,7 +1,8 @@
-"""One peer, updating for a while in a process of its own: what it commits and flushes.
+"""Updates at once beside flushes to the disk: how many, and what they cost where they are slow.
 
-``python flushes.py FOLDER PEER AT_ONCE SECONDS`` prints one JSON object. Threads call a blocking
-peer, tasks a concurrent one. With ``slow_fsync.c`` preloaded flushes are counted, and slowed down.
+``python flushes.py FOLDER PEER AT_ONCE SECONDS`` updates in a process of its own, and prints one
+JSON object. Threads call a blocking peer, tasks a concurrent one. ``slow_fsync.c`` is preloaded: it
+counts flushes, and slows them down.
 """
 
 from __future__ import annotations
@@ -10,29 +11,77 @@ import asyncio
 import ctypes
 import itertools
 import json
-import sqlite3
+import os
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import peers
+from measuring import slow_fsync
+from report import OURS, relative
 
-commits = 0
-connect = sqlite3.connect
+SLOW = 1000  # microseconds
+SHOWN: list[tuple[int, str, list[Any]]] = [
+    (8, "threads", [peers.Usermetadata, peers.Sqlite3, peers.DiskCache]),
+    (64, "tasks", [peers.AsyncUsermetadata, peers.ThreadHop, peers.AioSqlite]),
+]
 
 
-def traced(*args: Any, **kwargs: Any) -> sqlite3.Connection:
-    """Connect, and count the commits from now on."""
+def measure(benchmarks: Any) -> None:
+    """Add the sections on quick and on slow flushes."""
+    seconds, rounds = (0.1, 1) if benchmarks.quick else (1, 5)
+    with tempfile.TemporaryDirectory() as folder:
+        library = slow_fsync(Path(folder))
+        for speed, heading, delay in (
+            ("quick", "as quick as this disk's", 0),
+            ("slow", f"that take {SLOW / 1000:g} ms longer", SLOW),
+        ):
+            benchmarks.report.say(f"## Flushes {heading}")
+            for at_once, what, shown in SHOWN:
+                benchmarks.progress(f"{speed} flushes, {at_once} {what}")
+                found: dict[str, list[dict[str, float]]] = {peer.name: [] for peer in shown}
+                for _ in range(rounds):
+                    for peer in shown:
+                        found[peer.name].append(
+                            child(library, peer.__name__, at_once, seconds, delay)
+                        )
+                times = {name: [one["seconds"] for one in found[name]] for name in found}
+                flushes = {name: median(one["flushes"] for one in found[name]) for name in found}
+                benchmarks.report.say(f"{at_once} {what} that update:")
+                benchmarks.report.table(
+                    ["", "updates per second", "our throughput against it", "flushes per update"],
+                    [
+                        [
+                            name,
+                            f"{1 / median(times[name]):,.0f}",
+                            f"{relative(times, name):.1f} ×",
+                            f"{flushes[name]:.3f}",
+                        ]
+                        for name in found
+                    ],
+                )
+                if (speed, what) == ("quick", "tasks"):
+                    benchmarks.aim(
+                        "flushes per update, 64 concurrent tasks", 0.05, flushes[OURS], at_most=True
+                    )
 
-    def trace(statement: str) -> None:
-        global commits  # noqa: PLW0603 - what counts is a callback
-        commits += statement == "COMMIT"
 
-    connection: sqlite3.Connection = connect(*args, **kwargs)
-    connection.set_trace_callback(trace)
-    return connection
+def child(library: Path, peer: str, at_once: int, seconds: float, delay: int) -> dict[str, float]:
+    """Run this file."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, __file__, folder, peer, str(at_once), str(seconds)],
+            env={**os.environ, "LD_PRELOAD": str(library), "FSYNC_DELAY_US": str(delay)},
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
 
 
 def in_threads(peer: Any, threads: int, seconds: float) -> int:
@@ -70,8 +119,6 @@ async def in_tasks(peer: Any, folder: Path, tasks: int, seconds: float) -> int:
 def main() -> None:
     """Measure what the command line says."""
     folder, name, at_once, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
-    sqlite3.connect = traced  # type: ignore[assignment]
-    count_flushes = ctypes.CDLL(None).count_flushes
     peer_class = getattr(peers, name)
     begin = time.perf_counter()
     if peer_class in peers.CONCURRENT:
@@ -81,16 +128,9 @@ def main() -> None:
         updates = in_threads(peer, at_once, float(seconds))
         peer.close()
     took = time.perf_counter() - begin
-    print(
-        json.dumps(
-            {
-                "updates": updates,
-                "commits": commits / updates,
-                "flushes": count_flushes() / updates,
-                "per second": updates / took,
-            }
-        )
-    )
+    flushes = ctypes.CDLL(None).count_flushes()
+    print(json.dumps({"seconds": took / updates, "flushes": flushes / updates}))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import subprocess
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -94,3 +97,13 @@ class Measuring:
             for name, operation in operations.items():
                 times[name].append(run(operation, calls[name]) / calls[name] / at_once)
         return times
+
+
+def slow_fsync(folder: Path) -> Path:
+    """Compile ``slow_fsync.c`` into that folder; return the library to preload."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        raise SystemExit("no C compiler (cc), which counting flushes needs")
+    library, source = folder / "slow_fsync.so", Path(__file__).with_name("slow_fsync.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-o", library, source, "-ldl"], check=True)
+    return library

@@ -84,10 +84,9 @@ class OneTransaction:
     """All updates in one transaction: one statement to read, one to write."""
 
     def __init__(self, folder: Path, synchronous: str, users: dict[str, Any]) -> None:
-        self.peer = peers.Sqlite3(folder)
+        self.peer = peers.Sqlite3(folder, synchronous)
         self.peer.fill(users)
         self.connection = self.peer.connection()
-        self.connection.execute(f"PRAGMA synchronous = {synchronous}")
 
     def work(self, updates: list[Update]) -> list[dict[str, Any]]:
         """Read, merge and write."""

@@ -1,4 +1,4 @@
-"""The PostgreSQL storage, beside what one would write for PostgreSQL, and beside the others."""
+"""The PostgreSQL storage, beside what its drivers offer, and beside the other storages."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import postgres_peers
 from psycopg.conninfo import make_conninfo
 from report import OURS, relative
-from workloads import USERS, awaited, document, fill, gets, update, updates, user
+from workloads import USERS, awaited, by_storage, document, fill, gets, update, updates, user
 
-from usermetadata import InMemoryStorage, PostgresStorage, SQLiteStorage, UserMetadataRecipe
+from usermetadata import InMemoryStorage, PostgresStorage, SQLiteStorage, syncio
+from usermetadata import asyncio as aio
 from usermetadata.changes import Clear, Merge, Modify
 
 # The tests' server.
@@ -26,7 +27,7 @@ from postgres_server import empty_schema, server_url, server_version, stop_serve
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from measuring import Times
+    from measuring import Measuring, Times
 
     from usermetadata import Storage
 
@@ -189,35 +190,30 @@ def storages(benchmarks: Any) -> None:
             "SQLite": SQLiteStorage(Path(folder) / "users.db"),
             "PostgreSQL": PostgresStorage(server_url(), schema=schema),
         }
-        recipes = {name: UserMetadataRecipe(storage) for name, storage in opened.items()}
-        workloads: dict[str, Times] = {}
         for storage in opened.values():
             storage.write([(user(number), Merge(document(150))) for number in range(USERS)])
-        blocking = {name: recipe.blocking_implementation for name, recipe in recipes.items()}
-        waiting = {name: recipe.recipe_implementation for name, recipe in recipes.items()}
-        calls: dict[str, Callable[[Any], Callable[[int], Any]]] = {
-            "get": lambda functions: lambda n: functions.get_user_metadata(user(n), {}),
-            "update": lambda functions: (
-                lambda n: functions.update_user_metadata(user(n), update(), {})
-            ),
+        blocking = {
+            "get, one thread": lambda n: syncio.get_user_metadata(user(n)),
+            "update, one thread": lambda n: syncio.update_user_metadata(user(n), update()),
         }
-        for name, make in calls.items():
-            workloads[f"{name}, one thread"] = benchmarks.measuring.alone(
-                {storage: make(functions) for storage, functions in blocking.items()}
-            )
-        for name, make in calls.items():
-            workloads[f"{name}, 64 tasks"] = benchmarks.measuring.in_tasks(
-                loop, {storage: make(functions) for storage, functions in waiting.items()}, 64
-            )
+        waiting = {
+            "get, 64 tasks": lambda n: aio.get_user_metadata(user(n)),
+            "update, 64 tasks": lambda n: aio.update_user_metadata(user(n), update()),
+        }
+
+        def measure(_: str, measuring: Measuring) -> Times:
+            return measuring.alone(blocking) | measuring.in_tasks(loop, waiting, 64)
+
+        found = by_storage(benchmarks.measuring, opened, measure)
         for storage in opened.values():
             storage.close()
     loop.close()
     benchmarks.report.say("## The three storages")
     benchmarks.report.say("Microseconds for each call, documents of 150 B:")
     benchmarks.report.table(
-        ["", *workloads],
+        ["", *blocking, *waiting],
         [
-            [name, *(f"{median(times[name]) * 1e6:.1f}" for times in workloads.values())]
-            for name in opened
+            [name, *(f"{median(times) * 1e6:.1f}" for times in by_call.values())]
+            for name, by_call in found.items()
         ],
     )

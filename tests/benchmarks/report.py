@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from measuring import Times
 
 OURS = "usermetadata"
+WIDTH = 6  # inches: text of 12 points is as large as the page's, and readable at 420 pixels
 COLOURS = ["#0b6e4f", "#d1495b", "#30638e", "#edae49", "#7d5ba6", "#6b7280", "#2a9d8f"]
 
 mpl.use("svg")
@@ -24,12 +25,15 @@ mpl.rcParams.update(
         "svg.hashsalt": "usermetadata",
         "svg.fonttype": "none",
         "font.family": "sans-serif",
-        "font.size": 10,
+        "font.size": 12,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.titlelocation": "left",
-        "axes.titlesize": 11,
+        "axes.titlesize": 12,
+        "savefig.facecolor": "white",  # also on a dark page
         "figure.constrained_layout.use": True,
+        "figure.constrained_layout.h_pad": 0.1,  # room for fonts that are wider than ours
+        "figure.constrained_layout.w_pad": 0.15,
     }
 )
 
@@ -67,34 +71,43 @@ class Report:
         lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
         self.parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
-    def compare(self, workloads: Mapping[str, Times], *, rate: bool = False) -> None:
+    def compare(
+        self, workloads: Mapping[str, Times], *, rate: bool = False, digits: int = 1
+    ) -> None:
         """Add a table of peers by workloads: each cell a time or rate, and its relation to ours."""
         show = per_second if rate else microseconds
 
         def cell(times: Times, name: str) -> str:
             if name not in times:
                 return "-"
-            return show(times[name]) + ("" if name == OURS else f" ({relative(times, name):.1f} ×)")
+            if name == OURS:
+                return show(times[name])
+            return f"{show(times[name])} ({relative(times, name):.{digits}f} ×)"
 
         names = next(iter(workloads.values()))
         rows = [[name, *(cell(times, name) for times in workloads.values())] for name in names]
         self.table(["", *workloads], rows)
 
-    def bars(self, file: str, panels: Mapping[str, Times], alt: str) -> None:
+    def bars(self, file: str, panels: Mapping[str, Mapping[str, float]], alt: str) -> None:
         """Add bars: how many times as long as ours each peer takes."""
-        _, axes = plt.subplots(1, len(panels), figsize=(9, 2.9), squeeze=False)
-        for axis, (title, times) in zip(axes[0], panels.items(), strict=True):
-            names = list(times)[::-1]
-            values = [relative(times, name) for name in names]
+        rows = sum(len(ratios) + 3 for ratios in panels.values())
+        figure, axes = plt.subplots(
+            len(panels), 1, figsize=(WIDTH, 0.27 * rows), squeeze=False, sharex=True
+        )
+        figure.supxlabel("times as long as usermetadata (logarithmic)", fontsize=12)
+        longest = max(max(ratios.values()) for ratios in panels.values())
+        for axis, (title, ratios) in zip(axes[:, 0], panels.items(), strict=True):
+            names = list(ratios)[::-1]
+            values = [ratios[name] for name in names]
             colours = [COLOURS[0] if name == OURS else "#b8c4ce" for name in names]
             drawn = axis.barh(names, values, color=colours, height=0.65)
             axis.bar_label(
                 drawn,
-                [f"{value:.2g} ×" if value < 10 else f"{value:.0f} ×" for value in values],
+                [f"{value:.2g} ×" if value < 10 else f"{value:,.0f} ×" for value in values],
                 padding=4,
             )
             axis.set_xscale("log")
-            axis.set_xlim(min(*values, 1) / 2, max(values) * 4)
+            axis.set_xlim(0.5, longest * 6)
             axis.set_title(title)
             axis.tick_params(left=False)
             axis.xaxis.set_visible(False)
@@ -112,8 +125,10 @@ class Report:
         scale: str = "log",
     ) -> None:
         """Add lines over powers of two or ten, one for each peer."""
-        figure, axes = plt.subplots(1, len(panels), figsize=(9, 3.6), squeeze=False, sharey=True)
-        for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        figure, axes = plt.subplots(
+            len(panels), 1, figsize=(WIDTH, 3 * len(panels) + 1.2), squeeze=False
+        )
+        for axis, (title, lines) in zip(axes[:, 0], panels.items(), strict=True):
             for colour, (name, values) in zip(COLOURS, lines.items(), strict=False):
                 width = 2.5 if name == OURS else 1.5
                 axis.plot(points, values, "o-", color=colour, label=name, lw=width, ms=4)
@@ -126,10 +141,10 @@ class Report:
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
             axis.set_title(title)
             axis.set_xlabel(labels[0])
+            axis.set_ylabel(labels[1])
             axis.grid(axis="y", color="#e5e7eb")
-        axes[0][0].set_ylabel(labels[1])
         handles, names = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
         self._save(file, alt)
 
     def by_tasks(
@@ -162,7 +177,8 @@ class Report:
         plt.close()
         self.parts.append(f"```{{image}} _static/benchmarks/{file}\n:alt: {alt}\n```")
 
-    def write(self) -> None:
-        """Write the page."""
+    def write(self, file: str) -> None:
+        """Write what was said, and begin anew."""
         text = "\n\n".join(self.parts) + "\n"
-        (self.folder / "results.md").write_text(text, encoding="utf-8")
+        (self.folder / file).write_text(text, encoding="utf-8")
+        self.parts = []

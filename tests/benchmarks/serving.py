@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from measuring import Times
 
 PATH = "/recipe/user/metadata"
-# Whose a sample is: the layer of the innermost frame that has one.
+# What a sample belongs to: the layer of the innermost frame that has one.
 LAYERS = {
     "/uvicorn/": "HTTP (uvicorn, httptools)",
     "/asyncio/": "event loop and sockets (asyncio)",
     "/selectors.py": "event loop and sockets (asyncio)",
     "/starlette/": "requests, routes and responses (Starlette)",
     "/json/": "JSON",
-    "/usermetadata/json.py": "JSON",
-    "/usermetadata/server.py": "this library's server",
+    "json.py": "JSON",
+    "/usermetadata/server": "this library's server",
     "/usermetadata/storage/": "the storage",
     "/usermetadata/": "checks and coalescing",
 }

@@ -8,8 +8,16 @@ import itertools
 import json
 from typing import TYPE_CHECKING, Any
 
+from measuring import Measuring
+
+from usermetadata import UserMetadataRecipe, init
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    from measuring import Times
+
+    from usermetadata import Storage
 
 USERS = 1000
 
@@ -84,3 +92,20 @@ async def fill(peer: Any) -> None:
         await asyncio.gather(
             *(peer.update(user(number), document(150)) for number in range(first, first + 100))
         )
+
+
+def by_storage(
+    measuring: Measuring,
+    storages: Mapping[str, Storage],
+    measure: Callable[[str, Measuring], Times],
+) -> dict[str, Times]:
+    """Measure with one storage after the other in each round, as ``init`` takes one at a time."""
+    one_round = Measuring(measuring.seconds, 1)
+    found: dict[str, Times] = {name: {} for name in storages}
+    for _ in range(measuring.rounds):
+        for name, storage in storages.items():
+            init(storage)
+            for what, times in measure(name, one_round).items():
+                found[name].setdefault(what, []).extend(times)
+            UserMetadataRecipe.reset()
+    return found
