@@ -307,7 +307,9 @@ def test_a_cores_columns_have_their_limits(core: Core, postgres: PostgresStorage
     with pytest.raises(InvalidInputError, match=r"user_id: has 129 characters; .* takes 128"):
         postgres.write([("alice", Merge({})), (longest + "x", Merge({}))])
     assert postgres.read(["alice", longest + "x"]) == {}
-    with pytest.raises(InvalidInputError, match="is app_id an app of the SuperTokens core"):
+    with pytest.raises(
+        InvalidInputError, match="pass the app_id of an app of the SuperTokens core"
+    ):
         postgres.for_app("shop").write([("alice", Merge({}))])
 
 
@@ -425,7 +427,7 @@ def test_a_borrowed_pool_is_left_as_it_was(schema: str) -> None:
             assert not connection.autocommit
             row: Any = connection.execute("SELECT 1 AS one").fetchone()
             assert row == {"one": 1}
-    with pytest.raises(UsageError, match="the pool is closed: pass one that is open"):
+    with pytest.raises(UsageError, match="the pool is closed; pass one that is open"):
         PostgresStorage(pool).read(["alice"])
 
 
@@ -442,7 +444,7 @@ def test_a_url_is_all_it_takes(schema: str) -> None:
         assert isinstance(storage, PostgresStorage)
         assert storage.read(["alice"]) == {}
         UserMetadataRecipe.reset()
-        with pytest.raises(UsageError, match="closed: make a new one"):
+        with pytest.raises(UsageError, match="is closed; make a new one"):
             storage.read(["alice"])
 
 
@@ -450,17 +452,17 @@ def test_a_url_is_all_it_takes(schema: str) -> None:
     ("make", "message"),
     [
         (lambda: PostgresStorage(1), "database: int is neither a URL nor a ConnectionPool"),  # type: ignore[arg-type]
-        (lambda: PostgresStorage("what?"), "database: it cannot be read: pass"),
+        (lambda: PostgresStorage("what?"), "database: it cannot be parsed; pass"),
         (
             lambda: PostgresStorage("", timeout=-1),
             "timeout: -1 is not a number of seconds, 0.001 or more",
         ),
         (lambda: PostgresStorage("", max_connections=0), "max_connections: 0 is not 1 or more"),
         (lambda: PostgresStorage("", app_id=""), "app_id: "),
-        (lambda: PostgresStorage("", table=""), "table: '' is no name"),
-        (lambda: PostgresStorage("", schema="\0"), "schema: '\\\\x00' is no name"),
-        (lambda: PostgresStorage("", table="\ud800"), "table: .* is no name"),
-        (lambda: PostgresStorage("host=\ud800"), "database: it cannot be read: pass"),
+        (lambda: PostgresStorage("", table=""), "table: '' is not a name"),
+        (lambda: PostgresStorage("", schema="\0"), "schema: '\\\\x00' is not a name"),
+        (lambda: PostgresStorage("", table="\ud800"), "table: .* is not a name"),
+        (lambda: PostgresStorage("host=\ud800"), "database: it cannot be parsed; pass"),
     ],
 )
 def test_bad_arguments_are_refused(make: Callable[[], object], message: str) -> None:
@@ -482,7 +484,7 @@ except ImportError as error:
     print(error)
 """
     output = subprocess.check_output([sys.executable, "-c", program, module], text=True)
-    assert output == "PostgresStorage needs psycopg: pip install 'usermetadata[postgres]'\n"
+    assert output == "PostgresStorage needs psycopg; pip install 'usermetadata[postgres]'\n"
 
 
 def test_a_table_of_something_else_is_an_error_of_ours(

@@ -653,7 +653,8 @@ with ConnectionPool(sys.argv[1], min_size=1, max_size=2) as pool:
     print(storage.write([("alice", Merge({"n": 1}))]))
 """
     assert run(program, server_url(), schema) == (
-        "the borrowed pool is the parent process's: make one in each process\n[{'n': 1}]\n"
+        "the borrowed pool: it belongs to the parent process; make one in each process\n"
+        "[{'n': 1}]\n"
     )
 
 

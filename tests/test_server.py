@@ -341,7 +341,7 @@ def test_an_empty_key_is_no_key(api_keys: Any) -> None:
 @pytest.mark.parametrize("storage", ["sqlite:///users.db", None])
 def test_a_url_is_no_storage(storage: Any) -> None:
     """``init`` takes URLs, and this does not: the storage is the caller's to close."""
-    with pytest.raises(InvalidInputError, match=r"storage: .* is not a storage: pass"):
+    with pytest.raises(InvalidInputError, match=r"storage: .* is not a storage; pass"):
         create_app(storage)
 
 
@@ -369,7 +369,7 @@ def test_a_storage_in_trouble_is_503(caplog: pytest.LogCaptureFixture) -> None:
     """The client learns that it may try again, and nothing of the database; the log has it all."""
     with served(create_app(Broken())) as client:
         answer = client.request("GET", f"{METADATA}?userId=a")
-    assert answer.error == (503, "The storage is busy or cannot be reached: try again.")
+    assert answer.error == (503, "The storage is busy or cannot be reached; try again.")
     assert "host=secret is busy" in caplog.text
 
 
@@ -403,7 +403,7 @@ def test_a_damaged_row_is_the_servers_fault(
         with served(create_app(storage)) as client:
             answer = client.request("POST", f"{METADATA}/bulk", {"userIds": ["b", "a"]})
             assert "the metadata of user 'a' in app 'public' is damaged" in caplog.text
-            damaged = "What is stored is damaged; the server's log says about which user."
+            damaged = "The stored row is damaged; the server's log names the user."
             assert answer.error == (500, damaged)
             assert client.request("POST", f"{METADATA}/remove", {"userId": "a"}).status == 200
             assert client.request("GET", f"{METADATA}?userId=a").status == 200

@@ -328,16 +328,16 @@ def test_a_missing_directory(tmp_path: Path) -> None:
     """The error says which directory to create."""
     folder = tmp_path / "missing"
     with contextlib.closing(SQLiteStorage(folder / "users.db")) as storage:
-        fails(storage, f"the directory {folder} does not exist: create it")
+        fails(storage, f"the directory {folder} does not exist; create it")
         folder.mkdir()
         works(storage)
 
 
 def test_a_directory_in_place_of_the_file(database: Path) -> None:
-    """The error asks whether it is a file."""
+    """The error says to name a file."""
     database.mkdir()
     with contextlib.closing(SQLiteStorage(database)) as storage:
-        fails(storage, "is it a file")
+        fails(storage, "name a file that this process may open")
         database.rmdir()
         works(storage)
 
@@ -345,7 +345,7 @@ def test_a_directory_in_place_of_the_file(database: Path) -> None:
 def test_a_file_that_is_not_sqlite(storage: SQLiteStorage, database: Path) -> None:
     """The error says so, and the file is left as it is."""
     database.write_text("alice: likes dark themes\n" * 100)
-    fails(storage, "not a database: name an SQLite file")
+    fails(storage, "not a database; name an SQLite file")
     assert database.read_text() == "alice: likes dark themes\n" * 100
     database.unlink()
     works(storage)
@@ -359,7 +359,7 @@ def test_a_damaged_file(storage: SQLiteStorage, database: Path) -> None:
     page = 4096
     database.write_bytes(sound[:page] + b"\xa5" * (len(sound) - page))
     with contextlib.closing(SQLiteStorage(database)) as later:
-        fails(later, "malformed: restore it from a backup")
+        fails(later, "malformed; restore it from a backup")
         database.write_bytes(sound)
         assert later.read(["user 7"])["user 7"]["n"] == 7
         works(later)
@@ -378,7 +378,7 @@ def test_a_read_only_file() -> None:
             os.seteuid(65534)
             undo.callback(os.seteuid, 0)
         with contextlib.closing(SQLiteStorage(database)) as storage:
-            fails(storage, "readonly database: let this process write the file and its directory")
+            fails(storage, "readonly database; let this process write the file and its directory")
             undo.close()
             database.chmod(0o644)
             Path(folder).chmod(0o755)
@@ -455,7 +455,7 @@ def test_sqlites_own_limit_of_pages() -> None:
         storage.write([("alice", Merge({"n": 1}))])
         [pages] = connection.execute("PRAGMA page_count").fetchone()
         connection.execute(f"PRAGMA max_page_count = {pages + 2}")
-        with pytest.raises(StorageError, match="full: free some space and repeat the call"):
+        with pytest.raises(StorageError, match="full; free some space and repeat the call"):
             storage.write([("alice", Merge({"text": "x" * 100_000}))])
         connection.execute("PRAGMA max_page_count = 10000")
         works(storage)

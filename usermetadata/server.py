@@ -1,7 +1,7 @@
 """A server of SuperTokens' core driver interface, its user metadata part, over any storage.
 
-SuperTokens' SDKs, in any language, use it like a core. Statuses and error texts are the core's. The rules
-for what is stored, and what is refused, are this library's.
+SuperTokens' SDKs, in any language, use it like a core. Statuses and error texts are those of the core.
+What is stored, and what is refused, is up to this library.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def create_app(
     """
     if not isinstance(storage, Storage):
         raise InvalidInputError(
-            f"storage: {type(storage).__name__} is not a storage; for example pass"
-            " SQLiteStorage(...)"
+            f"storage: {type(storage).__name__} is not a storage; pass for"
+            " example SQLiteStorage(...)"
         )
     if isinstance(api_keys, str) or not all(key.strip() for key in api_keys):
         raise InvalidInputError(

@@ -8,14 +8,14 @@ from usermetadata._core.batching import busy
 from usermetadata.exceptions import DamagedMetadataError, OutcomeUnknownError, StorageError
 
 _ADVICE = [
-    ("unable to open", ": is it a file, and may this process open it?"),
-    ("readonly", ": let this process write the file and its directory"),
-    ("full", ": free some space and repeat the call"),
-    ("not a database", ": name an SQLite file, or one that does not exist yet"),
-    ("malformed", ": restore it from a backup; `sqlite3 FILE .recover` may save rows"),
+    ("unable to open", "; name a file that this process may open"),
+    ("readonly", "; let this process write the file and its directory"),
+    ("full", "; free some space and repeat the call"),
+    ("not a database", "; name an SQLite file, or one that does not exist yet"),
+    ("malformed", "; restore it from a backup; `sqlite3 FILE .recover` may save rows"),
     ("actually a view", "; use another file"),
     ("no such column", ": its table user_metadata is another program's; use another file"),
-    ("same thread", ": open the borrowed connection with check_same_thread=False"),
+    ("same thread", "; open the borrowed connection with check_same_thread=False"),
 ]
 
 
@@ -40,7 +40,7 @@ def translate(error: Exception, name: str, *, committing: bool = False) -> Stora
         )
     directory = os.path.dirname(name)
     if "unable to open" in message and not os.path.isdir(directory):
-        return StorageError(f"{name}: the directory {directory} does not exist: create it")
+        return StorageError(f"{name}: the directory {directory} does not exist; create it")
     advice = next((advice for sign, advice in _ADVICE if sign in message), "")
     return StorageError(f"{name}: {message}{advice}")
 
