@@ -1,7 +1,7 @@
 """A server of SuperTokens' core driver interface, its user metadata part, over any storage.
 
-SuperTokens' SDKs, in any language, use it like a core. Statuses and error texts are those of the core.
-What is stored, and what is refused, is up to this library.
+SuperTokens' SDKs, in any language, use it like a core. Statuses and error texts are the core's.
+This library decides what is stored and what is refused.
 """
 
 from __future__ import annotations

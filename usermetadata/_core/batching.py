@@ -39,12 +39,14 @@ _LONGEST_SLEEP = 0.5  # seconds
 class Call(Generic[A, R]):
     """A call that waits in a queue, and its outcome once it is settled."""
 
+    __slots__ = ("argument", "error", "is_settled", "result")
+
     result: R
-    error: BaseException | None = None
-    is_settled = False
 
     def __init__(self, argument: A) -> None:
         self.argument = argument
+        self.error: BaseException | None = None
+        self.is_settled = False
 
     def outcome(self) -> R:
         """Return the result, or raise the error."""
@@ -97,6 +99,8 @@ def acquire(lock: threading.RLock, timeout: float) -> bool:
 
 
 class _ThreadCall(Call[A, R]):
+    __slots__ = ("_asleep",)
+
     def __init__(self, argument: A) -> None:
         super().__init__(argument)
         self._asleep = threading.Lock()
@@ -260,6 +264,8 @@ def busy(name: str) -> StorageBusyError:
 
 
 class _LoopCall(Call[A, R]):
+    __slots__ = ("future", "key", "loop")
+
     def __init__(self, key: object, argument: A, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(argument)
         self.key = key
@@ -330,7 +336,9 @@ class LoopBatches(ForkHooks, Generic[A, R]):
                 return []
             waiting, key = self._waiting, self._waiting[0].key
             self._waiting = [call for call in waiting if call.key != key]
-            return [call for call in waiting if call.key == key] if self._waiting else waiting
+            if self._waiting:
+                waiting = [call for call in waiting if call.key == key]
+            return waiting
 
 
 def _deliver(calls: Iterable[_LoopCall[A, R]]) -> None:

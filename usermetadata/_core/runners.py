@@ -74,7 +74,7 @@ class AsyncioRunner:
     async def read(self, operation: Read[T]) -> T:
         """Execute an operation that reads."""
         refuse_reentry()
-        if self._reads_at_once and not _in_private_loop():
+        if self._reads_at_once and (_private_loop.get() is None or not _in_private_loop()):
             argument = (self._storage, operation.user_ids)
             return operation.result(await self._reads.submit(self._app_id, argument))
         return operation.result(self._storage.read(operation.user_ids))
@@ -82,7 +82,7 @@ class AsyncioRunner:
     async def write(self, operation: Write[T]) -> T:
         """Execute an operation that writes; operations take effect in the order of the calls."""
         refuse_reentry()
-        if self._writes_at_once and not _in_private_loop():
+        if self._writes_at_once and (_private_loop.get() is None or not _in_private_loop()):
             argument = (self._storage, operation.changes)
             return operation.result(await self._writes.submit(self._app_id, argument))
         return operation.result(self._storage.write(operation.changes))
