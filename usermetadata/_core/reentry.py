@@ -30,7 +30,10 @@ def call_guarded(function: Callable[[A], R], argument: A) -> R:
 
 
 def refuse_reentry() -> None:
-    """Raise ``UsageError`` if this is called from within ``call_guarded``."""
+    """Raise ``UsageError`` if this is called from within ``call_guarded``.
+
+    Where each call counts, test ``inside.get()`` first.
+    """
     if inside.get():
         raise UsageError(
             "usermetadata: called by a function given to modify_user_metadata, which runs inside"

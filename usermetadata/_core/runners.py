@@ -7,7 +7,7 @@ import sys
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
 
-from usermetadata._core.reentry import refuse_reentry
+from usermetadata._core.reentry import inside, refuse_reentry
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -33,12 +33,14 @@ class BlockingRunner:
 
     def read(self, operation: Read[T]) -> T:
         """Execute an operation that reads."""
-        refuse_reentry()
+        if inside.get():
+            refuse_reentry()
         return operation.result(self._storage.read(operation.user_ids))
 
     def write(self, operation: Write[T]) -> T:
         """Execute an operation that writes."""
-        refuse_reentry()
+        if inside.get():
+            refuse_reentry()
         return operation.result(self._storage.write(operation.changes))
 
 
@@ -73,7 +75,8 @@ class AsyncioRunner:
 
     async def read(self, operation: Read[T]) -> T:
         """Execute an operation that reads."""
-        refuse_reentry()
+        if inside.get():
+            refuse_reentry()
         if self._reads_at_once and (_private_loop.get() is None or not _in_private_loop()):
             argument = (self._storage, operation.user_ids)
             return operation.result(await self._reads.submit(self._app_id, argument))
@@ -81,7 +84,8 @@ class AsyncioRunner:
 
     async def write(self, operation: Write[T]) -> T:
         """Execute an operation that writes; operations take effect in the order of the calls."""
-        refuse_reentry()
+        if inside.get():
+            refuse_reentry()
         if self._writes_at_once and (_private_loop.get() is None or not _in_private_loop()):
             argument = (self._storage, operation.changes)
             return operation.result(await self._writes.submit(self._app_id, argument))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sqlite_utils import Database
 
+from usermetadata._core.forking import notice
 from usermetadata._core.rows import decode_row
 from usermetadata._core.sqlite.file import FileConnections
 from usermetadata._core.sqlite.single import SingleConnection
@@ -107,9 +108,12 @@ class SQLiteStorage:
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order in one transaction, opened by ``BEGIN IMMEDIATE``."""
-        alone = not {type(change) for _, change in changes} <= _SHAREABLE
+        notice()
+        connections = self._connections
+        is_shareable = {type(change) for _, change in changes} <= _SHAREABLE
+        alone = not (is_shareable and connections.shares_batches)
         try:
-            return self._connections.write((self._app_id, changes), alone=alone)
+            return connections.batches.call((self._app_id, changes), alone=alone)
         except ChangeError as failed:
             error = failed.error
         raise error

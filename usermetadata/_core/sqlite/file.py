@@ -32,7 +32,13 @@ class FileConnections(ForkHooks):
     There is one writer, used by the thread whose turn it is in ``ThreadBatches``. A reader is used
     by one thread at a time. Readers are opened after the writer, which creates file and table, and
     are closed with it: after an error the next call opens the file anew.
+
+    Attributes:
+        batches: the calls that write; each is the id of an app and its users' changes.
+        shares_batches: whether several calls may share a transaction.
     """
+
+    shares_batches = True
 
     def __init__(self, path: str, synchronous: str, timeout: float) -> None:
         self.name = path
@@ -44,7 +50,7 @@ class FileConnections(ForkHooks):
         watch(self)
 
     def _start(self) -> None:
-        self._batches: ThreadBatches[Changes, Results] = ThreadBatches(
+        self.batches: ThreadBatches[Changes, Results] = ThreadBatches(
             self._write_together, self._timeout, self.name
         )
         self._writers: list[sqlite3.Connection] = []  # none or one
@@ -56,13 +62,13 @@ class FileConnections(ForkHooks):
         self._opening = threading.RLock()
         self._is_forking = False  # and has the lock above
         self._has_turn_for_fork = False
-        self._at_end = close_at_end(self, self._batches.turn, self._writers, self._idle_readers)
+        self._at_end = close_at_end(self, self.batches.turn, self._writers, self._idle_readers)
 
     def fetch(self, query: str, parameters: Sequence[object]) -> list[tuple[str, object]]:
         """Return the rows of a query, whatever the writer is doing."""
         notice()
         if self._reopen or not self._writers:
-            self._batches.call(("", ()))  # it opens the writer
+            self.batches.call(("", ()))  # it opens the writer
         reader = None
         generation = self._generation
         try:
@@ -81,27 +87,21 @@ class FileConnections(ForkHooks):
                     reader = None
             raise failure from error
         finally:
-            if reader is not None and reader in self._readers:  # else it is the parent process's
+            if reader is not None and reader not in self._inherited:
                 self._idle_readers.append(reader)
             if self._closed or self._is_forking or self._generation != generation:
                 self._close_idle_readers()
 
-    def write(self, changes: Changes, *, alone: bool) -> Results:
-        """Apply the changes of one call, in one transaction.
-
-        Args:
-            changes: the app and its users' changes.
-            alone: whether they must be applied in this thread, in a transaction of their own.
-        """
-        notice()
-        return self._batches.call(changes, alone=alone)
-
     def _write_together(self, calls: Sequence[Changes]) -> list[Results]:
         committing = False
         try:
-            writer = self._writer()
-            if not any(changes for _, changes in calls):
-                return [[] for _ in calls]
+            if self._closed:
+                raise self._closed_error()
+            if self._reopen or not self._writers:
+                self._open_writer()
+            writer = self._writers[0]
+            if not calls[0][1] and len(calls) == 1:  # from `fetch`
+                return [[]]
             cursor = writer.cursor()
             try:
                 cursor.execute("BEGIN IMMEDIATE")
@@ -129,15 +129,15 @@ class FileConnections(ForkHooks):
         with self._opening:
             self._closed = True
         self._close_idle_readers()
-        with self._batches.exclusive():
+        with self.batches.exclusive():
             close_all(self._writers)
 
     def before_fork(self) -> None:
         """Close all connections, after waiting for those in use for as long as the timeout."""
         deadline = time.monotonic() + self._timeout
         # A fork inside a change, or while a change outlasts the timeout, takes place all the same.
-        if not self._batches.is_executing_here():
-            self._has_turn_for_fork = acquire(self._batches.turn, self._timeout)
+        if not self.batches.is_executing_here():
+            self._has_turn_for_fork = acquire(self.batches.turn, self._timeout)
             if self._has_turn_for_fork:
                 close_all(self._writers)
         # From now on a reader that is given back is closed, and opening one waits for the fork.
@@ -153,7 +153,7 @@ class FileConnections(ForkHooks):
             self._opening.release()
         if self._has_turn_for_fork:
             self._has_turn_for_fork = False
-            self._batches.turn.release()
+            self.batches.turn.release()
 
     def after_fork_in_child(self) -> None:
         """Never touch a connection that could not be closed; it belongs to the parent."""
@@ -169,23 +169,14 @@ class FileConnections(ForkHooks):
         self._at_end.detach()
         self._start()
 
-    def _writer(self) -> sqlite3.Connection:
-        """Return the writer; only the thread whose turn it is may call this."""
-        self._check_open()
-        if self._reopen:
-            close_all(self._writers)
-            self._generation += 1
-            self._close_idle_readers()
-            self._reopen = False
-        if not self._writers:
-            self._writers.append(self._open_writer())
-        return self._writers[0]
+    def _closed_error(self) -> UsageError:
+        return UsageError(f"{self.name}: this SQLiteStorage is closed; make a new one")
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise UsageError(f"{self.name}: this SQLiteStorage is closed; make a new one")
-
-    def _open_writer(self) -> sqlite3.Connection:
+    def _open_writer(self) -> None:
+        close_all(self._writers)
+        self._generation += 1
+        self._close_idle_readers()
+        self._reopen = False
         if self.name in _of_the_parent_process:
             raise inherited(self.name)
         writer = connect(self.name, self._timeout)
@@ -200,13 +191,12 @@ class FileConnections(ForkHooks):
                 with writer:
                     writer.execute("BEGIN IMMEDIATE")
                     create_table(database)
-        except NoTable as error:
+            self._writers.append(writer)
+        except BaseException as error:
             writer.close()
-            raise translate(error, self.name) from error
-        except BaseException:
-            writer.close()
+            if isinstance(error, NoTable):
+                raise translate(error, self.name) from error
             raise
-        return writer
 
     def _use_wal(self, writer: sqlite3.Connection) -> None:
         deadline = time.monotonic() + self._timeout
@@ -222,7 +212,8 @@ class FileConnections(ForkHooks):
 
     def _open_reader(self) -> sqlite3.Connection:
         with self._opening:
-            self._check_open()
+            if self._closed:
+                raise self._closed_error()
             reader = connect(self.name, self._timeout)
             self._readers.add(reader)
             return reader

@@ -28,7 +28,14 @@ class SingleConnection(ForkHooks):
     Args:
         borrowed: the caller's database; without it, one in memory is opened.
         timeout: seconds that a write waits for other threads.
+
+    Attributes:
+        batches: the calls that write; each is the id of an app and its users' changes. They are
+            part of the caller's transaction, if there is one.
+        shares_batches: whether several calls may share a transaction.
     """
+
+    shares_batches = False
 
     def __init__(self, borrowed: Database | None, timeout: float) -> None:
         self.name = ":memory:" if borrowed is None else "the borrowed database"
@@ -44,16 +51,16 @@ class SingleConnection(ForkHooks):
         watch(self)
 
     def _start(self) -> None:
-        self._batches: ThreadBatches[Changes, Results] = ThreadBatches(
+        self.batches: ThreadBatches[Changes, Results] = ThreadBatches(
             self._write_together, self._timeout, self.name
         )
         self._has_turn_for_fork = False
         own = [] if self._is_borrowed else [self._connection]
-        self._at_end = close_at_end(self, self._batches.turn, own)
+        self._at_end = close_at_end(self, self.batches.turn, own)
 
     def fetch(self, query: str, parameters: Sequence[object]) -> list[tuple[str, object]]:
         """Return the rows of a query."""
-        with self._batches.turn:
+        with self.batches.turn:
             self._check_open()
             try:
                 if not self._is_prepared and not has_table(self._database):
@@ -62,10 +69,6 @@ class SingleConnection(ForkHooks):
             except self._errors as error:
                 self._is_prepared = False
                 raise translate(error, self.name) from error
-
-    def write(self, changes: Changes, *, alone: bool) -> Results:
-        """Apply the changes of one call; inside the caller's transaction, if there is one."""
-        return self._batches.call(changes, alone=True)
 
     def _write_together(self, calls: Sequence[Changes]) -> list[Results]:
         self._check_open()
@@ -104,20 +107,20 @@ class SingleConnection(ForkHooks):
 
     def close(self) -> None:
         """Close the connection, unless it is the caller's."""
-        with self._batches.exclusive():
+        with self.batches.exclusive():
             self._closed = True
             if not self._is_borrowed:
                 self._connection.close()
 
     def before_fork(self) -> None:
         """Wait for the call under way, for as long as the timeout."""
-        self._has_turn_for_fork = acquire(self._batches.turn, self._timeout)
+        self._has_turn_for_fork = acquire(self.batches.turn, self._timeout)
 
     def after_fork_in_parent(self) -> None:
         """Let the other threads go on."""
         if self._has_turn_for_fork:
             self._has_turn_for_fork = False
-            self._batches.turn.release()
+            self.batches.turn.release()
 
     def after_fork_in_child(self) -> None:
         """A thread of the parent may have had its turn."""
