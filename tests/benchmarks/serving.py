@@ -33,10 +33,11 @@ LAYERS = {
     "/selectors.py": "event loop and sockets (asyncio)",
     "/starlette/": "requests, routes and responses (Starlette)",
     "/json/": "JSON",
-    "json.py": "JSON",
+    "/usermetadata/codec": "JSON",
     "/usermetadata/server": "this library's server",
     "/usermetadata/storage/": "the storage",
-    "/usermetadata/": "checks and coalescing",
+    "/usermetadata/_core/sqlite/": "the storage",
+    "/usermetadata/": "checks and batches",
 }
 
 
