@@ -17,57 +17,52 @@ from usermetadata._core.runners import wait_for
 from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult, RecipeInterface
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from usermetadata._core.runners import AsyncioRunner, BlockingRunner
 
 
 class AsyncioFunctions(RecipeInterface):
-    """The functions without an override, for ``asyncio``; what an override wraps.
-
-    Each returns the runner's coroutine, which saves every call a coroutine around it.
-    """
+    """The functions without an override, for ``asyncio``; what an override wraps."""
 
     def __init__(self, runner: AsyncioRunner) -> None:
         self._runner = runner
 
-    def get_user_metadata(
-        self, user_id: str, user_context: dict[str, Any]
-    ) -> Coroutine[Any, Any, MetadataResult]:
-        return self._runner.read(Get(user_id))
+    async def get_user_metadata(self, user_id: str, user_context: dict[str, Any]) -> MetadataResult:
+        return await self._runner.read(Get(user_id))
 
-    def update_user_metadata(
+    async def update_user_metadata(
         self, user_id: str, metadata_update: Mapping[str, Any], user_context: dict[str, Any]
-    ) -> Coroutine[Any, Any, MetadataResult]:
-        return self._runner.write(Update(user_id, metadata_update))
+    ) -> MetadataResult:
+        return await self._runner.write(Update(user_id, metadata_update))
 
-    def clear_user_metadata(
+    async def clear_user_metadata(
         self, user_id: str, user_context: dict[str, Any]
-    ) -> Coroutine[Any, Any, ClearUserMetadataResult]:
-        return self._runner.write(ClearOne(user_id))
+    ) -> ClearUserMetadataResult:
+        return await self._runner.write(ClearOne(user_id))
 
-    def set_user_metadata(
+    async def set_user_metadata(
         self, user_id: str, metadata: Mapping[str, Any], user_context: dict[str, Any]
-    ) -> Coroutine[Any, Any, MetadataResult]:
-        return self._runner.write(Set(user_id, metadata))
+    ) -> MetadataResult:
+        return await self._runner.write(Set(user_id, metadata))
 
-    def modify_user_metadata(
+    async def modify_user_metadata(
         self,
         user_id: str,
         function: Callable[[dict[str, Any]], Mapping[str, Any]],
         user_context: dict[str, Any],
-    ) -> Coroutine[Any, Any, MetadataResult]:
-        return self._runner.write(ModifyOne(user_id, function))
+    ) -> MetadataResult:
+        return await self._runner.write(ModifyOne(user_id, function))
 
-    def get_bulk_user_metadata(
+    async def get_bulk_user_metadata(
         self, user_ids: Iterable[str], user_context: dict[str, Any]
-    ) -> Coroutine[Any, Any, dict[str, MetadataResult]]:
-        return self._runner.read(GetBulk(user_ids))
+    ) -> dict[str, MetadataResult]:
+        return await self._runner.read(GetBulk(user_ids))
 
-    def update_bulk_user_metadata(
+    async def update_bulk_user_metadata(
         self, metadata_updates: Mapping[str, Mapping[str, Any]], user_context: dict[str, Any]
-    ) -> Coroutine[Any, Any, dict[str, MetadataResult]]:
-        return self._runner.write(UpdateBulk(metadata_updates))
+    ) -> dict[str, MetadataResult]:
+        return await self._runner.write(UpdateBulk(metadata_updates))
 
 
 class BlockingFunctions:
