@@ -140,7 +140,7 @@ class BeginningPooler(Proxy):
 
     Attributes:
         begun: how many transactions it has begun.
-        fates: what happens to the next COMMITs, whoever began: ``"lose"`` cuts the connection
+        fates: what happens to the next COMMITs, on either side: ``"lose"`` cuts the connection
             instead of passing on the answer, ``"abort"`` makes the transaction fail before, so that
             the answer is ROLLBACK, and ``"begin"`` begins another transaction after it.
     """

@@ -344,7 +344,7 @@ def test_the_storage_says_how_many_batches_run_at_a_time() -> None:
 
 
 def test_a_dropped_recipe_leaves_no_thread(database: Path) -> None:
-    """Without ``reset``, too, the worker threads end once nothing refers to them any more."""
+    """Also without ``reset``, the worker threads end once nothing refers to them any more."""
     before = set(threading.enumerate())
     with contextlib.closing(SQLiteStorage(database)) as storage:
         recipe = UserMetadataRecipe(storage)

@@ -565,6 +565,18 @@ def test_a_borrowed_database_commits_by_itself(borrowed: Database, database: Pat
         assert other.read(["alice"]) == {"alice": {"n": 1}}
 
 
+def test_reads_of_a_borrowed_database_are_one_statement(borrowed: Database) -> None:
+    """The first read looks at the schema; later ones do not, even if nothing is ever written."""
+    SQLiteStorage(borrowed).write([("alice", Merge({"n": 1}))])
+    storage = SQLiteStorage(borrowed)
+    storage.read(["alice"])
+    statements: list[str] = []
+    borrowed.conn.set_trace_callback(statements.append)
+    assert storage.read(["alice"]) == {"alice": {"n": 1}}
+    borrowed.conn.set_trace_callback(None)
+    assert len(statements) == 1
+
+
 def test_a_commit_without_effect_is_not_acknowledged(borrowed: Database, database: Path) -> None:
     """Where the application's authorizer suppresses COMMIT, a write does not pass for stored."""
     storage = SQLiteStorage(borrowed)

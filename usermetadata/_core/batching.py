@@ -348,7 +348,7 @@ def _deliver(calls: Iterable[_LoopCall[A, R]]) -> None:
         if call.error is None:
             call.future.set_result(call.result)
         elif isinstance(call.error, StopIteration):
-            # A future cannot hold it; a coroutine, too, would raise this instead.
+            # A future cannot hold it; a coroutine would also raise this instead.
             replaced = RuntimeError("the function raised StopIteration")
             replaced.__cause__ = call.error
             call.future.set_exception(replaced)

@@ -174,9 +174,10 @@ class UserMetadataRecipe:
         Raises:
             UsageError: a function given to ``modify_user_metadata`` calls it.
         """
-        from usermetadata._core.reentry import refuse_reentry
+        from usermetadata._core.reentry import called_inside, inside
 
-        refuse_reentry()
+        if inside.get():
+            raise called_inside()
         recipe, UserMetadataRecipe._instance = UserMetadataRecipe._instance, None
         if recipe is None:
             return

@@ -19,7 +19,7 @@ inside: ContextVar[list[object]] = ContextVar("usermetadata_inside_function", de
 
 
 def call_guarded(function: Callable[[A], R], argument: A) -> R:
-    """Return ``function(argument)``; meanwhile, ``refuse_reentry`` raises."""
+    """Return ``function(argument)``; meanwhile, ``inside.get()`` is true."""
     running: list[object] = [function]
     token = inside.set(running)
     try:
@@ -29,13 +29,9 @@ def call_guarded(function: Callable[[A], R], argument: A) -> R:
         running.clear()
 
 
-def refuse_reentry() -> None:
-    """Raise ``UsageError`` if this is called from within ``call_guarded``.
-
-    Where each call counts, test ``inside.get()`` first.
-    """
-    if inside.get():
-        raise UsageError(
-            "usermetadata: called by a function given to modify_user_metadata, which runs inside"
-            " the storage's lock; read what the function needs before, and write the rest after"
-        )
+def called_inside() -> UsageError:
+    """Return the error of a call from within ``call_guarded``, where ``inside.get()`` is true."""
+    return UsageError(
+        "usermetadata: called by a function given to modify_user_metadata, which runs inside the"
+        " storage's lock; read what the function needs before, and write the rest after"
+    )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import sys
 from contextvars import ContextVar
+from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
-from usermetadata._core.reentry import inside, refuse_reentry
+from usermetadata._core.reentry import called_inside, inside
+from usermetadata.codec import decode_metadata, encode_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -34,13 +36,13 @@ class BlockingRunner:
     def read(self, operation: Read[T]) -> T:
         """Execute an operation that reads."""
         if inside.get():
-            refuse_reentry()
+            raise called_inside()
         return operation.result(self._storage.read(operation.user_ids))
 
     def write(self, operation: Write[T]) -> T:
         """Execute an operation that writes."""
         if inside.get():
-            refuse_reentry()
+            raise called_inside()
         return operation.result(self._storage.write(operation.changes))
 
 
@@ -76,8 +78,8 @@ class AsyncioRunner:
     async def read(self, operation: Read[T]) -> T:
         """Execute an operation that reads."""
         if inside.get():
-            refuse_reentry()
-        if self._reads_at_once and (_private_loop.get() is None or not _in_private_loop()):
+            raise called_inside()
+        if self._reads_at_once and not _in_private_loop():
             argument = (self._storage, operation.user_ids)
             return operation.result(await self._reads.submit(self._app_id, argument))
         return operation.result(self._storage.read(operation.user_ids))
@@ -85,8 +87,8 @@ class AsyncioRunner:
     async def write(self, operation: Write[T]) -> T:
         """Execute an operation that writes; operations take effect in the order of the calls."""
         if inside.get():
-            refuse_reentry()
-        if self._writes_at_once and (_private_loop.get() is None or not _in_private_loop()):
+            raise called_inside()
+        if self._writes_at_once and not _in_private_loop():
             argument = (self._storage, operation.changes)
             return operation.result(await self._writes.submit(self._app_id, argument))
         return operation.result(self._storage.write(operation.changes))
@@ -98,8 +100,6 @@ class AsyncioRunner:
 
 
 def _read_together(calls: list[tuple[Storage, Sequence[str]]]) -> list[dict[str, Metadata]]:
-    from usermetadata.codec import decode_metadata, encode_metadata
-
     [(storage, first), *others] = calls
     if not others:
         return [storage.read(first)]
@@ -122,8 +122,6 @@ def _read_together(calls: list[tuple[Storage, Sequence[str]]]) -> list[dict[str,
 def _write_together(
     calls: list[tuple[Storage, Sequence[tuple[str, Change]]]],
 ) -> list[list[Metadata | None]]:
-    from itertools import islice
-
     storage = calls[0][0]
     written = iter(storage.write([change for _, changes in calls for change in changes]))
     return [list(islice(written, len(changes))) for _, changes in calls]

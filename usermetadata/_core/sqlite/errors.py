@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 
 from usermetadata._core.batching import busy
-from usermetadata.exceptions import DamagedMetadataError, OutcomeUnknownError, StorageError
+from usermetadata.exceptions import (
+    DamagedMetadataError,
+    OutcomeUnknownError,
+    StorageError,
+    UsageError,
+)
 
 _ADVICE = [
     ("unable to open", "; name a file that this process may open"),
@@ -43,6 +48,11 @@ def translate(error: Exception, name: str, *, committing: bool = False) -> Stora
         return StorageError(f"{name}: the directory {directory} does not exist; create it")
     advice = next((advice for sign, advice in _ADVICE if sign in message), "")
     return StorageError(f"{name}: {message}{advice}")
+
+
+def closed(name: str) -> UsageError:
+    """Return the error of a call after ``close``."""
+    return UsageError(f"{name}: this SQLiteStorage is closed; make a new one")
 
 
 def inherited(name: str) -> StorageError:

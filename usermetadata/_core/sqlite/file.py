@@ -15,10 +15,10 @@ from sqlite_utils.db import NoTable
 from usermetadata._core.batching import ThreadBatches, acquire
 from usermetadata._core.forking import ForkHooks, notice, watch
 from usermetadata._core.sqlite.connecting import close_all, close_at_end, connect
-from usermetadata._core.sqlite.errors import inherited, still_open, translate
+from usermetadata._core.sqlite.errors import closed, inherited, still_open, translate
 from usermetadata._core.sqlite.schema import create_table, has_table
 from usermetadata._core.sqlite.statements import write
-from usermetadata.exceptions import DamagedMetadataError, StorageBusyError, UsageError
+from usermetadata.exceptions import DamagedMetadataError, StorageBusyError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,7 +96,7 @@ class FileConnections(ForkHooks):
         committing = False
         try:
             if self._closed:
-                raise self._closed_error()
+                raise closed(self.name)
             if self._reopen or not self._writers:
                 self._open_writer()
             writer = self._writers[0]
@@ -118,7 +118,7 @@ class FileConnections(ForkHooks):
                     cursor.execute("ROLLBACK")
                 raise
             return results
-        except sqlite3.Error as error:
+        except (sqlite3.Error, NoTable) as error:
             failure = translate(error, self.name, committing=committing)
             if not isinstance(failure, StorageBusyError):
                 self._reopen = True
@@ -169,9 +169,6 @@ class FileConnections(ForkHooks):
         self._at_end.detach()
         self._start()
 
-    def _closed_error(self) -> UsageError:
-        return UsageError(f"{self.name}: this SQLiteStorage is closed; make a new one")
-
     def _open_writer(self) -> None:
         close_all(self._writers)
         self._generation += 1
@@ -192,10 +189,8 @@ class FileConnections(ForkHooks):
                     writer.execute("BEGIN IMMEDIATE")
                     create_table(database)
             self._writers.append(writer)
-        except BaseException as error:
+        except BaseException:
             writer.close()
-            if isinstance(error, NoTable):
-                raise translate(error, self.name) from error
             raise
 
     def _use_wal(self, writer: sqlite3.Connection) -> None:
@@ -213,7 +208,7 @@ class FileConnections(ForkHooks):
     def _open_reader(self) -> sqlite3.Connection:
         with self._opening:
             if self._closed:
-                raise self._closed_error()
+                raise closed(self.name)
             reader = connect(self.name, self._timeout)
             self._readers.add(reader)
             return reader

@@ -10,10 +10,9 @@ from sqlite_utils.db import NoTable
 from usermetadata._core.batching import ThreadBatches, acquire
 from usermetadata._core.forking import ForkHooks, watch
 from usermetadata._core.sqlite.connecting import close_at_end, connect
-from usermetadata._core.sqlite.errors import still_open, translate
+from usermetadata._core.sqlite.errors import closed, still_open, translate
 from usermetadata._core.sqlite.schema import create_table, has_table
 from usermetadata._core.sqlite.statements import write
-from usermetadata.exceptions import UsageError
 
 if TYPE_CHECKING:
     import sqlite3
@@ -61,17 +60,19 @@ class SingleConnection(ForkHooks):
     def fetch(self, query: str, parameters: Sequence[object]) -> list[tuple[str, object]]:
         """Return the rows of a query."""
         with self.batches.turn:
-            self._check_open()
+            if self._closed:
+                raise closed(self.name)
             try:
-                if not self._is_prepared and not has_table(self._database):
-                    self._write_together([("", ())])
+                if not self._is_prepared:
+                    self._prepare()
                 return self._cursor().execute(query, parameters).fetchall()
             except self._errors as error:
                 self._is_prepared = False
                 raise translate(error, self.name) from error
 
     def _write_together(self, calls: Sequence[Changes]) -> list[Results]:
-        self._check_open()
+        if self._closed:
+            raise closed(self.name)
         committing = False
         try:
             needs_table = not self._is_prepared and not has_table(self._database)
@@ -127,9 +128,11 @@ class SingleConnection(ForkHooks):
         self._at_end.detach()
         self._start()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise UsageError(f"{self.name}: this SQLiteStorage is closed; make a new one")
+    def _prepare(self) -> None:
+        if not has_table(self._database):
+            self._write_together([("", ())])
+        # The caller may yet roll back a transaction in which the table was created.
+        self._is_prepared = not self._connection.in_transaction
 
     def _cursor(self) -> sqlite3.Cursor:
         cursor = self._connection.cursor()
