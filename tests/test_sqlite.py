@@ -6,12 +6,14 @@ import contextlib
 import json
 import os
 import resource
+import shlex
 import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,7 @@ from usermetadata.changes import Clear, Merge, Modify, Replace
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
+    from usermetadata.changes import Change
     from usermetadata.codec import Metadata
 
 
@@ -405,7 +408,7 @@ def test_a_full_disk(storage: SQLiteStorage) -> None:
 def test_an_error_of_the_disk(
     storage: SQLiteStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, meanwhile: bool
 ) -> None:
-    """What was stored is open; from then on, reads and writes find the file that is there then."""
+    """What was stored is unknown; from then on, no connection to the former file is used."""
     storage.write([("alice", Merge({"old": True}))])
 
     def fail_and_replace() -> None:
@@ -418,8 +421,13 @@ def test_an_error_of_the_disk(
                 storage.write([("alice", Merge({"text": "x" * 200_000}))])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        for path in list(tmp_path.glob("users.db*")):
+        files = list(tmp_path.glob("users.db*"))
+        for path in files:
             path.rename(tmp_path / f"old {path.name}")
+        with pytest.raises(StorageError, match="removed or moved"):
+            storage.write([("alice", Replace({"works": True}))])
+        for path in files:
+            path.with_name(f"old {path.name}").rename(path)
         storage.write([("alice", Replace({"works": True}))])
 
     class Reading(sqlite3.Connection):
@@ -445,6 +453,204 @@ def test_an_error_of_the_disk(
     works(storage)
 
 
+def until_it_fails(call: Callable[[], object]) -> str:
+    """Repeat the call until it fails, for a limited time."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            call()
+        except StorageError as error:
+            return str(error)
+    raise AssertionError("it never failed")
+
+
+@pytest.mark.parametrize("kind", ["read", "write"])
+@pytest.mark.parametrize("how", ["removed", "moved", "replaced"])
+def test_a_file_without_its_name(
+    storage: SQLiteStorage, database: Path, tmp_path: Path, how: str, kind: str
+) -> None:
+    """A file that is gone is reported, and no other is created; put back, it is used again."""
+    storage.write([("alice", Merge({"n": 1}))])
+    moved = tmp_path / "moved.db"
+    moved.hardlink_to(database)
+    database.unlink()
+    if how == "replaced":
+        database.write_bytes(b"")
+    calls: dict[str, Callable[[], object]] = {
+        "read": lambda: storage.read(["alice"]),
+        "write": lambda: storage.write([("alice", Merge({"n": 2}))]),
+    }
+    message = until_it_fails(calls[kind])
+    what = "replaced by another file" if how == "replaced" else "removed or moved"
+    assert f"{database}: the file was {what} while it was open; put it back" in message
+    for call in calls.values():
+        with pytest.raises(StorageError, match=what):
+            call()
+    assert database.exists() == (how == "replaced")
+    if how == "moved":
+        moved.rename(database)
+        assert storage.read(["alice"])["alice"]["n"] in {1, 2}
+        works(storage)
+
+
+def test_a_file_without_its_name_after_an_error(storage: SQLiteStorage, database: Path) -> None:
+    """A call that opens the file anew does not create it."""
+    storage.write([("alice", Merge({}))])
+    with contextlib.closing(sqlite3.connect(database)) as other, other:
+        other.execute("DROP TABLE user_metadata")
+    with pytest.raises(StorageError, match="no such table"):
+        storage.read(["alice"])
+    for path in database.parent.glob("users.db*"):
+        path.unlink()
+    with pytest.raises(StorageError, match="removed or moved"):
+        storage.read(["alice"])
+    assert not database.exists()
+
+
+SWALLOWED = r"did not store the change of user 'alice' in app 'public'.*trigger"
+
+
+@pytest.mark.parametrize("event", ["INSERT", "UPDATE"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [("alice", Merge({"n": 2}))],
+        [("alice", Replace({"n": 2}))],
+        [("alice", lambda old: {"n": 2})],
+        [("bob", Merge({"n": 2})), ("alice", Merge({"n": 2})), ("carol", Clear())],
+    ],
+    ids=["update", "set", "modify", "bulk"],
+)
+def test_a_swallowed_write_is_an_error(
+    storage: SQLiteStorage, database: Path, event: str, changes: list[tuple[str, Change]]
+) -> None:
+    """A write that a trigger drops without an error is not acknowledged, and nothing is written."""
+    stored = {user_id: {"n": 1} for user_id in ("alice", "bob", "carol")}
+    if event == "INSERT":
+        del stored["alice"]
+    storage.write([(user_id, Replace(metadata)) for user_id, metadata in stored.items()])
+    with contextlib.closing(sqlite3.connect(database)) as other, other:
+        other.execute(
+            f"CREATE TRIGGER soft BEFORE {event} ON user_metadata WHEN NEW.user_id = 'alice'"
+            " BEGIN SELECT RAISE(IGNORE); END"
+        )
+    with pytest.raises(StorageError, match=SWALLOWED):
+        storage.write(changes)
+    assert storage.read(["alice", "bob", "carol"]) == stored
+    assert storage.write([("bob", Merge({"m": 1}))]) == [{"n": 1, "m": 1}]
+
+
+def test_a_swallowed_clear_is_an_error(storage: SQLiteStorage, database: Path) -> None:
+    """A row that a trigger keeps is reported; the same trigger is no matter where no row is."""
+    storage.write([("alice", Replace({"n": 1})), ("bob", Replace({"n": 1}))])
+    with contextlib.closing(sqlite3.connect(database)) as other, other:
+        other.execute(
+            "CREATE TRIGGER soft BEFORE DELETE ON user_metadata WHEN OLD.user_id = 'alice'"
+            " BEGIN SELECT RAISE(IGNORE); END"
+        )
+    with pytest.raises(StorageError, match=SWALLOWED):
+        storage.write([("bob", Clear()), ("alice", Clear())])
+    assert storage.read(["alice", "bob"]) == {"alice": {"n": 1}, "bob": {"n": 1}}
+    assert storage.write([("bob", Clear()), ("carol", Clear())]) == [None, None]
+
+
+def test_a_swallowed_write_leaves_the_callers_transaction(borrowed: Database) -> None:
+    """In the caller's transaction only this write is undone."""
+    storage = SQLiteStorage(borrowed)
+    storage.write([("alice", Replace({"n": 1}))])
+    borrowed.execute(
+        "CREATE TRIGGER soft BEFORE UPDATE ON user_metadata BEGIN SELECT RAISE(IGNORE); END"
+    )
+    borrowed.execute("BEGIN")
+    borrowed.execute("INSERT INTO orders VALUES (7)")
+    with pytest.raises(StorageError, match="did not store the change of user 'alice'"):
+        storage.write([("bob", Merge({"n": 1})), ("alice", Merge({"n": 2}))])
+    borrowed.execute("COMMIT")
+    assert [row["id"] for row in borrowed.query("SELECT id FROM orders")] == [7]
+    assert storage.read(["alice", "bob"]) == {"alice": {"n": 1}}
+
+
+COLUMNS = "app_id TEXT, user_id TEXT, user_metadata TEXT"
+KEY = ", PRIMARY KEY (app_id, user_id)"
+VARCHAR = COLUMNS.replace("TEXT", "VARCHAR(64)") + ", UNIQUE (user_id, app_id)"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            COLUMNS.replace("user_id TEXT", "user_id INTEGER") + KEY,
+            "column user_id is INTEGER, not TEXT; run: .* --type user_id text",
+        ),
+        (
+            COLUMNS.replace("user_metadata TEXT", "user_metadata JSON") + KEY,
+            "column user_metadata is JSON, not TEXT; run: .* --type user_metadata text",
+        ),
+        (
+            COLUMNS.replace("user_id TEXT", "user_id TEXT COLLATE NOCASE") + KEY,
+            r"column user_id takes different ids for the same \(COLLATE\)",
+        ),
+        (
+            COLUMNS.replace("app_id TEXT", "app_id TEXT COLLATE RTRIM") + KEY,
+            r"column app_id takes different ids for the same \(COLLATE\)",
+        ),
+        (
+            COLUMNS + KEY.replace("user_id", "user_id COLLATE NOCASE"),
+            r"it has no key \(app_id, user_id\) .* --pk user_id",
+        ),
+        (
+            COLUMNS.replace("user_id TEXT", "user_id TEXT PRIMARY KEY"),
+            r"it has no key \(app_id, user_id\) .* --pk user_id",
+        ),
+        (COLUMNS, r"it has no key \(app_id, user_id\) .*create-index"),
+        (
+            f"{COLUMNS}, tenant TEXT NOT NULL{KEY}",
+            "column tenant is NOT NULL and has no default; run: .* --default tenant",
+        ),
+    ],
+    ids=["integer", "JSON", "NOCASE", "RTRIM", "NOCASE key", "one app", "no key", "more columns"],
+)
+def test_a_table_that_will_not_do(
+    storage: SQLiteStorage, database: Path, columns: str, message: str
+) -> None:
+    """The first call says which column is at fault and what to do; the advice makes it work."""
+    with contextlib.closing(sqlite3.connect(database)) as other:
+        other.execute(f"CREATE TABLE user_metadata ({columns})")
+    for call in (lambda: storage.read(["007"]), lambda: storage.write([("007", Merge({}))])):
+        with pytest.raises(StorageError, match=f"table user_metadata: {message}") as caught:
+            call()
+    command = str(caught.value).partition("run: ")[2].replace("FILE", str(database))
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(command.replace("sqlite-utils", "sqlite_utils", 1))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    storage.write([(user_id, Merge({"id": user_id})) for user_id in ("007", "7", "Bob", "bob")])
+    assert storage.read(["007", "bob", "bob "]) == {"007": {"id": "007"}, "bob": {"id": "bob"}}
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        f"id INTEGER PRIMARY KEY NOT NULL, at CLOB NOT NULL DEFAULT '', {VARCHAR}",
+        f"app_id, user_id, user_metadata TEXT COLLATE NOCASE{KEY}",
+        f"{COLUMNS}{KEY}) STRICT, WITHOUT ROWID --",
+    ],
+    ids=["an ORM's", "by hand", "STRICT"],
+)
+def test_a_table_of_another_framework_is_used(
+    storage: SQLiteStorage, database: Path, columns: str
+) -> None:
+    """A table with other names of types, more columns and a key of another form will do."""
+    with contextlib.closing(sqlite3.connect(database)) as other:
+        other.execute(f"CREATE TABLE user_metadata ({columns}\n)".replace("--\n)", ""))
+    storage.write([("007", Merge({"n": 1})), ("7", Merge({"n": 2}))])
+    assert storage.read(["007", "7"]) == {"007": {"n": 1}, "7": {"n": 2}}
+    works(storage)
+
+
 def test_sqlites_own_limit_of_pages() -> None:
     """SQLite undoes the transaction itself when a database is full; that is understood."""
     connection = sqlite3.connect(":memory:")
@@ -465,7 +671,9 @@ def test_another_programs_table(storage: SQLiteStorage, database: Path) -> None:
     """A table of the same name with other columns is left alone."""
     with contextlib.closing(sqlite3.connect(database)) as other:
         other.execute("CREATE TABLE user_metadata (id INTEGER PRIMARY KEY, value TEXT)")
-    fails(storage, "its table user_metadata is another program's")
+    for call in (lambda: storage.read(["a"]), lambda: storage.write([("a", Merge({}))])):
+        with pytest.raises(StorageError, match="no column app_id, so it is another program's"):
+            call()
 
 
 def test_a_view_in_place_of_the_table(storage: SQLiteStorage, database: Path) -> None:

@@ -82,7 +82,7 @@ class Contended:
         self.other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self.other.execute("BEGIN IMMEDIATE")
         self.commits = 0
-        self.threads = Threads(lambda name: name == "_write_together")
+        self.threads = Threads(lambda name: name == "write_together")
 
     def trace(self, statement: str) -> None:
         """Count the commits of the storage's writer."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Self
 
+    from usermetadata._core.sqlite.connecting import Connections
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
 
@@ -83,7 +84,7 @@ class SQLiteStorage:
             raise InvalidInputError(
                 f"timeout: {timeout!r} is not a number of seconds, 0 or more; pass for example 30"
             )
-        self._connections: FileConnections | SingleConnection
+        self._connections: Connections
         if isinstance(database, Database):
             self._connections = SingleConnection(database, timeout)
         elif database == ":memory:":
@@ -111,9 +112,11 @@ class SQLiteStorage:
         notice()
         connections = self._connections
         is_shareable = {type(change) for _, change in changes} <= _SHAREABLE
+        app_id = self._app_id
+        keyed = [((app_id, user_id), change) for user_id, change in changes]
         alone = not (is_shareable and connections.shares_batches)
         try:
-            return connections.batches.call((self._app_id, changes), alone=alone)
+            return connections.batches.call(keyed, alone=alone)
         except ChangeError as failed:
             error = failed.error
         raise error

@@ -1,28 +1,97 @@
-"""Opening and closing SQLite connections."""
+"""Opening and closing SQLite connections, and what both ways of having them share."""
 
 from __future__ import annotations
 
 import sqlite3
+from abc import ABC, abstractmethod
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import finalize
 
-from usermetadata._core.batching import acquire
+from usermetadata._core.batching import ThreadBatches, acquire
+from usermetadata._core.forking import ForkHooks, watch
 
 if TYPE_CHECKING:
     import threading
+    from collections.abc import Sequence
+
+    from usermetadata._core.sqlite.statements import Changes, Results
 
 _PATIENCE_AT_EXIT = 1.0  # seconds
+
+
+class Connections(ForkHooks, ABC):
+    """The connections to one database; may be used from any thread.
+
+    Args:
+        name: the name of the database.
+        timeout: seconds that a write waits for other threads.
+
+    Attributes:
+        batches: the calls that write, one batch at a time.
+        shares_batches: whether several calls may share a transaction.
+    """
+
+    shares_batches: ClassVar[bool]
+
+    def __init__(self, name: str, timeout: float) -> None:
+        self.name = name
+        self._timeout = timeout
+        self._closed = False
+        self._start()
+        watch(self)
+
+    @abstractmethod
+    def fetch(self, query: str, parameters: Sequence[object]) -> list[tuple[str, object]]:
+        """Return the rows of a query."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the connections that are not the caller's; calls under way are completed."""
+
+    @abstractmethod
+    def _write_together(self, calls: Sequence[Changes]) -> list[Results]:
+        """Execute the changes of some calls in one transaction."""
+
+    def _start(self, *opened: list[sqlite3.Connection]) -> None:
+        """Begin without calls that wait: in a new object, or in a new process."""
+        self.batches: ThreadBatches[Changes, Results] = ThreadBatches(
+            self._write_together, self._timeout, self.name
+        )
+        self._has_turn_for_fork = False
+        self._at_end = close_at_end(self, self.batches.turn, *opened)
+
+    def before_fork(self) -> None:
+        """Wait for the write under way, for as long as the timeout."""
+        # A fork inside a change, or while a change outlasts the timeout, takes place all the same.
+        if not self.batches.is_executing_here():
+            self._has_turn_for_fork = acquire(self.batches.turn, self._timeout)
+
+    def after_fork_in_parent(self) -> None:
+        """Let the other threads go on."""
+        if self._has_turn_for_fork:
+            self._has_turn_for_fork = False
+            self.batches.turn.release()
+
+    def after_fork_in_child(self) -> None:
+        """A thread of the parent may have had its turn."""
+        self._at_end.detach()
+        self._start()
 
 
 class Connection(sqlite3.Connection):
     """A connection that a weak set can hold."""
 
 
-def connect(path: str, timeout: float) -> sqlite3.Connection:
+def connect(uri: str, timeout: float) -> sqlite3.Connection:
     """Open a connection for one thread at a time, with transactions only where they are begun."""
     return sqlite3.connect(
-        path, timeout=timeout, isolation_level=None, check_same_thread=False, factory=Connection
+        uri,
+        timeout=timeout,
+        isolation_level=None,
+        check_same_thread=False,
+        factory=Connection,
+        uri=True,
     )
 
 

@@ -19,35 +19,58 @@ _ADVICE = [
     ("not a database", "; name an SQLite file, or one that does not exist yet"),
     ("malformed", "; restore it from a backup; `sqlite3 FILE .recover` may save rows"),
     ("actually a view", "; use another file"),
-    ("no such column", ": its table user_metadata is another program's; use another file"),
     ("same thread", "; open the borrowed connection with check_same_thread=False"),
 ]
 
 
-def translate(error: Exception, name: str, *, committing: bool = False) -> StorageError:
+def translate(error: Exception, name: str) -> StorageError:
     """Return the library's error for the driver's.
 
     Args:
         error: the driver's error.
         name: the name of the database.
-        committing: whether the statement that failed is ``COMMIT``.
     """
     message = str(error)
     if message.startswith("database ") and message.endswith("is locked"):
         return busy(name)
     if message.startswith("Could not decode to UTF-8"):
         return DamagedMetadataError(f"{name}: a row is damaged: {message}")
-    if committing and "disk I/O error" in message:
-        # It may be in the write-ahead log already, and be found there after a crash.
-        return OutcomeUnknownError(
-            f"{name}: {message} during COMMIT: whether the write was stored is unknown; read to"
-            " find out"
-        )
     directory = os.path.dirname(name)
     if "unable to open" in message and not os.path.isdir(directory):
         return StorageError(f"{name}: the directory {directory} does not exist; create it")
     advice = next((advice for sign, advice in _ADVICE if sign in message), "")
     return StorageError(f"{name}: {message}{advice}")
+
+
+def unknown_if_io_error(error: Exception, name: str) -> None:
+    """Raise the library's error if ``COMMIT`` may have been executed in spite of the driver's.
+
+    After an I/O error the write may be in the write-ahead log, and be found there after a crash.
+    """
+    if "disk I/O error" in str(error):
+        raise OutcomeUnknownError(
+            f"{name}: {error} during COMMIT: whether the write was stored is unknown; read to find"
+            " out"
+        ) from error
+
+
+def not_stored(name: str, key: tuple[str, str]) -> StorageError:
+    """Return the error of a row that is not as it was written, without an error of SQLite's."""
+    app_id, user_id = key
+    return StorageError(
+        f"{name}: the database did not store the change of user {user_id!r} in app {app_id!r},"
+        " probably because of a trigger on the table user_metadata; nothing was written; change or"
+        " remove the trigger"
+    )
+
+
+def moved(name: str) -> StorageError:
+    """Return the error of a file that is open and no longer has its name."""
+    what = "replaced by another file" if os.path.exists(name) else "removed or moved"
+    return StorageError(
+        f"{name}: the file was {what} while it was open; put it back, or end all programs that use"
+        f" it, remove {os.path.basename(name)}-wal and -shm, and start them again"
+    )
 
 
 def closed(name: str) -> UsageError:

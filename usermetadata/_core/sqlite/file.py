@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 import time
@@ -12,47 +13,39 @@ from weakref import WeakSet
 from sqlite_utils import Database
 from sqlite_utils.db import NoTable
 
-from usermetadata._core.batching import ThreadBatches, acquire
-from usermetadata._core.forking import ForkHooks, notice, watch
-from usermetadata._core.sqlite.connecting import close_all, close_at_end, connect
-from usermetadata._core.sqlite.errors import closed, inherited, still_open, translate
-from usermetadata._core.sqlite.schema import create_table, has_table
-from usermetadata._core.sqlite.statements import write
-from usermetadata.exceptions import DamagedMetadataError, StorageBusyError
+from usermetadata._core.forking import notice
+from usermetadata._core.sqlite.connecting import Connections, close_all, connect
+from usermetadata._core.sqlite.errors import closed, inherited, moved, translate
+from usermetadata._core.sqlite.schema import check_table, has_table
+from usermetadata._core.sqlite.statements import write_together
+from usermetadata.exceptions import DamagedMetadataError, OutcomeUnknownError, StorageBusyError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from usermetadata._core.sqlite.statements import Changes, Results
 
+_LOOK_EVERY = 0.1  # seconds
 
-class FileConnections(ForkHooks):
-    """Opens connections to a file when they are needed; may be used from any thread.
+
+class FileConnections(Connections):
+    """Opens connections to a file when they are needed.
 
     There is one writer, used by the thread whose turn it is in ``ThreadBatches``. A reader is used
     by one thread at a time. Readers are opened after the writer, which creates file and table, and
     are closed with it: after an error the next call opens the file anew.
-
-    Attributes:
-        batches: the calls that write; each is the id of an app and its users' changes.
-        shares_batches: whether several calls may share a transaction.
     """
 
     shares_batches = True
 
     def __init__(self, path: str, synchronous: str, timeout: float) -> None:
-        self.name = path
         self._synchronous = synchronous
-        self._timeout = timeout
-        self._closed = False
+        self._file: tuple[int, int] | None = None  # device and inode, once it was opened
+        self._look_again = 0.0
         self._inherited: list[sqlite3.Connection] = []  # from the parent process
-        self._start()
-        watch(self)
+        super().__init__(path, timeout)
 
-    def _start(self) -> None:
-        self.batches: ThreadBatches[Changes, Results] = ThreadBatches(
-            self._write_together, self._timeout, self.name
-        )
+    def _start(self, *opened: list[sqlite3.Connection]) -> None:
         self._writers: list[sqlite3.Connection] = []  # none or one
         self._reopen = False
         self._generation = 0  # of the readers: they are as old as the writer
@@ -61,14 +54,15 @@ class FileConnections(ForkHooks):
         # Reentrant: a signal handler that reads may interrupt its own thread in there.
         self._opening = threading.RLock()
         self._is_forking = False  # and has the lock above
-        self._has_turn_for_fork = False
-        self._at_end = close_at_end(self, self.batches.turn, self._writers, self._idle_readers)
+        super()._start(self._writers, self._idle_readers)
 
     def fetch(self, query: str, parameters: Sequence[object]) -> list[tuple[str, object]]:
         """Return the rows of a query, whatever the writer is doing."""
         notice()
         if self._reopen or not self._writers:
-            self.batches.call(("", ()))  # it opens the writer
+            self.batches.call(())  # it opens the writer
+        if time.monotonic() > self._look_again:
+            self._check_file()
         reader = None
         generation = self._generation
         try:
@@ -93,33 +87,21 @@ class FileConnections(ForkHooks):
                 self._close_idle_readers()
 
     def _write_together(self, calls: Sequence[Changes]) -> list[Results]:
-        committing = False
+        if self._closed:
+            raise closed(self.name)
         try:
-            if self._closed:
-                raise closed(self.name)
             if self._reopen or not self._writers:
                 self._open_writer()
-            writer = self._writers[0]
-            if not calls[0][1] and len(calls) == 1:  # from `fetch`
+            if time.monotonic() > self._look_again:
+                self._check_file()
+            if calls == [()]:  # `fetch` only opens
                 return [[]]
-            cursor = writer.cursor()
-            try:
-                cursor.execute("BEGIN IMMEDIATE")
-                results = write(cursor, calls, self.name)
-                if writer in self._inherited:
-                    raise inherited(self.name)
-                committing = True
-                cursor.execute("COMMIT")
-                if writer.in_transaction:
-                    raise still_open(self.name)
-            except BaseException:
-                # SQLite has undone some transactions itself, for example on a full disk.
-                if writer not in self._inherited and writer.in_transaction:
-                    cursor.execute("ROLLBACK")
-                raise
-            return results
+            return write_together(self._writers[0], calls, self.name)
+        except OutcomeUnknownError:
+            self._reopen = True
+            raise
         except (sqlite3.Error, NoTable) as error:
-            failure = translate(error, self.name, committing=committing)
+            failure = translate(error, self.name)
             if not isinstance(failure, StorageBusyError):
                 self._reopen = True
             raise failure from error
@@ -135,11 +117,9 @@ class FileConnections(ForkHooks):
     def before_fork(self) -> None:
         """Close all connections, after waiting for those in use for as long as the timeout."""
         deadline = time.monotonic() + self._timeout
-        # A fork inside a change, or while a change outlasts the timeout, takes place all the same.
-        if not self.batches.is_executing_here():
-            self._has_turn_for_fork = acquire(self.batches.turn, self._timeout)
-            if self._has_turn_for_fork:
-                close_all(self._writers)
+        super().before_fork()
+        if self._has_turn_for_fork:
+            close_all(self._writers)
         # From now on a reader that is given back is closed, and opening one waits for the fork.
         self._is_forking = self._opening.acquire(timeout=max(0, deadline - time.monotonic()))
         self._close_idle_readers()
@@ -151,9 +131,7 @@ class FileConnections(ForkHooks):
         if self._is_forking:
             self._is_forking = False
             self._opening.release()
-        if self._has_turn_for_fork:
-            self._has_turn_for_fork = False
-            self.batches.turn.release()
+        super().after_fork_in_parent()
 
     def after_fork_in_child(self) -> None:
         """Never touch a connection that could not be closed; it belongs to the parent."""
@@ -166,8 +144,7 @@ class FileConnections(ForkHooks):
 
             for connection in self._inherited:
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
-        self._at_end.detach()
-        self._start()
+        super().after_fork_in_child()
 
     def _open_writer(self) -> None:
         close_all(self._writers)
@@ -176,7 +153,7 @@ class FileConnections(ForkHooks):
         self._reopen = False
         if self.name in _of_the_parent_process:
             raise inherited(self.name)
-        writer = connect(self.name, self._timeout)
+        writer = self._connect()
         try:
             self._use_wal(writer)
             writer.execute(f"PRAGMA synchronous = {self._synchronous}")
@@ -184,14 +161,41 @@ class FileConnections(ForkHooks):
                 # Without it macOS leaves the data in the drive's cache; elsewhere it has no effect.
                 writer.execute("PRAGMA fullfsync = ON")
             database = Database(writer, execute_plugins=False)
-            if not has_table(database):
-                with writer:
-                    writer.execute("BEGIN IMMEDIATE")
-                    create_table(database)
+            if has_table(database):
+                check_table(database, self.name)
+            else:
+                write_together(writer, [()], self.name, create=database)
             self._writers.append(writer)
+            if self._file is None:
+                found = os.stat(self.name)
+                self._file = found.st_dev, found.st_ino
         except BaseException:
             writer.close()
             raise
+
+    def _connect(self) -> sqlite3.Connection:
+        """Open the file, which is created only once."""
+        mode = "rwc"
+        if self._file is not None:
+            mode = "rw"
+            self._check_file()
+        path = self.name.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+        return connect(f"file:{path}?mode={mode}", self._timeout)
+
+    def _check_file(self) -> None:
+        """Check that the path still names the file that is open.
+
+        SQLite does not, with a write-ahead log: it would go on in a file without a name.
+        """
+        self._look_again = 0.0
+        with suppress(PermissionError):
+            try:
+                found = os.stat(self.name)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise moved(self.name) from error
+            if self._file != (found.st_dev, found.st_ino):
+                raise moved(self.name)
+        self._look_again = time.monotonic() + _LOOK_EVERY
 
     def _use_wal(self, writer: sqlite3.Connection) -> None:
         deadline = time.monotonic() + self._timeout
@@ -209,7 +213,7 @@ class FileConnections(ForkHooks):
         with self._opening:
             if self._closed:
                 raise closed(self.name)
-            reader = connect(self.name, self._timeout)
+            reader = self._connect()
             self._readers.add(reader)
             return reader
 

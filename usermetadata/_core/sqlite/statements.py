@@ -1,13 +1,15 @@
-"""The SQLite storage's statements, and a batch of writes as two of them."""
+"""The SQLite storage's statements, and a batch of writes as one transaction."""
 
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from usermetadata._core.rows import decode_row
+from usermetadata._core.sqlite.errors import inherited, not_stored, still_open, unknown_if_io_error
+from usermetadata._core.sqlite.schema import create_table
 from usermetadata.changes import BLIND, apply_in_order
 from usermetadata.codec import encode_metadata
 
@@ -15,11 +17,14 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Sequence
 
+    from sqlite_utils import Database
+
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
 
-    Changes = tuple[str, Sequence[tuple[str, Change]]]
-    """The id of an app and the changes to its users."""
+    Key = tuple[str, str]
+    """The ids of an app and of a user."""
+    Changes = Sequence[tuple[Key, Change]]
     Results = list[Metadata | None]
 
 _READ_ONE = "SELECT user_id, user_metadata FROM user_metadata WHERE app_id = ? AND user_id = ?"
@@ -45,51 +50,109 @@ def reading(app_id: str, user_ids: Sequence[str]) -> tuple[str, tuple[str, str]]
     return _READ_MANY, (app_id, json.dumps(user_ids))
 
 
-def write(cursor: sqlite3.Cursor, calls: Sequence[Changes], name: str) -> list[Results]:
-    """Apply the changes of some calls, inside the transaction that ``cursor`` is in.
+def write_together(
+    connection: sqlite3.Connection,
+    calls: Sequence[Changes],
+    name: str,
+    *,
+    create: Database | None = None,
+) -> list[Results]:
+    """Apply the changes of some calls in one transaction, or in the one that is open.
 
     Args:
-        cursor: a cursor whose rows are tuples.
+        connection: a connection without another user.
         calls: the changes of each call, in order.
         name: the name of the database, for error messages.
+        create: the database of the connection, if it has no table yet.
 
     Returns:
         The results of each call.
 
     Raises:
         ChangeError: a change has raised an exception, or a row that it reads is damaged.
+        StorageError: the database did not store what it was given, or it was not committed.
         sqlite3.Error: a statement failed.
     """
-    changes = [
-        ((app_id, user_id), change) for app_id, of_app in calls for user_id, change in of_app
-    ]
-    to_read: dict[str, list[str]] = {}
-    for (app_id, user_id), change in changes:
-        if not isinstance(change, BLIND):
-            to_read.setdefault(app_id, []).append(user_id)
-    texts: dict[tuple[str, str], str] = {}
-    for app_id, user_ids in to_read.items():
-        for user_id, text in cursor.execute(*reading(app_id, user_ids)).fetchall():
-            texts[app_id, user_id] = text
+    process = os.getpid()
+    joins = connection.in_transaction
+    begin, commit, undo = _JOINED if joins else _OWN
+    begun = False
+    cursor = connection.cursor()
+    cursor.row_factory = None  # the owner of the connection may have set one
+    try:
+        cursor.execute(begin)
+        begun = True
+        if create is not None:
+            create_table(create)
+        if len(calls) == 1:
+            results = [_write(cursor, calls[0], name)]
+        else:
+            together = iter(_write(cursor, [change for each in calls for change in each], name))
+            results = [[next(together) for _ in each] for each in calls]
+        if os.getpid() != process:  # a change has forked: the parent has the transaction
+            raise inherited(name)
+        try:
+            cursor.execute(commit)
+        except connection.Error as error:
+            if not joins:
+                unknown_if_io_error(error, name)
+            raise
+        if not joins and connection.in_transaction:
+            raise still_open(name)
+    except BaseException:
+        # SQLite has undone some transactions itself, for example on a full disk.
+        if os.getpid() == process and connection.in_transaction and (begun or not joins):
+            for statement in undo:
+                cursor.execute(statement)
+        raise
+    return results
+
+
+_OWN = ("BEGIN IMMEDIATE", "COMMIT", ["ROLLBACK"])
+_JOINED = (
+    "SAVEPOINT usermetadata",
+    "RELEASE usermetadata",
+    ["ROLLBACK TO usermetadata", "RELEASE usermetadata"],
+)
+
+
+def _write(cursor: sqlite3.Cursor, changes: Changes, name: str) -> Results:
+    texts = _read(cursor, [key for key, change in changes if not isinstance(change, BLIND)])
     try:
         results = apply_in_order(
             changes, texts, decode=partial(decode_row, name), encode=encode_metadata
         )
     except Exception as error:
         raise ChangeError(error) from error
-    to_store, to_remove = [], []
-    for key in dict(changes):
-        text = texts.get(key)
-        if text is None:
-            to_remove.append(key)
-        else:
-            to_store.append((*key, text))
-    if to_store:
-        cursor.executemany(_STORE, to_store)
-    if to_remove:
-        cursor.executemany(_REMOVE, to_remove)
-    remaining = iter(results)
-    return [list(islice(remaining, len(of_app))) for _, of_app in calls]
+    gone = {key for key, _ in changes} - texts.keys()
+    # A trigger can swallow a row without an error, so the rows are counted.
+    if texts:
+        cursor.executemany(_STORE, [(*key, text) for key, text in texts.items()])
+        if cursor.rowcount != len(texts):
+            stored = _read(cursor, list(texts))
+            for key, text in texts.items():
+                if stored.get(key) != text:
+                    raise not_stored(name, key)
+    if gone:
+        cursor.executemany(_REMOVE, gone)
+        if cursor.rowcount != len(gone):
+            for key in _read(cursor, list(gone)):
+                raise not_stored(name, key)
+    return results
+
+
+def _read(cursor: sqlite3.Cursor, keys: list[Key]) -> dict[Key, str]:
+    if len(keys) == 1:
+        row = cursor.execute(_READ_ONE, keys[0]).fetchone()
+        return {keys[0]: row[1]} if row else {}
+    by_app: dict[str, list[str]] = {}
+    for app_id, user_id in keys:
+        by_app.setdefault(app_id, []).append(user_id)
+    return {
+        (app_id, user_id): text
+        for app_id, user_ids in by_app.items()
+        for user_id, text in cursor.execute(*reading(app_id, user_ids)).fetchall()
+    }
 
 
 class ChangeError(Exception):
