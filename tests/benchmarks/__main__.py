@@ -33,7 +33,7 @@ import postgres
 import serving
 import supertokens_sdk
 from measuring import Measuring, Times
-from report import OURS, Report, relative
+from report import OURS, Report, relative, tasks
 from workloads import (
     USERS,
     WORKLOADS,
@@ -160,7 +160,7 @@ class Benchmarks:
             self.workloads |= {f"{name} {label}": times for label, times in by_size.items()}
 
     def faster_peers(self) -> None:
-        """List the peers that were faster, sqlite3 by hand apart, which has aims of its own."""
+        """List the peers that were faster, except sqlite3 by hand, which has separate aims."""
         ratios = sorted(
             (relative(times, name), workload, name)
             for workload, times in self.workloads.items()
@@ -175,7 +175,7 @@ class Benchmarks:
             at_most=False,
         )
         self.report.say("## Peers that are faster")
-        self.report.say(f"Of {len(ratios)} comparisons on this page, those with a ratio below 1 ×:")
+        self.report.say(f"Of {len(ratios)} comparisons on this page, these have a ratio below 1 ×:")
         self.report.table(
             ["workload", "library", "its time against ours"],
             [[workload, name, f"{ratio:.2f} ×"] for ratio, workload, name in ratios if ratio < 1],
@@ -255,7 +255,7 @@ class Benchmarks:
             times = results["update"][count]
             self.chart[f"{label}, update"] = {peer: relative(times, peer) for peer in times}
         for name, by_count in results.items():
-            self.workloads |= {f"{n} tasks, {name}": times for n, times in by_count.items()}
+            self.workloads |= {f"{tasks(n)}, {name}": times for n, times in by_count.items()}
         self.workloads["64 tasks, one user"] = hot
 
     def where_the_time_goes(self) -> None:
@@ -295,8 +295,8 @@ class Benchmarks:
         loop.close()
         self.report.say("## Where the time goes")
         self.report.say(
-            "64 concurrent updates written by hand, with ever more parts, microseconds for each"
-            " update:"
+            "64 concurrent updates written by hand, with one more part in each row, microseconds"
+            " for each update:"
         )
         its = median(times.pop(peers.AioSqlite.name))
         total = median(times["what this library adds"])
@@ -316,7 +316,7 @@ class Benchmarks:
         self.report.table(["", "up to here", "this part", "share"], rows)
         self.report.say(
             f"aiosqlite took {its * 1e6:.0f} µs in the same run,"
-            f" {its / median(times['the flush']):.0f} × as long as what is written by hand."
+            f" {its / median(times['the flush']):.0f} × as long as the hand-written code."
         )
 
     def stored_users(self) -> None:
@@ -366,7 +366,7 @@ class Benchmarks:
         )
         self.report.say("`get` of any user, microseconds, by the number of stored users:")
         self.report.compare(workloads)
-        self.report.say(f"On disk a user with 150 B takes {size:,.0f} B, keys included.")
+        self.report.say(f"On disk, a user with 150 B takes {size:,.0f} B, including the keys.")
         self.aim(
             f"get latency, {counts[0]:,} to {counts[-1]:,} users",
             1.5,
@@ -416,8 +416,8 @@ class Benchmarks:
         UserMetadataRecipe.reset()
         self.report.say("## In memory")
         self.report.say(
-            "A document of 150 B, microseconds. `json alone` decodes, and for an update"
-            " encodes, which a store of JSON texts cannot avoid:"
+            "A document of 150 B, microseconds. `json alone` decodes and, for an update, encodes."
+            " A store of JSON texts cannot avoid that:"
         )
         self.report.compare(workloads)
         users = 10_000 if self.quick else 100_000
@@ -454,7 +454,7 @@ class Benchmarks:
         }
         self.report.say("## Importing")
         self.report.say(
-            "Milliseconds over a bare interpreter, which itself takes"
+            "Milliseconds more than a bare interpreter, which takes"
             f" {median(times['pass']) * 1000:.0f} ms here:"
         )
         self.report.table(
@@ -507,7 +507,7 @@ def allocated(make: Callable[[], object]) -> int:
 
 
 def opening(benchmarks: Benchmarks) -> None:
-    """Say the most important in one chart and three sentences."""
+    """Summarise the results in one chart and three sentences."""
     report, chart, figures = benchmarks.report, benchmarks.chart, benchmarks.figures
     report.bars(
         "updates.svg",
@@ -517,15 +517,16 @@ def opening(benchmarks: Benchmarks) -> None:
     )
     many = chart["64 tasks, update"]
     report.say(
-        f"A lone blocking update takes {figures['lone update']:.2f} times as long as hand-tuned"
-        f" `sqlite3`, and a get {figures['lone get']:.2f} times, where neither waits for the disk."
-        " 64 `asyncio` tasks that update an SQLite file at once, each update safe on the disk,"
-        f" get {many[peers.ThreadHop.name]:.1f} times the throughput of a thread hop per call, and"
-        f" {many[peers.AioSqlite.name]:.1f} times that of aiosqlite."
+        "If writes do not wait for the disk, a lone blocking update takes"
+        f" {figures['lone update']:.2f} times as long as with hand-tuned `sqlite3`, and a get"
+        f" {figures['lone get']:.2f} times."
+        " 64 `asyncio` tasks that update an SQLite file at once, with every update durable,"
+        f" reach {many[peers.ThreadHop.name]:.1f} times the throughput of a thread hop per call,"
+        f" and {many[peers.AioSqlite.name]:.1f} times that of aiosqlite."
         " SuperTokens' Python SDK takes"
         f" {chart['one task, update'][supertokens_sdk.NAME]:.0f} times as long for a lone update,"
-        f" and {many[supertokens_sdk.NAME]:.0f} times for one of 64, although its core only keeps"
-        " metadata in memory here."
+        f" and {many[supertokens_sdk.NAME]:.0f} times for each update of 64 tasks, although its"
+        " core here only keeps metadata in memory."
     )
 
 

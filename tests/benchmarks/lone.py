@@ -110,13 +110,12 @@ def measure(benchmarks: Any) -> None:
     loop.close()
     benchmarks.report.say("## Lone calls")
     benchmarks.report.say(
-        "One call at a time, documents of 150 B, `synchronous=NORMAL`, where an update does not"
-        " wait for the disk. `syncio` beside the strongest code by hand, microseconds:"
+        "One call at a time, documents of 150 B, `synchronous=NORMAL`, so an update does not wait"
+        " for the disk. `syncio` and the fastest hand-written code, microseconds:"
     )
     benchmarks.report.compare(blocking, digits=2)
     benchmarks.report.say(
-        "One task of `asyncio` beside an executor with one thread, in which the same code runs,"
-        " microseconds:"
+        "One `asyncio` task, and the same code in an executor with one thread, microseconds:"
     )
     benchmarks.report.compare(hops, digits=2)
     for name, aim in (("update", 1.35), ("get", 1.2)):
@@ -164,9 +163,8 @@ def frames(benchmarks: Any) -> None:
             UserMetadataRecipe.reset()
         file.close()
     benchmarks.report.say(
-        "What a blocking call consists of: functions written in Python that it calls, its own"
-        " included, and the frames that it adds to the stack at most. Both are counted by"
-        " `sys.setprofile`:"
+        "The number of Python functions that a blocking call executes, including the facade's, and"
+        " the most frames that it adds to the stack, counted by `sys.setprofile`:"
     )
     benchmarks.report.table(["", "Python calls", "frames"], rows)
 

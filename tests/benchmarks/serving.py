@@ -142,7 +142,7 @@ def measure(benchmarks: Any) -> None:
     )
     benchmarks.report.compare(workloads, rate=True)
     benchmarks.report.say(
-        "What the server's Python is doing while it answers updates, by py-spy's samples of the"
-        " thread that runs:"
+        "Where the server's Python code spends its time while it answers updates, by py-spy's"
+        " samples of the running thread:"
     )
     benchmarks.report.table(["", "samples"], layers)

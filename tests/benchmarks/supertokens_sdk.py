@@ -142,8 +142,8 @@ def measure(benchmarks: Any) -> None:
     loop.close()
     benchmarks.report.say("## SuperTokens' SDK")
     benchmarks.report.say(
-        "What `supertokens_python` takes beside this library on an SQLite file. Its core is a"
-        " server on the same machine that keeps metadata in memory and does no work. So this is an"
+        "`supertokens_python`, and this library on an SQLite file. The SDK's core is a server on"
+        " the same machine that keeps metadata in memory and does no other work. So this is an"
         " upper bound of the SDK's speed with any core. Microseconds for each call, documents of"
         " 150 B:"
     )
@@ -151,8 +151,8 @@ def measure(benchmarks: Any) -> None:
     kinds = ", ".join(f"{kind}: {count}" for kind, count in counts.errors.items())
     benchmarks.report.say(
         f"Errors of the SDK: {counts.errors.total()} in {counts.calls:,} calls"
-        f"{f' ({kinds})' if kinds else ''}. A call that failed was made again; only its success"
-        " counts as a call."
+        f"{f' ({kinds})' if kinds else ''}. A failed call was repeated; only its success counts"
+        " as a call."
     )
     benchmarks.chart["one task, update"][NAME] = relative(workloads["update, tasks: 1"], NAME)
     benchmarks.chart["64 tasks, update"][NAME] = relative(workloads[f"update, tasks: {most}"], NAME)
