@@ -1,6 +1,7 @@
-"""Measure usermetadata beside what else there is, and write the page of results.
+"""Measure usermetadata and its alternatives, and write the page of results.
 
-``python tests/benchmarks`` takes some ten minutes; ``--quick`` only shows that everything runs.
+``python tests/benchmarks`` takes a quarter of an hour or more; ``--quick`` only checks that
+everything runs.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ SIZES = {"150 B": 150, "2 KB": 2_000, "50 KB": 50_000}
 
 
 class Benchmarks:
-    """Everything that is measured, section by section."""
+    """All measurements, section by section."""
 
     def __init__(self, report: Report, measuring: Measuring, *, quick: bool) -> None:
         self.report = report
@@ -91,18 +92,18 @@ class Benchmarks:
         self.importing()
 
     def progress(self, text: str) -> None:
-        """Say what is being measured."""
+        """Print what is being measured."""
         print(f"{time.perf_counter() - self.begin:6.0f} s  {text}", flush=True)
 
     def aim(self, figure: str, aim: float, measured: float, *, at_most: bool) -> None:
-        """Note whether a figure is what we want it to be."""
+        """Record a figure, its aim, and whether it is reached."""
         sign, reached = ("≤", measured <= aim) if at_most else ("≥", measured >= aim)
         digits = 3 if aim < 0.1 else 2
         self.aims.append((figure, f"{sign} {aim:g}", f"{measured:.{digits}f}", reached))
 
     @contextlib.contextmanager
     def opened(self, size: int) -> Generator[list[Any], None, None]:
-        """Open every blocking peer on a file of its own, with users in it."""
+        """Open every blocking peer on a separate file, with users in it."""
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             # TinyDB reads and writes the whole file each time: not 50 MB.
             opened = [
@@ -117,7 +118,7 @@ class Benchmarks:
             yield opened
 
     def warm_up(self, operation: Callable[[int], object]) -> None:
-        """Repeat an operation until SQLite's log has grown to its size and is written over."""
+        """Repeat an operation until SQLite's log has grown to its full size and is reused."""
         end = time.perf_counter() + (0.01 if self.quick else 1)
         number = 0
         while time.perf_counter() < end:
@@ -259,7 +260,7 @@ class Benchmarks:
         self.workloads["64 tasks, one user"] = hot
 
     def where_the_time_goes(self) -> None:
-        """What 64 concurrent updates consist of."""
+        """The parts of 64 concurrent updates."""
         self.progress("parts of 64 concurrent updates")
         users = {user(number): document(150) for number in range(USERS)}
         loop = asyncio.new_event_loop()
@@ -320,7 +321,7 @@ class Benchmarks:
         )
 
     def stored_users(self) -> None:
-        """The time of a get in tables of several sizes, which take turns."""
+        """The time of a get in tables of several sizes, measured in turns."""
         counts = [10**3, 10**4] if self.quick else [10**3, 10**4, 10**5, 10**6]
         storages: dict[str, Storage] = {}
         by_hand: dict[str, peers.Sqlite3] = {}
@@ -437,7 +438,7 @@ class Benchmarks:
         self.progress("import")
         modules = ["usermetadata.syncio", "usermetadata.asyncio", "asyncio", "json"]
         programs = ["pass", *(f"import {module}" for module in modules)]
-        # Compiled once, as when it is installed.
+        # Modules are compiled once, as when installed.
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
 
         def start(program: str) -> Callable[[int], object]:
@@ -470,7 +471,7 @@ class Benchmarks:
 
 
 class CopiedDict:
-    """A dictionary, deep copies and a lock: the usual double in a test."""
+    """A dictionary, deep copies and a lock: the usual fake in a test."""
 
     def __init__(self) -> None:
         self.users: dict[str, dict[str, Any]] = {}
@@ -497,7 +498,7 @@ def filled_storage(users: int) -> InMemoryStorage:
 
 
 def allocated(make: Callable[[], object]) -> int:
-    """Return the bytes that an object takes."""
+    """Return the size of an object in bytes."""
     tracemalloc.start()
     made = make()
     size, _ = tracemalloc.get_traced_memory()
@@ -533,7 +534,7 @@ def opening(benchmarks: Benchmarks) -> None:
 def main() -> None:
     """Parse the command line, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="only show that everything runs")
+    parser.add_argument("--quick", action="store_true", help="only check that everything runs")
     default = HERE.parent.parent / "docs" / "_static" / "benchmarks"
     parser.add_argument("--output", type=Path, default=default, help="folder of the results")
     parser.add_argument(
