@@ -322,7 +322,7 @@ def test_uvicorns_command_line_serves_and_stops(app: str, database: Path) -> Non
 
 
 def run(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run Python in the folder of the programs; warnings are errors there too."""
+    """Run Python in the folder of the programs; warnings are errors."""
     line = [sys.executable, "-W", "error", *command]
     return subprocess.run(
         line, cwd=EXAMPLES, capture_output=True, text=True, timeout=60, check=False, **options

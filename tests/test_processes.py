@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def start(program: str, *arguments: object) -> subprocess.Popen[str]:
-    """Start a Python program; warnings are errors there too."""
+    """Start a Python program; warnings are errors."""
     command = [sys.executable, "-W", "error", "-c", program, *map(str, arguments)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
