@@ -1,7 +1,7 @@
-"""Generate the facade ``usermetadata.syncio`` from ``usermetadata.asyncio``.
+"""Generate the blocking files from those for ``asyncio``: the facade, and the functions behind it.
 
-Run it after each change of the ``asyncio`` facade. With ``--check`` nothing is written, and the
-exit code is 1 if the generated file is not up to date.
+Run it after each change of a source. With ``--check`` nothing is written, and the exit code is 1 if
+a generated file is not up to date.
 """
 
 from __future__ import annotations
@@ -12,44 +12,58 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "usermetadata"
-SOURCE, TARGET = PACKAGE / "asyncio/__init__.py", PACKAGE / "syncio/__init__.py"
-
-DOCSTRING = '''"""The functions for code without ``async``: they block until they are done.
+FILES = {
+    "asyncio/__init__.py": "syncio/__init__.py",
+    "_core/asyncio_functions.py": "_core/blocking_functions.py",
+}
+DOCSTRINGS = {
+    "syncio/__init__.py": '''"""The blocking functions, for code without ``async``.
 
 They also work in a thread whose event loop is running, and block that loop meanwhile. This file is
 generated from ``usermetadata/asyncio/__init__.py``; change that one.
 """
-'''
+''',
+    "_core/blocking_functions.py": '''"""The functions without an override, blocking.
+
+This file is generated from ``usermetadata/_core/asyncio_functions.py``; change that one.
+"""
+''',
+}
 RULES = [
-    (r'\A""".*?"""\n', DOCSTRING),
     (r"from typing import Any, cast", "from typing import Any"),
     (r'cast\("dict\[str, Any\]", (\w+)\)', r"\1"),
     (r"    # Overrides are written .*\n", ""),
     (r"recipe_implementation", "blocking_implementation"),
+    (r"class AsyncioFunctions\(RecipeInterface\)", "class BlockingFunctions"),
+    (r", RecipeInterface", ""),
+    (r"AsyncioRunner", "BlockingRunner"),
     (r"\((await .*)\)\.metadata", r"\1.metadata"),
     (r"\bawait ", ""),
     (r"\basync def ", "def "),
 ]
 
 
-def generate() -> str:
-    """Return the text of the blocking facade."""
-    text = SOURCE.read_text(encoding="utf-8")
+def generate(source: str, target: str) -> str:
+    """Return the text of a blocking file."""
+    text = (PACKAGE / source).read_text(encoding="utf-8")
+    text = re.sub(r'\A""".*?"""\n', DOCSTRINGS[target], text, flags=re.DOTALL)
     for pattern, replacement in RULES:
-        text = re.sub(pattern, replacement, text, flags=re.DOTALL if pattern[:2] == r"\A" else 0)
-    command = [sys.executable, "-m", "ruff", "format", "--stdin-filename", str(TARGET), "-"]
+        text = re.sub(pattern, replacement, text)
+    command = [sys.executable, "-m", "ruff", "format", "--stdin-filename", target, "-"]
     return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
 
 
 def main() -> int:
-    """Write the file, or compare it."""
-    generated = generate()
-    if sys.argv[1:] != ["--check"]:
-        TARGET.write_text(generated, encoding="utf-8")
-    elif TARGET.read_text(encoding="utf-8") != generated:
-        print(f"{TARGET.name}: not up to date; run python .ci/generate_syncio.py", file=sys.stderr)
-        return 1
-    return 0
+    """Write the files, or compare them."""
+    code = 0
+    for source, target in FILES.items():
+        generated, path = generate(source, target), PACKAGE / target
+        if sys.argv[1:] != ["--check"]:
+            path.write_text(generated, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != generated:
+            print(f"{target}: not up to date; run python .ci/generate_syncio.py", file=sys.stderr)
+            code = 1
+    return code
 
 
 sys.exit(main())

@@ -24,7 +24,7 @@ except ImportError as error:
         "usermetadata.server needs Starlette and uvicorn; pip install 'usermetadata[server]'"
     ) from error
 
-from usermetadata._core.operations import ClearOne, Get, Update
+from usermetadata._core.asyncio_functions import AsyncioFunctions
 from usermetadata._core.runners import AsyncioRunner
 from usermetadata.codec import encode_metadata
 from usermetadata.exceptions import (
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
-    from usermetadata.codec import Metadata
 
 T = TypeVar("T")
 
@@ -211,18 +210,18 @@ class _Server:
         user_ids = request.query_params.getlist("userId")
         if not user_ids:
             raise _Refusal(400, "Field name 'userId' is missing in GET request")
-        found = await runner.read(Get(user_ids[0]))
+        found = await AsyncioFunctions(runner).get_user_metadata(user_ids[0], {})
         return {"metadata": found.metadata, "status": "OK"}
 
     async def _update(self, request: Request, runner: AsyncioRunner) -> dict[str, Any]:
         body = await self._body(request)
         user_id, update = _field(body, "userId", str), _field(body, "metadataUpdate", dict)
-        updated = await runner.write(Update(user_id, update))
+        updated = await AsyncioFunctions(runner).update_user_metadata(user_id, update, {})
         return {"metadata": updated.metadata, "status": "OK"}
 
     async def _remove(self, request: Request, runner: AsyncioRunner) -> dict[str, Any]:
         user_id = _field(await self._body(request), "userId", str)
-        await runner.write(ClearOne(user_id))
+        await AsyncioFunctions(runner).clear_user_metadata(user_id, {})
         return {"status": "OK"}
 
     async def _get_bulk(self, request: Request, runner: AsyncioRunner) -> dict[str, Any]:
@@ -231,19 +230,11 @@ class _Server:
             raise _Refusal(400, f"You can only query up to {_MOST_USERS} users at a time.")
         if not all(isinstance(user_id, str) for user_id in user_ids):
             raise _Refusal(400, "userIds array must contain only strings")
-        return {"status": "OK", "users": await runner.read(_GetBulk(user_ids))}
-
-
-class _GetBulk:
-    """Read many users; absent ones are ``null``."""
-
-    def __init__(self, user_ids: list[str]) -> None:
-        self.user_ids = [
-            check_user_id(user_id, f"userIds[{number}]") for number, user_id in enumerate(user_ids)
-        ]
-
-    def result(self, found: dict[str, Metadata]) -> list[dict[str, Any]]:
-        return [{"userId": user_id, "metadata": found.get(user_id)} for user_id in self.user_ids]
+        for number, user_id in enumerate(user_ids):
+            check_user_id(user_id, f"userIds[{number}]")
+        found = await runner.read(user_ids)
+        users = [{"userId": user_id, "metadata": found.get(user_id)} for user_id in user_ids]
+        return {"status": "OK", "users": users}
 
 
 def _text(status: int, text: str) -> Response:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from usermetadata.exceptions import InvalidInputError, UsageError
 from usermetadata.interfaces import RecipeInterface
@@ -12,7 +11,7 @@ from usermetadata.interfaces import RecipeInterface
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from usermetadata._core.functions import BlockingFunctions
+    from usermetadata._core.blocking_functions import BlockingFunctions
     from usermetadata._core.runners import AsyncioRunner
     from usermetadata.storage import Storage
 
@@ -102,8 +101,10 @@ class UserMetadataRecipe:
         owns_storage: bool = False,
     ) -> None:
         # Here, because importing a facade needs none of it.
-        from usermetadata._core.functions import BlockingFunctions, OverriddenFunctions
-        from usermetadata._core.runners import BlockingRunner
+        import threading
+
+        from usermetadata._core.blocking_functions import BlockingFunctions
+        from usermetadata._core.runners import BlockingOverride, BlockingRunner
 
         self.storage = storage
         self.override = override
@@ -117,7 +118,9 @@ class UserMetadataRecipe:
         else:
             original = self._asyncio_functions()
             self._implementation = _complete(override.functions(original), original)
-            self.blocking_implementation = OverriddenFunctions(self._implementation)
+            self.blocking_implementation = cast(
+                "BlockingFunctions", BlockingOverride(self._implementation)
+            )
 
     def __repr__(self) -> str:
         return f"UserMetadataRecipe({self.storage!r})"
@@ -196,7 +199,7 @@ class UserMetadataRecipe:
         return self._implementation
 
     def _asyncio_functions(self) -> RecipeInterface:
-        from usermetadata._core.functions import AsyncioFunctions
+        from usermetadata._core.asyncio_functions import AsyncioFunctions
         from usermetadata._core.runners import AsyncioRunner
 
         self._runner = AsyncioRunner(self.storage)

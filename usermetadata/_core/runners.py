@@ -1,10 +1,11 @@
-"""Runners execute checked operations on a storage: blocking, or for ``asyncio``."""
+"""Runners read and write for the functions: in the calling thread, or for ``asyncio``."""
 
 from __future__ import annotations
 
 import copy
 import sys
 from contextvars import ContextVar
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import ParamSpec
 
-    from usermetadata._core.operations import Read, Write
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
+    from usermetadata.interfaces import RecipeInterface
     from usermetadata.storage import Storage
 
     P = ParamSpec("P")
@@ -28,26 +29,26 @@ T = TypeVar("T")
 
 
 class BlockingRunner:
-    """Executes operations in the calling thread."""
+    """Reads and writes in the calling thread."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
 
-    def read(self, operation: Read[T]) -> T:
-        """Execute an operation that reads."""
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        """Read some users."""
         if inside.get():
             raise called_inside()
-        return operation.result(self._storage.read(operation.user_ids))
+        return self._storage.read(user_ids)
 
-    def write(self, operation: Write[T]) -> T:
-        """Execute an operation that writes."""
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        """Change some users."""
         if inside.get():
             raise called_inside()
-        return operation.result(self._storage.write(operation.changes))
+        return self._storage.write(changes)
 
 
 class AsyncioRunner:
-    """Executes operations in worker threads; concurrent operations share a ``read`` or ``write``.
+    """Reads and writes in worker threads; concurrent calls share a ``read`` or ``write``.
 
     Args:
         storage: where to read and write. Its ``reads_in_flight`` and ``writes_in_flight`` say how
@@ -75,26 +76,24 @@ class AsyncioRunner:
         other._storage, other._app_id = self._storage.for_app(app_id), app_id
         return other
 
-    async def read(self, operation: Read[T]) -> T:
-        """Execute an operation that reads."""
+    async def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        """Read some users."""
         if inside.get():
             raise called_inside()
         if self._reads_at_once and not _in_private_loop():
-            argument = (self._storage, operation.user_ids)
-            return operation.result(await self._reads.submit(self._app_id, argument))
-        return operation.result(self._storage.read(operation.user_ids))
+            return await self._reads.submit(self._app_id, (self._storage, user_ids))
+        return self._storage.read(user_ids)
 
-    async def write(self, operation: Write[T]) -> T:
-        """Execute an operation that writes; operations take effect in the order of the calls."""
+    async def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        """Change some users; writes take effect in the order of the calls."""
         if inside.get():
             raise called_inside()
         if self._writes_at_once and not _in_private_loop():
-            argument = (self._storage, operation.changes)
-            return operation.result(await self._writes.submit(self._app_id, argument))
-        return operation.result(self._storage.write(operation.changes))
+            return await self._writes.submit(self._app_id, (self._storage, changes))
+        return self._storage.write(changes)
 
     def close(self) -> None:
-        """Wait until the operations under way are executed, and end the worker threads."""
+        """Wait until the calls under way are executed, and end the worker threads."""
         self._reads.close()
         self._writes.close()
 
@@ -103,8 +102,7 @@ def _read_together(calls: list[tuple[Storage, Sequence[str]]]) -> list[dict[str,
     [(storage, first), *others] = calls
     if not others:
         return [storage.read(first)]
-    all_users = dict.fromkeys(user_id for _, user_ids in calls for user_id in user_ids)
-    found = storage.read(list(all_users))
+    found = storage.read(list({user_id: None for _, user_ids in calls for user_id in user_ids}))
     unused = dict(found)
 
     def take(user_id: str) -> Metadata:
@@ -125,6 +123,16 @@ def _write_together(
     storage = calls[0][0]
     written = iter(storage.write([change for _, changes in calls for change in changes]))
     return [list(islice(written, len(changes))) for _, changes in calls]
+
+
+class BlockingOverride:
+    """The functions as an override left them, blocking; each method is that of ``functions``."""
+
+    def __init__(self, functions: RecipeInterface) -> None:
+        self._functions = functions
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        return partial(wait_for, getattr(self._functions, name))
 
 
 # The event loop that `wait_for` made for one call. Blocking it is safe: nothing else runs in it.

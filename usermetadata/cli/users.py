@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from usermetadata._core.operations import ClearOne, Get, Set, Update
+from usermetadata._core.blocking_functions import BlockingFunctions
 from usermetadata._core.runners import BlockingRunner
 from usermetadata.cli.group import with_storage
 from usermetadata.cli.parsing import argument_or_input, parse
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @partial(with_storage, must_exist=True)
 def get(storage: Storage, user_id: str) -> None:
     """Show the metadata of USER_ID, {} if there is none."""
-    _show(BlockingRunner(storage).read(Get(user_id)).metadata)
+    _show(_functions(storage).get_user_metadata(user_id, {}).metadata)
 
 
 @click.command("set")
@@ -34,7 +34,7 @@ def get(storage: Storage, user_id: str) -> None:
 def set_(storage: Storage, user_id: str, metadata: str | None) -> None:
     """Replace the metadata of USER_ID with METADATA, a JSON object, and show it."""
     parsed = parse(argument_or_input(metadata), "metadata")
-    _show(BlockingRunner(storage).write(Set(user_id, parsed)).metadata)
+    _show(_functions(storage).set_user_metadata(user_id, parsed, {}).metadata)
 
 
 @click.command()
@@ -47,7 +47,7 @@ def update(storage: Storage, user_id: str, update: str | None) -> None:
     Root-level properties are overwritten; those that are null are removed.
     """
     parsed = parse(argument_or_input(update), "metadata_update")
-    _show(BlockingRunner(storage).write(Update(user_id, parsed)).metadata)
+    _show(_functions(storage).update_user_metadata(user_id, parsed, {}).metadata)
 
 
 @click.command()
@@ -55,7 +55,11 @@ def update(storage: Storage, user_id: str, update: str | None) -> None:
 @with_storage
 def clear(storage: Storage, user_id: str) -> None:
     """Remove all metadata of USER_ID."""
-    BlockingRunner(storage).write(ClearOne(user_id))
+    _functions(storage).clear_user_metadata(user_id, {})
+
+
+def _functions(storage: Storage) -> BlockingFunctions:
+    return BlockingFunctions(BlockingRunner(storage))
 
 
 def _show(metadata: Metadata) -> None:

@@ -1,4 +1,4 @@
-"""The functions for code without ``async``: they block until they are done.
+"""The blocking functions, for code without ``async``.
 
 They also work in a thread whose event loop is running, and block that loop meanwhile. This file is
 generated from ``usermetadata/asyncio/__init__.py``; change that one.

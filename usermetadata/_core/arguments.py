@@ -1,0 +1,57 @@
+"""Checking and copying the arguments of the functions: what they ask of a storage, as values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import copy_context
+from typing import TYPE_CHECKING, Any
+
+from usermetadata._core.reentry import call_guarded
+from usermetadata.changes import Merge, Modify
+from usermetadata.exceptions import InvalidInputError
+from usermetadata.validation import check_user_id, copy_metadata
+
+if TYPE_CHECKING:
+    from usermetadata.codec import Metadata
+
+
+def user_ids_of(user_ids: Iterable[str]) -> list[str]:
+    """Return the checked user ids."""
+    if isinstance(user_ids, (str, bytes)) or not isinstance(user_ids, Iterable):
+        raise InvalidInputError(
+            f"user_ids: {type(user_ids).__name__} is not a list of user ids; pass a list"
+        )
+    return [
+        check_user_id(user_id, f"user_ids[{number}]") for number, user_id in enumerate(user_ids)
+    ]
+
+
+def merges_of(metadata_updates: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Merge]]:
+    """Return the checked user ids, each with its checked update."""
+    if not isinstance(metadata_updates, Mapping):
+        raise InvalidInputError(
+            f"metadata_updates: {type(metadata_updates).__name__} is not a mapping;"
+            " pass {user_id: update}"
+        )
+    return [
+        (
+            check_user_id(user_id, f"metadata_updates: the key {user_id!r}"),
+            Merge(copy_metadata(update, f"metadata_updates[{user_id!r}]")),
+        )
+        for user_id, update in metadata_updates.items()
+    ]
+
+
+def modify_with(function: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Modify:
+    """Return a change that calls the function, in the caller's context, and checks its result."""
+    if not callable(function):
+        raise InvalidInputError(
+            f"function: {type(function).__name__} cannot be called; pass a function that"
+            " takes the metadata and returns the new metadata"
+        )
+    in_context = copy_context().run  # a storage may call the function in another thread
+
+    def checked(old: Metadata) -> Metadata:
+        return copy_metadata(in_context(call_guarded, function, old), "the function's result")
+
+    return Modify(checked)

@@ -1,0 +1,74 @@
+"""The functions without an override, for ``asyncio``; what an override wraps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from usermetadata._core.arguments import merges_of, modify_with, user_ids_of
+from usermetadata.changes import Clear, Merge, Replace
+from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult, RecipeInterface
+from usermetadata.validation import check_user_id, copy_metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from usermetadata._core.runners import AsyncioRunner
+
+
+class AsyncioFunctions(RecipeInterface):
+    """Each checks its arguments, reads or writes once, and wraps what it got."""
+
+    def __init__(self, runner: AsyncioRunner) -> None:
+        self._runner = runner
+
+    async def get_user_metadata(self, user_id: str, user_context: dict[str, Any]) -> MetadataResult:
+        user_id = check_user_id(user_id)
+        found = await self._runner.read([user_id])
+        return MetadataResult(found.get(user_id, {}))
+
+    async def update_user_metadata(
+        self, user_id: str, metadata_update: Mapping[str, Any], user_context: dict[str, Any]
+    ) -> MetadataResult:
+        change = Merge(copy_metadata(metadata_update, "metadata_update"))
+        [metadata] = await self._runner.write([(check_user_id(user_id), change)])
+        return MetadataResult(metadata or {})
+
+    async def clear_user_metadata(
+        self, user_id: str, user_context: dict[str, Any]
+    ) -> ClearUserMetadataResult:
+        await self._runner.write([(check_user_id(user_id), Clear())])
+        return ClearUserMetadataResult()
+
+    async def set_user_metadata(
+        self, user_id: str, metadata: Mapping[str, Any], user_context: dict[str, Any]
+    ) -> MetadataResult:
+        change = Replace(copy_metadata(metadata, "metadata"))
+        [stored] = await self._runner.write([(check_user_id(user_id), change)])
+        return MetadataResult(stored or {})
+
+    async def modify_user_metadata(
+        self,
+        user_id: str,
+        function: Callable[[dict[str, Any]], Mapping[str, Any]],
+        user_context: dict[str, Any],
+    ) -> MetadataResult:
+        change = modify_with(function)
+        [metadata] = await self._runner.write([(check_user_id(user_id), change)])
+        return MetadataResult(metadata or {})
+
+    async def get_bulk_user_metadata(
+        self, user_ids: Iterable[str], user_context: dict[str, Any]
+    ) -> dict[str, MetadataResult]:
+        checked = user_ids_of(user_ids)
+        found = await self._runner.read(checked)
+        return {user_id: MetadataResult(found.get(user_id, {})) for user_id in checked}
+
+    async def update_bulk_user_metadata(
+        self, metadata_updates: Mapping[str, Mapping[str, Any]], user_context: dict[str, Any]
+    ) -> dict[str, MetadataResult]:
+        changes = merges_of(metadata_updates)
+        written = await self._runner.write(changes)
+        return {
+            user_id: MetadataResult(metadata or {})
+            for (user_id, _), metadata in zip(changes, written, strict=True)
+        }
