@@ -19,8 +19,8 @@ FILES = {
 DOCSTRINGS = {
     "syncio/__init__.py": '''"""The blocking functions, for code without ``async``.
 
-They also work in a thread whose event loop is running, and block that loop meanwhile. This file is
-generated from ``usermetadata/asyncio/__init__.py``; change that one.
+They also work in a thread whose event loop is running, and block that loop. This file is generated
+from ``usermetadata/asyncio/__init__.py``; change that one.
 """
 ''',
     "_core/blocking_functions.py": '''"""The functions without an override, blocking.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def serve(app: Any, lifespan: Literal["auto", "on", "off"] = "auto") -> Generator[int, None, None]:
-    """Serve an application by uvicorn in a thread; give the port."""
+    """Serve an application with uvicorn in a thread; yield the port."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(app, lifespan=lifespan, log_config=None, access_log=False)
         server = uvicorn.Server(config)

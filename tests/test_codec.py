@@ -22,7 +22,7 @@ from usermetadata.validation import MAX_DEPTH, copy_metadata
 
 
 def nested(levels: int) -> dict[str, Any]:
-    """Return objects and arrays in each other, the root object counted as a level."""
+    """Return nested objects and arrays; the root object counts as a level."""
     value: Any = {}
     for above in reversed(range(levels - 1)):
         value = [value] if above % 2 else {"a": value}
@@ -38,7 +38,7 @@ def contains_itself() -> dict[str, Any]:
 
 
 class SameText(str):
-    """A ``str`` that is no other, though its text may be the same."""
+    """A ``str`` that never equals another one."""
 
     __slots__ = ()
     __hash__ = str.__hash__
@@ -81,7 +81,7 @@ BAD_INPUT: dict[str, tuple[object, str]] = {
 
 @pytest.mark.parametrize(("value", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
 def test_bad_input_is_refused_with_its_place(value: object, message: str) -> None:
-    """The message says where in the argument the fault is, and what it is."""
+    """The message gives the place of the fault in the argument, and the fault."""
     with pytest.raises(InvalidInputError) as caught:
         copy_metadata(value, "update")
     assert message in str(caught.value)
@@ -89,7 +89,7 @@ def test_bad_input_is_refused_with_its_place(value: object, message: str) -> Non
 
 
 def test_a_deep_fault_is_placed_briefly() -> None:
-    """The place of a fault is shortened where nobody would read it."""
+    """The place of a deeply nested fault is shortened."""
     with pytest.raises(InvalidInputError) as caught:
         copy_metadata(nested(MAX_DEPTH + 1), "update")
     assert len(str(caught.value)) < 150
@@ -112,7 +112,7 @@ def test_floats_come_back_bit_for_bit(number: float) -> None:
 
 @given(st.text(st.characters()))
 def test_text_is_stored_or_refused(text: str) -> None:
-    """What is stored is UTF-8 without U+0000, which every database can keep."""
+    """Stored text is UTF-8 without U+0000, so every database can keep it."""
     try:
         copied = copy_metadata({"text": text}, "update")
     except InvalidInputError:
@@ -129,9 +129,9 @@ def test_the_deepest_nesting_comes_back() -> None:
 
 
 def test_other_spellings_of_json_become_plain() -> None:
-    """Tuples, mappings and subclasses of plain types are stored as what JSON has for them."""
+    """Tuples, mappings and subclasses of plain types are stored as their JSON equivalents."""
 
-    class Colour(str, enum.Enum):  # noqa: UP042 - applications have these
+    class Colour(str, enum.Enum):  # noqa: UP042 - applications have such enums
         RED = "red"
 
     class Level(enum.IntEnum):

@@ -34,9 +34,9 @@ class Shell:
         self.database = database
 
     def run(self, *arguments: str, stdin: str = "", code: int = 0) -> str:
-        """Run a command; return what it printed, on standard error if it is to fail.
+        """Run a command; return its output, that on standard error if it should fail.
 
-        One that succeeds says nothing there but how many users it has done.
+        On success it only prints the number of users there.
         """
         command = [sys.executable, "-m", "usermetadata", *arguments]
         environment = {**os.environ, "USERMETADATA_URL": f"sqlite:///{self.database}"}
@@ -109,7 +109,7 @@ def test_the_functions_are_commands(shell: Shell) -> None:
 def test_errors_are_a_line_and_an_exit_code(
     shell: Shell, arguments: list[str], code: int, message: str
 ) -> None:
-    """2 for what is not valid, 1 for a storage that failed; no traceback."""
+    """The exit code is 2 for invalid arguments, 1 if the storage failed; no traceback."""
     (shell.database.parent / "not_utf8.jsonl").write_bytes(b"\xff\n")
     error = shell.run(*arguments, code=code)
     assert message in error
@@ -155,7 +155,7 @@ def test_what_is_exported_can_be_imported(shell: Shell, tmp_path: Path) -> None:
 
 
 def test_a_file_may_have_been_edited(shell: Shell, tmp_path: Path) -> None:
-    """What editors leave behind is no matter: a byte order mark, other line ends, empty lines."""
+    """A byte order mark, other line ends and empty lines are accepted."""
     text = (
         '\ufeff{"userId": "alice", "metadata": {"n": 1}}\r\n\n{"userId": "bob", "metadata": {}}\n\n'
     )
@@ -166,7 +166,7 @@ def test_a_file_may_have_been_edited(shell: Shell, tmp_path: Path) -> None:
 
 
 def test_a_failed_export_leaves_the_last_one(shell: Shell, tmp_path: Path) -> None:
-    """The file is replaced when all users are written; a failure leaves no other file behind."""
+    """The file is replaced when all users are written; a failure leaves no temporary file."""
     fill(shell.database, 2500)
     file = tmp_path / "elsewhere.jsonl"
     (tmp_path / "users.jsonl").symlink_to(file)
@@ -188,13 +188,13 @@ def test_a_failed_export_leaves_the_last_one(shell: Shell, tmp_path: Path) -> No
 
 
 def test_an_export_into_a_pipe(shell: Shell) -> None:
-    """What is no ordinary file is written to as it is."""
+    """A file that is not a regular file is written to directly."""
     fill(shell.database, 1)
     assert shell.run("export", "/dev/stdout") == shell.run("export")
 
 
 def test_an_export_of_a_storage_that_cannot_be_read(shell: Shell, tmp_path: Path) -> None:
-    """The last export stays as it is."""
+    """An export that fails leaves the last export unchanged."""
     file = tmp_path / "file"
     file.write_text("the last export")
     nobody = "postgresql://127.0.0.1:1/nobody"
@@ -203,7 +203,7 @@ def test_an_export_of_a_storage_that_cannot_be_read(shell: Shell, tmp_path: Path
 
 
 def test_an_export_is_private(shell: Shell, tmp_path: Path) -> None:
-    """A new file can be read by its owner only; a file that is replaced keeps its mode."""
+    """Only its owner can read a new file; a file that is replaced keeps its mode."""
     shell.run("set", "alice", "{}")
     shell.run("export", "new.jsonl")
     assert (tmp_path / "new.jsonl").stat().st_mode & 0o777 == 0o600
@@ -213,7 +213,7 @@ def test_an_export_is_private(shell: Shell, tmp_path: Path) -> None:
 
 
 def test_rows_of_other_programs_are_shown(shell: Shell) -> None:
-    """What is no text, half of a surrogate pair, is shown and exported as an escape."""
+    """A lone surrogate is shown and exported as an escape."""
     shell.run("set", "alice", '{"text": "?"}')
     with closing(sqlite3.connect(shell.database)) as connection, connection:
         connection.execute(r"""UPDATE user_metadata SET user_metadata = '{"text":"é\ud800"}'""")
@@ -223,7 +223,7 @@ def test_rows_of_other_programs_are_shown(shell: Shell) -> None:
 
 
 def test_an_import_is_resumed(shell: Shell, tmp_path: Path) -> None:
-    """What could not be stored is named, and can be gone on with from there."""
+    """The error names the line at fault, and the import can continue from there."""
     users = fill(tmp_path / "source.db", 2500)
     Shell(tmp_path / "source.db").run("export", "users.jsonl")
     lines = (tmp_path / "users.jsonl").read_text(encoding="utf-8").split("\n")
@@ -268,7 +268,7 @@ def test_a_cores_users_are_copied(shell: Shell, schema: str) -> None:
 
 
 def test_serve_answers_and_stops_when_told(shell: Shell) -> None:
-    """A request that is under way is answered, what it wrote is there, and the file is closed."""
+    """A request under way is answered, its write is stored, and the file is closed."""
     options = ["--port", "0", "--log-level", "debug"]
     command = [sys.executable, "-m", "usermetadata", "serve", *options]
     environment = {
@@ -296,7 +296,7 @@ def test_serve_answers_and_stops_when_told(shell: Shell) -> None:
             connection.getresponse().read()
         body = json.dumps({"userId": "alice", "metadataUpdate": {"n": 1}})
         first.request("PUT", "/recipe/user/metadata", body, {"api-key": "the key"})
-        # When this is answered the request before it has been read, and waits for the writer.
+        # Once this is answered, the request before it has been read and waits for the writer.
         second.request("GET", "/hello")
         second.getresponse().read()
         server.send_signal(signal.SIGTERM)
@@ -314,7 +314,7 @@ def test_serve_answers_and_stops_when_told(shell: Shell) -> None:
 
 
 def test_sqlite_utils_has_the_commands(shell: Shell) -> None:
-    """``sqlite-utils usermetadata`` is the same, on the file that is named."""
+    """``sqlite-utils usermetadata`` has the same commands, on the named file."""
     command = [sys.executable, "-m", "sqlite_utils", "usermetadata"]
     command += ["update", "alice", '{"n": 1}', "--storage", str(shell.database)]
     assert json.loads(subprocess.check_output(command)) == {"n": 1}
@@ -336,7 +336,7 @@ def test_sqlite_utils_has_the_merge_as_a_function(shell: Shell) -> None:
 
 @pytest.mark.parametrize("kind", STORAGES)
 def test_every_storage_lists_its_users(kind: str, tmp_path: Path) -> None:
-    """``read_after`` goes through all users of its app, each once, in one order."""
+    """``read_after`` returns all users of its app, each once, in one order."""
     with open_storage(kind, tmp_path) as storage:
         assert isinstance(storage, ListingStorage)
         users = {f"user {n:02}": {"n": n} for n in range(25)}

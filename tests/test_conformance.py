@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class TestEveryStorage(StorageConformance):
-    """All storages keep all promises; ``conftest.storage`` is each in turn."""
+    """All storages keep all promises; ``conftest.storage`` yields each in turn."""
 
 
 class AbsentIsEmpty(InMemoryStorage):
@@ -38,14 +38,14 @@ class AbsentIsEmpty(InMemoryStorage):
 
 
 class EmptyIsAbsent(InMemoryStorage):
-    """Takes ``{}`` for no row."""
+    """Treats ``{}`` as no row."""
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         return {user_id: found for user_id, found in super().read(user_ids).items() if found}
 
 
 class ClearsToEmpty(InMemoryStorage):
-    """Stores ``{}`` where a row should go."""
+    """Stores ``{}`` instead of removing a row."""
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         def at_least_empty(change: Change, old: Metadata | None) -> Metadata:
@@ -62,7 +62,7 @@ class ReadsFewUsers(InMemoryStorage):
 
 
 class MergesDeeply(InMemoryStorage):
-    """Does its own merge natively, and wrongly: as RFC 7396 has it."""
+    """Merges natively, and wrongly: as in RFC 7396."""
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         def patched(change: Change) -> Change:
@@ -82,7 +82,7 @@ class MergesDeeply(InMemoryStorage):
 
 
 class ReplaceMerges(InMemoryStorage):
-    """Takes ``Replace`` for ``Merge``."""
+    """Treats ``Replace`` as ``Merge``."""
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         return super().write(
@@ -94,7 +94,7 @@ class ReplaceMerges(InMemoryStorage):
 
 
 class ModifiesNothing(InMemoryStorage):
-    """Hands ``{}`` to every ``Modify``."""
+    """Passes ``{}`` to every ``Modify``."""
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         def of_nothing(change: Change, old: Metadata | None) -> Metadata | None:
@@ -104,7 +104,7 @@ class ModifiesNothing(InMemoryStorage):
 
 
 class KnowsOnlyItsChanges(InMemoryStorage):
-    """Does not call a change whose class it does not know."""
+    """Does not call changes of unknown classes."""
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         known = (Merge, Replace, Clear, Modify)
@@ -124,7 +124,7 @@ class WritesBackwards(InMemoryStorage):
 
 
 class OneChangePerUser(InMemoryStorage):
-    """Shows all changes the state before the write."""
+    """Passes the state before the write to all changes."""
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         before = self.read([user_id for user_id, _ in changes])
@@ -138,7 +138,7 @@ class OneChangePerUser(InMemoryStorage):
 
 
 class FailsOnNothing(InMemoryStorage):
-    """Cannot write nothing."""
+    """Fails on an empty write."""
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         return super().write([changes[0], *changes[1:]])
@@ -169,7 +169,7 @@ class CutsLargeObjects(InMemoryStorage):
 
 
 class OtherIds(InMemoryStorage):
-    """Keeps ids in another spelling."""
+    """Stores ids in another representation."""
 
     spelling: Callable[[str], str] = str.lower
 
@@ -185,13 +185,13 @@ class OtherIds(InMemoryStorage):
 
 
 class TrimsIds(OtherIds):
-    """Keeps ids without their blanks."""
+    """Stores ids without leading and trailing blanks."""
 
     spelling = str.strip
 
 
 class NormalisesIds(OtherIds):
-    """Keeps ids in Unicode's normal form."""
+    """Stores ids in a Unicode normal form."""
 
     spelling = partial(unicodedata.normalize, "NFC")
 
@@ -224,7 +224,7 @@ class Unlocked:
 
 
 class HalfLocked(Unlocked):
-    """Holds a lock over a write, but lets readers in between."""
+    """Holds a lock during a write, but not against readers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -265,7 +265,7 @@ class LeavesItselfLocked(InMemoryStorage):
 
 
 class WrapsErrors(InMemoryStorage):
-    """Turns what a change raises into an error of its own."""
+    """Replaces a change's exception by another error."""
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         try:
@@ -275,7 +275,7 @@ class WrapsErrors(InMemoryStorage):
 
 
 class BoundToOneThread(InMemoryStorage):
-    """Works in the thread that made it, as an SQLite connection does by default."""
+    """Works only in the thread that created it, as an SQLite connection does by default."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -319,7 +319,7 @@ class SharesObjects(Unlocked):
 
 
 class DecodesOnce(InMemoryStorage):
-    """Returns for each user what the user's last change has left, without copying it."""
+    """Returns the result of each user's last change without copying it."""
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         metadata: dict[str, Any] = {}
@@ -347,11 +347,11 @@ class ForgetsWhichApp(InMemoryStorage):
 
 
 class TakesAnyApp(Unlocked):
-    """Does not look at app ids."""
+    """Does not check app ids."""
 
 
 class JoinsTheIds(InMemoryStorage):
-    """Has one key for app and user: the two ids, one behind the other."""
+    """Uses the concatenation of app id and user id as the key."""
 
     prefix = "public"
 
@@ -369,25 +369,25 @@ class JoinsTheIds(InMemoryStorage):
 
 
 class FoldsApps(InMemoryStorage):
-    """Does not look at the case of app ids."""
+    """Ignores the case of app ids."""
 
     def for_app(self, app_id: str) -> Self:
         return super().for_app(app_id.lower())
 
 
 class ReadsOneByOne(InMemoryStorage):
-    """Takes a moment between the users of a read."""
+    """Pauses between the users of a read."""
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         found: dict[str, Metadata] = {}
         for user_id in user_ids:
             found.update(super().read([user_id]))
-            threading.Event().wait(0.002)  # what comes between is the fault
+            threading.Event().wait(0.002)  # other writes in this pause are the fault
         return found
 
 
 class StoresWhatWasInterrupted(Unlocked):
-    """Undoes errors only."""
+    """Undoes a write after errors, but not after interrupts."""
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         before = dict(self._rows)
@@ -399,7 +399,7 @@ class StoresWhatWasInterrupted(Unlocked):
 
 
 class MergesByItself(InMemoryStorage):
-    """Reads and writes in two steps for ``Merge``, which it knows."""
+    """Executes ``Merge`` in two steps, a read and a write."""
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         if [type(change) for _, change in changes] != [Merge]:
@@ -430,7 +430,7 @@ class ClosesItsOwnAppOnly(InMemoryStorage):
 
 
 class NeverCloses(InMemoryStorage):
-    """Goes on after ``close``."""
+    """Works after ``close``."""
 
     def close(self) -> None:
         pass
@@ -444,7 +444,7 @@ class ClosesOnce(InMemoryStorage):
         super().close()
 
 
-# The tests of the suite, and what must fail each.
+# The tests of the suite, and the faulty storages that must fail each.
 PLANTED_FAULTS: dict[str, list[Callable[[], Storage]]] = {
     "test_a_user_without_a_row_is_absent": [AbsentIsEmpty],
     "test_an_empty_object_is_a_row": [EmptyIsAbsent],
@@ -483,14 +483,14 @@ PLANTED_FAULTS: dict[str, list[Callable[[], Storage]]] = {
     "test_an_app_id_is_checked": [TakesAnyApp],
     "test_a_closed_storage_says_so": [NeverCloses, ClosesOnce, ClosesItsOwnAppOnly],
 }
-# The arguments besides ``storage``, where a test has any.
+# The arguments besides ``storage``, if a test has any.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "test_values_come_back_exactly": {"value": 2**53 + 1},
     "test_no_write_comes_between": {"row": True},
     "test_a_failing_change_undoes_the_whole_write": {"error": LookupError()},
     "test_a_closed_storage_says_so": {"which": "the other"},
 }
-# The arguments with which only one fault shows.
+# The arguments with which only one fault is found.
 SPECIAL: dict[Any, dict[str, Any]] = {
     StoresWhatWasInterrupted: {"error": KeyboardInterrupt()},
 }
@@ -507,6 +507,6 @@ def test_a_planted_fault_fails_the_suite(test: str, fault: Callable[[], Storage]
 
 
 def test_every_promise_has_a_planted_fault() -> None:
-    """No test of the suite is one that cannot fail."""
+    """Every test of the suite can fail."""
     tests = {name for name in vars(StorageConformance) if name.startswith("test_")}
     assert tests == set(PLANTED_FAULTS)

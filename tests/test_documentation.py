@@ -1,4 +1,4 @@
-"""Every example in the README, in ``docs/`` and in docstrings does what it says."""
+"""Every example in the README, in ``docs/`` and in docstrings shows the right results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MODULES = ["usermetadata"] + [
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[None, None, None]:
-    """Let examples write where they are, and into a database that is empty."""
+    """Run examples in an empty folder and with an empty database."""
     monkeypatch.chdir(tmp_path)
     with empty_schema() as schema:
         url = make_conninfo(server_url(), options=f"-csearch_path={schema}")
@@ -49,13 +49,13 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[None
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_examples_of_a_page_run(page: Path) -> None:
-    """Run from top to bottom, every Python block works and shows the right results."""
+    """Every Python block of a page runs, from top to bottom, and shows the right results."""
     for example in Document.parse(str(page), PythonCodeBlockParser()).examples():
         example.evaluate()
 
 
 def test_the_pages_have_examples() -> None:
-    """The test above runs what a reader sees."""
+    """The test above finds the examples."""
     pages = [Document.parse(str(page), PythonCodeBlockParser()) for page in PAGES]
     examples = [len(list(page.examples())) for page in pages]
     assert sum(examples) > 30
@@ -63,7 +63,7 @@ def test_the_pages_have_examples() -> None:
 
 
 class _Await:
-    """Stands for ``await`` where there is no coroutine around."""
+    """Replaces ``await`` outside a coroutine."""
 
     def __matmul__(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run(coroutine)
@@ -85,13 +85,13 @@ def test_the_examples_of_a_module_run(name: str) -> None:
 
 
 def test_public_functions_have_examples() -> None:
-    """A reader of the reference sees every function at work."""
+    """Every function in the reference has an example."""
     for name in FUNCTIONS:
         assert ">>>" in getattr(syncio, name).__doc__
 
 
 def test_the_quickstart_prints_what_it_promises(capsys: pytest.CaptureFixture[str]) -> None:
-    """Run again, the visits count on: the metadata was kept in the file."""
+    """A second run continues to count visits: the metadata was kept in the file."""
     for visits in (1, 2):
         runpy.run_path(str(ROOT / "docs/examples/quickstart.py"))
         usermetadata.UserMetadataRecipe.reset()
@@ -100,14 +100,14 @@ def test_the_quickstart_prints_what_it_promises(capsys: pytest.CaptureFixture[st
 
 
 def test_the_readme_shows_it_by_line_40() -> None:
-    """A reader with five minutes has seen installing, running and results by then."""
+    """The first 40 lines show how to install and run the library, and results."""
     start = "\n".join(README.read_text(encoding="utf-8").splitlines()[:40])
     assert "pip install . && python docs/examples/quickstart.py" in start
     assert ">>> update_user_metadata(" in start
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    """No page links to a file that is not there."""
+    """Every link to a file leads to a file that exists."""
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#\s]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
@@ -115,7 +115,7 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 
 def test_the_test_index_names_tests_that_exist() -> None:
-    """Each promise in the index of the contributors' page leads to a test."""
+    """Each test in the index of the contributors' page exists."""
     names = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs/contributing.md").read_text())
     assert len(names) > 30
     for file, name in names:
@@ -123,14 +123,14 @@ def test_the_test_index_names_tests_that_exist() -> None:
 
 
 def test_the_storage_of_the_guide_is_short() -> None:
-    """A third party writes a storage in about 40 lines of code."""
+    """The example storage has at most 50 lines of code."""
     text = (ROOT / "docs/examples/json_file_storage.py").read_text(encoding="utf-8")
     storage = text[text.index("class JSONFileStorage") :]
     assert len([line for line in storage.splitlines() if line.strip()]) <= 50
 
 
 def test_typed_callers_need_no_ignores() -> None:
-    """The small typed program that the type checkers are run over works, too."""
+    """The small program that the type checkers check also runs."""
     program = ROOT / "tests" / "typed_caller.py"
     assert "ignore" not in program.read_text(encoding="utf-8")
     subprocess.run([sys.executable, "-W", "error", str(program)], check=True)

@@ -69,7 +69,7 @@ def test_the_sdks_shallow_merge(facade: Any) -> None:
 
 
 def test_an_empty_update_wipes_nothing(facade: Any) -> None:
-    """``update({})`` makes a row where there is none, and leaves one that is there."""
+    """``update({})`` creates a row if there is none, and leaves an existing row unchanged."""
     assert facade.update_user_metadata("alice", {}).metadata == {}
     facade.update_user_metadata("alice", {"n": 1})
     assert facade.update_user_metadata("alice", {}).metadata == {"n": 1}
@@ -88,7 +88,7 @@ def test_the_parameters_have_the_sdks_names(facade: Any) -> None:
 
 
 def test_set_replaces_everything(facade: Any) -> None:
-    """``set`` forgets what was there, and leaves out root-level nulls."""
+    """``set`` replaces the old metadata, and leaves out root-level nulls."""
     facade.update_user_metadata("alice", {"a": 1, "b": 2})
     assert facade.set_user_metadata("alice", {"b": 3, "c": None}).metadata == {"b": 3}
     assert facade.get_user_metadata("alice").metadata == {"b": 3}
@@ -119,14 +119,14 @@ def test_bulk_update_is_many_updates(facade: Any) -> None:
 
 
 def test_bulk_update_is_all_or_nothing(facade: Any) -> None:
-    """One bad update, and no user is changed; the message says which."""
+    """One bad update leaves all users unchanged; the message names it."""
     with pytest.raises(InvalidInputError, match=r"metadata_updates\['bob'\]\[\"a\"\]\[1\]: nan"):
         facade.update_bulk_user_metadata({"alice": {"a": 1}, "bob": {"a": [1, float("nan")]}})
     assert facade.get_user_metadata("alice").metadata == {}
 
 
 def test_modify_reads_and_writes_in_one_step(facade: Any) -> None:
-    """The function gets the metadata, ``{}`` at first, and what it returns is stored."""
+    """The function gets the metadata, ``{}`` at first, and its result is stored."""
 
     def visit(metadata: Metadata) -> Metadata:
         metadata["visits"] = metadata.get("visits", 0) + 1
@@ -139,7 +139,7 @@ def test_modify_reads_and_writes_in_one_step(facade: Any) -> None:
 
 
 def test_what_the_function_raises_is_raised(facade: Any) -> None:
-    """The exception arrives as it is, and nothing is written."""
+    """The exception propagates unchanged, and nothing is written."""
     facade.update_user_metadata("alice", {"coins": 1})
     error = ValueError("not enough coins")
 
@@ -167,7 +167,7 @@ def nothing(metadata: Metadata) -> Any:
     ],
 )
 def test_what_the_function_returns_is_checked(facade: Any, function: Any, message: str) -> None:
-    """A function that returns nothing, or what is not JSON, wipes nothing."""
+    """If a function returns ``None`` or a value that is not JSON, nothing is written."""
     facade.update_user_metadata("alice", {"n": 1})
     with pytest.raises(InvalidInputError, match=message):
         facade.modify_user_metadata("alice", function)
@@ -175,7 +175,7 @@ def test_what_the_function_returns_is_checked(facade: Any, function: Any, messag
 
 
 def test_the_function_cannot_call_the_library(facade: Any) -> None:
-    """A call inside the storage's lock is refused, instead of a deadlock or a lost update."""
+    """A call inside the storage's lock is refused; it would deadlock or lose an update."""
     errors: list[UsageError] = []
 
     def call(metadata: Metadata) -> Metadata:
@@ -216,7 +216,7 @@ def test_the_function_cannot_call_the_library(facade: Any) -> None:
 def test_bad_input_is_refused(
     facade: Any, function: str, arguments: list[Any], message: str
 ) -> None:
-    """The message names the argument and the fault; what is stored stays."""
+    """The message names the argument and the fault; stored metadata stays unchanged."""
     facade.update_user_metadata("alice", {"n": 1})
     with pytest.raises(InvalidInputError, match=message):
         getattr(facade, function)(*arguments)
@@ -227,7 +227,7 @@ def test_bad_input_is_refused(
 
 
 def test_results_and_arguments_are_the_callers(facade: Any) -> None:
-    """Changing what was passed in or returned changes nothing stored."""
+    """Changing arguments or results after the call changes nothing stored."""
     update: Metadata = {"list": [1], "object": {"n": 1}}
     expected = copy.deepcopy(update)
     updated = facade.update_user_metadata("alice", update).metadata
@@ -249,7 +249,7 @@ def test_frameworks_see_what_is_to_be_awaited() -> None:
 
 
 def test_an_update_is_read_when_the_coroutine_starts() -> None:
-    """A dict that is changed while the call is under way changes nothing that is stored."""
+    """Changing the dict while the call is under way changes nothing stored."""
 
     async def main() -> None:
         update = {"n": 0}
@@ -262,7 +262,7 @@ def test_an_update_is_read_when_the_coroutine_starts() -> None:
     assert syncio.get_user_metadata("alice").metadata == {"n": 0}
 
 
-# Where it runs
+# Threads and event loops
 
 
 def test_syncio_works_inside_a_running_loop() -> None:
@@ -278,7 +278,7 @@ def test_syncio_works_inside_a_running_loop() -> None:
 
 @pytest.mark.parametrize("storage", STORAGES[1:], indirect=True)
 def test_asyncio_does_not_block_the_loop() -> None:
-    """While a storage is busy the event loop goes on."""
+    """While a storage is busy, the event loop keeps running."""
 
     async def main() -> None:
         entered, leave = threading.Event(), threading.Event()
@@ -301,7 +301,7 @@ def test_asyncio_does_not_block_the_loop() -> None:
 
 
 def test_asyncio_works_in_every_loop() -> None:
-    """Loops one after the other, and several at once in threads, use one store."""
+    """Event loops in turn, and several at once in threads, use one store."""
 
     async def update(name: str) -> None:
         await asyncio.gather(
@@ -320,7 +320,7 @@ def test_asyncio_works_in_every_loop() -> None:
 
 @pytest.mark.parametrize("storage", STORAGES[1:], indirect=True)
 def test_a_cancelled_caller_hurts_nobody() -> None:
-    """Cancelling one call leaves the others, and the storage, as they are."""
+    """Cancelling one call does not affect the others or the storage."""
 
     async def main() -> None:
         entered, leave = threading.Event(), threading.Event()
@@ -348,7 +348,7 @@ def test_a_cancelled_caller_hurts_nobody() -> None:
 
 @pytest.mark.parametrize("storage", ["sqlite file"], indirect=True)
 def test_threads_lose_no_update() -> None:
-    """8 threads update one user 500 times each; a lost update would leave its trace."""
+    """8 threads update one user 500 times each; a lost update would be found."""
 
     def work(thread: int) -> None:
         for number in range(500):
@@ -366,7 +366,7 @@ def test_threads_lose_no_update() -> None:
 
 @pytest.mark.parametrize("storage", ["sqlite file"], indirect=True)
 def test_tasks_lose_no_update() -> None:
-    """8 tasks update one user 500 times each; a lost update would leave its trace."""
+    """8 tasks update one user 500 times each; a lost update would be found."""
 
     async def work(task: int) -> None:
         for number in range(500):
@@ -381,13 +381,13 @@ def test_tasks_lose_no_update() -> None:
     assert syncio.get_user_metadata("alice").metadata == expected
 
 
-# The two facades are one
+# The two facades agree
 
 
 @pytest.mark.parametrize("storage", ["memory"], indirect=True)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_facades_are_the_same(name: str) -> None:
-    """Both have the same functions, parameters and documentation; one is awaited."""
+    """Both have the same functions, parameters and documentation."""
     blocking, awaited = getattr(syncio, name), getattr(aio, name)
     assert inspect.signature(blocking) == inspect.signature(awaited)
     without_await = re.sub(r"\((await .*)\)\.metadata", r"\1.metadata", awaited.__doc__)

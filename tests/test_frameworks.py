@@ -1,4 +1,4 @@
-"""The programs of the guide to web frameworks and workers, run for real."""
+"""The programs of the guide to web frameworks and workers, with real requests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 
 
 class Answer(NamedTuple):
-    """What a client sees of an answer."""
+    """A response: status and body."""
 
     status: int
     text: str
@@ -45,7 +45,7 @@ class Answer(NamedTuple):
 
 
 class Send(Protocol):
-    """Sends ``"POST /updateinfo"``, say, as a user or as nobody."""
+    """Sends a request, for example ``"POST /updateinfo"``, with or without a user."""
 
     def __call__(self, request: str, user_id: str | None, body: bytes = b"") -> Answer: ...
 
@@ -57,7 +57,7 @@ def headers(user_id: str | None) -> dict[str, str]:
 
 
 def imported(name: str) -> Any:
-    """Import a program that calls ``init`` at its top, which Python runs once."""
+    """Import a program that calls ``init`` at module level, which Python runs once."""
     if name in sys.modules:
         usermetadata.init()
     return importlib.import_module(name)
@@ -65,7 +65,7 @@ def imported(name: str) -> Any:
 
 @contextlib.contextmanager
 def served(name: str, lifespan: Literal["on", "off"] = "on") -> Generator[Send, None, None]:
-    """Serve a program by uvicorn."""
+    """Serve a program with uvicorn."""
     app = importlib.import_module(name).app
 
     def send(request: str, user_id: str | None, body: bytes = b"") -> Answer:
@@ -153,7 +153,7 @@ def http_api_event(
 
 @contextlib.contextmanager
 def aws_lambda(*, is_base64: bool) -> Generator[Send, None, None]:
-    """Call the handler of the Lambda program; what API Gateway takes for binary comes as base64."""
+    """Call the handler of the Lambda program; API Gateway sends binary bodies as base64."""
     handler = imported("aws_lambda").handler
 
     def send(request: str, user_id: str | None, body: bytes = b"") -> Answer:
@@ -178,31 +178,31 @@ LIFESPANS = ["fastapi", "starlette"]
 
 @pytest.fixture(autouse=True)
 def environment(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the programs, here and in processes of their own, keep metadata in a new file."""
+    """Let the programs, in this process and in others, keep metadata in a new file."""
     monkeypatch.setenv("USERMETADATA_URL", f"sqlite:///{database}")
 
 
 @pytest.fixture(params=FRAMEWORKS)
 def send(request: pytest.FixtureRequest) -> Generator[Send, None, None]:
-    """Each program in turn, ready to answer."""
+    """Each program in turn, ready for requests."""
     with FRAMEWORKS[request.param]() as send:
         yield send
 
 
 def rows(database: Path) -> dict[str, Any]:
-    """Return what is in the file."""
+    """Return the rows of the file."""
     with contextlib.closing(sqlite3.connect(database)) as connection:
         found = connection.execute("SELECT user_id, user_metadata FROM user_metadata").fetchall()
     return {user_id: json.loads(text) for user_id, text in found}
 
 
-# What all of them do.
+# All programs.
 
 
 def test_updating_reading_and_clearing(send: Send) -> None:
     """``/updateinfo`` merges and answers as in SuperTokens' guide; ``/userinfo`` shows or clears.
 
-    Each user has metadata of its own, and one that is unknown has ``{}``.
+    Users do not see each other's metadata; that of an unknown user is ``{}``.
     """
     for body in (b'{"newKey": "data", "theme": "dark"}', b'{"theme": null, "\xc3\xa9": [1.5]}'):
         answer = send("POST /updateinfo", "alice", body)
@@ -226,7 +226,7 @@ def test_updating_reading_and_clearing(send: Send) -> None:
 def test_what_cannot_be_stored_is_answered_400(
     send: Send, user_id: str, body: bytes, message: str
 ) -> None:
-    """A client's mistake is no error 500: the answer says where it is, and nothing is written."""
+    """Bad input gets a 400 response that gives its place; nothing is written."""
     answer = send("POST /updateinfo", user_id, body)
     assert (answer.status, answer.json) == (400, {"message": message})
     assert send("GET /userinfo", "alice").json == {}
@@ -238,7 +238,7 @@ def test_what_cannot_be_stored_is_answered_400(
     ids=["cut", "list", "cut text", "empty", "deep", "long number"],
 )
 def test_a_body_that_is_no_json_object_is_refused(send: Send, body: bytes) -> None:
-    """Broken JSON, or JSON of another kind, is a 400 as well; FastAPI's own answer is 422."""
+    """Broken JSON, or JSON that is not an object, also gets a 400 response; with FastAPI a 422."""
     answer = send("POST /updateinfo", "alice", body)
     assert answer.status in (400, 422)
     assert answer.text
@@ -247,7 +247,7 @@ def test_a_body_that_is_no_json_object_is_refused(send: Send, body: bytes) -> No
 
 @pytest.mark.parametrize("name", [name for name in FRAMEWORKS if name != "lambda"])
 def test_a_body_that_is_no_text_is_refused(name: str) -> None:
-    """So are bytes that are not UTF-8, which reach Lambda only as base64."""
+    """Bytes that are not UTF-8 are also refused; they reach Lambda only as base64."""
     with FRAMEWORKS[name]() as send:
         answer = send("POST /updateinfo", "alice", b'{"theme": "\xff"}')
         assert answer.status in (400, 422)
@@ -257,14 +257,14 @@ def test_a_body_that_is_no_text_is_refused(name: str) -> None:
 @pytest.mark.parametrize("request_line", ["POST /updateinfo", "GET /userinfo", "DELETE /userinfo"])
 @pytest.mark.parametrize("name", [name for name in FRAMEWORKS if "lambda" not in name])
 def test_who_is_not_logged_in_is_refused(name: str, request_line: str) -> None:
-    """Nobody's metadata is shown or changed; before Lambda the API's authorizer sees to that."""
+    """Requests without a user are refused; for Lambda the API's authorizer does that."""
     with FRAMEWORKS[name]() as send:
         answer = send(request_line, None, b"{}")
         assert answer.status == (403 if name.startswith("django") else 401)
 
 
 def test_requests_at_the_same_time_lose_nothing(send: Send) -> None:
-    """Forty updates of one user, eight at a time, are all there afterwards."""
+    """Forty updates of one user, eight at a time, are all stored."""
 
     def update(number: int) -> int:
         body = json.dumps({str(number): number}).encode()
@@ -279,7 +279,7 @@ def test_requests_at_the_same_time_lose_nothing(send: Send) -> None:
 def test_metadata_is_in_the_storage_that_the_environment_names(name: str, database: Path) -> None:
     """It is in the file of ``USERMETADATA_URL``, which the programs with a lifespan close.
 
-    Nothing is left behind then: no thread, no other file beside the database.
+    Afterwards no thread runs, and there is no other file beside the database.
     """
     threads = threading.active_count()
     with FRAMEWORKS[name]() as send:
@@ -292,12 +292,12 @@ def test_metadata_is_in_the_storage_that_the_environment_names(name: str, databa
         assert os.listdir(database.parent) == [database.name]
 
 
-# Processes of their own.
+# Separate processes.
 
 
 @pytest.mark.parametrize("app", ["fastapi_app:app", "starlette_app:app", "django_app:application"])
 def test_uvicorns_command_line_serves_and_stops(app: str, database: Path) -> None:
-    """``uvicorn fastapi_app:app`` answers, and ends without a warning when it is told to."""
+    """``uvicorn fastapi_app:app`` answers, and ends without a warning at SIGTERM."""
     command = [sys.executable, "-W", "error", "-m", "uvicorn", "--port", "0", app]
     process = subprocess.Popen(command, cwd=EXAMPLES, stderr=subprocess.PIPE, text=True)
     with process:
@@ -317,12 +317,12 @@ def test_uvicorns_command_line_serves_and_stops(app: str, database: Path) -> Non
     assert "Finished server process" in log
     assert not [word for word in ("Warning", "Traceback", "ERROR", "Exception") if word in log]
     assert rows(database) == {"alice": {"theme": "dark"}}
-    if "django" not in app:  # which has no lifespan: what is open, the interpreter's exit closes
+    if "django" not in app:  # it has no lifespan: the interpreter's exit closes the file
         assert "Application shutdown complete" in log
 
 
 def run(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run Python in the folder of the programs; warnings are errors there too."""
+    """Run Python in the folder of the programs; warnings are errors."""
     line = [sys.executable, "-W", "error", *command]
     return subprocess.run(
         line, cwd=EXAMPLES, capture_output=True, text=True, timeout=60, check=False, **options
@@ -330,9 +330,9 @@ def run(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def test_flask_may_be_forked_after_it_was_used(database: Path) -> None:
-    """As by ``gunicorn --preload``: ``init`` and the first call before the fork, workers after it.
+    """As with ``gunicorn --preload``: ``init`` and the first call, then the fork, then workers.
 
-    Nobody calls ``reset()``: the interpreter's exit closes the file without a warning.
+    Without ``reset()``: the interpreter's exit closes the file without a warning.
     """
     program = """
 import os
@@ -379,7 +379,7 @@ def test_workers_count_every_visit(database: Path, tmp_path: Path) -> None:
 
 
 def test_a_worker_goes_on_after_a_bad_user_id(database: Path) -> None:
-    """What is wrong is said, the others are counted, and the exit status tells."""
+    """The error is printed, the other users are counted, and the exit status is 1."""
     finished = run("worker.py", input="alice\n\nbob\n")
     assert finished.returncode == 1
     assert finished.stdout == "alice 1\nbob 1\n"
@@ -395,7 +395,7 @@ def test_a_worker_goes_on_after_a_bad_user_id(database: Path) -> None:
 def test_without_its_lifespan_a_program_uses_the_fixtures_storage(
     name: str, database: Path
 ) -> None:
-    """As under ``TestClient(app)`` that is not entered: the test's store is the program's."""
+    """As with ``TestClient(app)`` without ``with``: the program uses the test's store."""
     with served(f"{name}_app", lifespan="off") as send:
         send("POST /updateinfo", "alice", b'{"theme": "dark"}')
     assert get_user_metadata("alice").metadata == {"theme": "dark"}

@@ -1,4 +1,4 @@
-"""Concurrent callers, whoever they are, see each user's metadata change one call at a time."""
+"""Concurrent callers of any kind see each user's metadata change one call at a time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NEVER = float("inf")
 
 @dataclass
 class Call:
-    """One call about one user, when it began and ended, and what came of it."""
+    """One call for one user: when it began and ended, and its result."""
 
     name: str
     argument: Metadata
@@ -43,7 +43,7 @@ class Call:
     result: Metadata | None = None  # None: it was cancelled, and may have taken effect or not
 
     def apply(self, stored: Metadata) -> Metadata:
-        """Return what is stored afterwards, which is also what the caller gets."""
+        """Return the metadata after the call, which is also the call's result."""
         if self.name == "update":
             return merge_metadata(stored, self.argument)
         if self.name == "modify":
@@ -57,7 +57,7 @@ def count(metadata: Metadata) -> Metadata:
 
 
 def is_linearisable(history: Sequence[Call]) -> bool:
-    """Say whether some order of the calls, none before one that had ended, explains all results."""
+    """Tell whether an order of the calls that respects their times explains all results."""
     seen: set[tuple[frozenset[int], str]] = set()
     todo: list[tuple[frozenset[int], Metadata]] = [(frozenset(range(len(history))), {})]
     while todo:
@@ -95,7 +95,7 @@ def test_the_check_knows_what_is_wrong() -> None:
 
 
 class Gate:
-    """A storage whose calls from worker threads can be held up."""
+    """A storage whose calls from worker threads can be blocked."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
@@ -118,7 +118,7 @@ class Gate:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Leave it to whoever opened the storage."""
+        """The test closes the storage."""
 
 
 class ConcurrentCalls(RuleBasedStateMachine):
@@ -178,7 +178,7 @@ class ConcurrentCalls(RuleBasedStateMachine):
     @precondition(lambda self: self.futures)
     @rule(index=st.integers(min_value=0))
     def cancel(self, index: int) -> None:
-        """Cancel a call, whatever it is doing."""
+        """Cancel a call at any stage."""
         self.futures[index % len(self.futures)].cancel()
 
     @rule()
@@ -188,7 +188,7 @@ class ConcurrentCalls(RuleBasedStateMachine):
 
     @rule()
     def go_on(self) -> None:
-        """Let what has gathered pass, and wait for its end."""
+        """Let the gathered calls pass, and wait for their end."""
         self.gate.open.set()
         for future in self.futures:
             with contextlib.suppress(CancelledError):
@@ -196,7 +196,7 @@ class ConcurrentCalls(RuleBasedStateMachine):
         self.futures.clear()
 
     def teardown(self) -> None:
-        """Explain what was seen."""
+        """Check that an order explains the results."""
         self.go_on()
         UserMetadataRecipe.reset()
         self.opened.close()
@@ -212,7 +212,7 @@ class ConcurrentCalls(RuleBasedStateMachine):
         self.end(call, await self.function(usermetadata.asyncio, call)(user_id))
 
     def function(self, facade: Any, call: Call) -> Callable[[str], Any]:
-        """Return what is left to be called with a user id."""
+        """Return a function that takes a user id and makes the call."""
         function = getattr(facade, f"{call.name}_user_metadata")
         if call.name in ("get", "clear"):
             result: Callable[[str], Any] = function
@@ -230,8 +230,8 @@ class ConcurrentCalls(RuleBasedStateMachine):
 def test_concurrent_calls_are_linearisable(kind: str) -> None:
     """Each call takes effect at one moment between its begin and its end.
 
-    So calls of two event loops, of threads and of cancelled tasks can be put in an order, for each
-    user, that explains every result.
+    So for each user there is an order of the calls of two event loops, of threads and of cancelled
+    tasks that explains every result.
     """
 
     class Calls(ConcurrentCalls):

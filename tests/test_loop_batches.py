@@ -1,4 +1,4 @@
-"""How concurrent ``asyncio`` calls become few calls of the storage."""
+"""Concurrent ``asyncio`` calls share calls of the storage."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Gated(InMemoryStorage):
-    """Notes the size of each batch, and holds the next ones until it is opened."""
+    """Records the size of each batch, and blocks batches until it is opened."""
 
     reads_in_flight = writes_in_flight = 1
 
@@ -68,14 +68,14 @@ class Gated(InMemoryStorage):
 
 @pytest.fixture
 def storage() -> Gated:
-    """Initialise with a storage that can be held up."""
+    """Initialise with a storage that can be blocked."""
     storage = Gated()
     usermetadata.init(storage)
     return storage
 
 
 async def behind_another(storage: Gated, *calls: Coroutine[Any, Any, Any]) -> list[Any]:
-    """Let the calls gather while a first write and a first read are held up."""
+    """Let the calls gather while a first write and a first read are blocked."""
     storage.open.clear()
     storage.entered.clear()
     first = [asyncio.create_task(update_user_metadata("first", {}))]
@@ -103,7 +103,7 @@ def fail(metadata: Metadata) -> Metadata:
 
 
 def test_a_lone_call_goes_at_once(storage: Gated) -> None:
-    """Calls that nobody else joins are batches of one."""
+    """A lone call is a batch of one."""
 
     async def main() -> None:
         await update_user_metadata("alice", {"n": 1})
@@ -114,7 +114,7 @@ def test_a_lone_call_goes_at_once(storage: Gated) -> None:
 
 
 def test_what_gathers_behind_a_batch_is_one_batch(storage: Gated) -> None:
-    """All updates that come while one is running share the next write, and so do reads."""
+    """All updates that arrive while one is running share the next write, and so do reads."""
 
     async def main() -> None:
         updates = (update_user_metadata(f"user {n % 40}", {str(n): n}) for n in range(64))
@@ -128,7 +128,7 @@ def test_what_gathers_behind_a_batch_is_one_batch(storage: Gated) -> None:
 
 
 def test_who_reads_the_same_user_gets_an_object_of_its_own(storage: Gated) -> None:
-    """Callers that share a batch share nothing else."""
+    """Each caller of a batch gets its own copy."""
     storage.write([("alice", Merge({"list": [1]}))])
 
     async def main() -> None:
@@ -188,7 +188,7 @@ def test_bad_input_never_joins_a_batch(storage: Gated) -> None:
 
 
 def test_a_busy_storage_is_waited_for_once(storage: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All calls of a batch learn of it at once, instead of each waiting for the timeout again."""
+    """All calls of a batch get the error at once; none waits for the timeout again."""
     cause = OSError("locked")
 
     def busy(self: object, changes: object) -> list[Metadata | None]:
@@ -208,7 +208,7 @@ def test_a_busy_storage_is_waited_for_once(storage: Gated, monkeypatch: pytest.M
 def test_a_storage_may_have_errors_of_its_own(
     storage: Gated, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever they are made from, all calls of a batch get them, and later calls work."""
+    """All calls of a batch get an error of any class, and later calls work."""
 
     class TooBusyError(StorageBusyError):
         def __init__(self, table: str, seconds: float) -> None:
@@ -283,7 +283,7 @@ def test_loops_in_threads_share_batches(storage: Gated) -> None:
 
 
 def test_a_loop_that_is_closed_is_not_missed(storage: Gated) -> None:
-    """A batch whose callers' loop has gone ends quietly, and the next call works."""
+    """A batch whose callers' loop is closed ends without a warning; the next call works."""
 
     async def leave() -> None:
         asyncio.get_running_loop().create_task(update_user_metadata("alice", {"n": 1}))
@@ -300,7 +300,7 @@ def test_a_loop_that_is_closed_is_not_missed(storage: Gated) -> None:
 
 
 def test_reset_leaves_no_thread(storage: Gated) -> None:
-    """Calls under way come to their end before, and the worker threads with them."""
+    """``reset`` completes the calls under way and ends the worker threads."""
     before = set(threading.enumerate())
 
     async def main() -> None:
@@ -316,7 +316,7 @@ def test_reset_leaves_no_thread(storage: Gated) -> None:
 
 
 def test_the_storage_says_how_many_batches_run_at_a_time() -> None:
-    """With ``reads_in_flight = 2`` a second batch of reads goes beside the first, a third waits."""
+    """With ``reads_in_flight = 2`` two batches of reads run at a time, and a third waits."""
     arrived = threading.Semaphore(0)
     go_on = threading.Event()
 
@@ -344,7 +344,7 @@ def test_the_storage_says_how_many_batches_run_at_a_time() -> None:
 
 
 def test_a_dropped_recipe_leaves_no_thread(database: Path) -> None:
-    """Also without ``reset``, the worker threads end once nothing refers to them any more."""
+    """Without ``reset``, the worker threads end when the recipe is dropped."""
     before = set(threading.enumerate())
     with contextlib.closing(SQLiteStorage(database)) as storage:
         recipe = UserMetadataRecipe(storage)
@@ -364,7 +364,7 @@ async def write_once(recipe: UserMetadataRecipe) -> None:
 
 
 def test_an_unknown_outcome_is_not_repeated(storage: Gated) -> None:
-    """After ``OutcomeUnknownError`` no call of the batch is executed a second time."""
+    """After ``OutcomeUnknownError`` no call of the batch is executed again."""
 
     def lost(self: object, changes: object) -> list[Metadata | None]:
         raise OutcomeUnknownError("the connection was lost")
@@ -381,7 +381,7 @@ def test_an_unknown_outcome_is_not_repeated(storage: Gated) -> None:
 
 
 def test_memory_needs_no_thread() -> None:
-    """A storage that never waits is called on the spot."""
+    """A storage that never waits is called on the event loop's thread."""
     usermetadata.init("memory://")
     before = set(threading.enumerate())
 
@@ -393,7 +393,7 @@ def test_memory_needs_no_thread() -> None:
 
 
 def test_stop_iteration_does_not_hang(storage: Gated) -> None:
-    """What a future cannot hold arrives as ``RuntimeError``; in ``syncio`` it arrives as it is."""
+    """``asyncio`` raises ``RuntimeError`` for it; ``syncio`` raises it unchanged."""
 
     def stop(metadata: Metadata) -> Metadata:
         raise StopIteration
@@ -434,7 +434,7 @@ def test_concurrent_updates_share_commits(database: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["return", "os.fork", "close"])
 def test_the_interpreter_ends_quietly(database: Path, ending: str) -> None:
-    """Exit in the middle of things, a forked child and a closed storage leave no warning."""
+    """Exit during calls, a forked child and a closed storage cause no warning."""
     program = """
 import asyncio, os, sys
 import usermetadata

@@ -18,7 +18,7 @@ VECTORS = json.loads((Path(__file__).parent / "merge_vectors.json").read_text(en
 
 @pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["name"])
 def test_every_vector_holds(vector: dict[str, Any]) -> None:
-    """The cases that any implementation of the merge, in any language, must agree on."""
+    """The cases that every implementation of the merge, in any language, must satisfy."""
     assert merge_metadata(vector["old"], vector["update"]) == vector["merged"]
 
 
@@ -41,7 +41,7 @@ def test_merging_twice_is_merging_once(old: dict[str, Any], update: dict[str, An
 def test_what_the_update_does_not_name_is_untouched(
     old: dict[str, Any], update: dict[str, Any]
 ) -> None:
-    """Properties that are not in the update stay, as the very same objects and in their order."""
+    """Properties that are not in the update stay: the same objects, in the same order."""
     merged = merge_metadata(old, update)
     kept = [name for name in old if name not in update and old[name] is not None]
     assert [name for name in merged if name not in update] == kept
@@ -50,7 +50,7 @@ def test_what_the_update_does_not_name_is_untouched(
 
 @given(metadata, metadata)
 def test_what_the_update_names_is_the_updates(old: dict[str, Any], update: dict[str, Any]) -> None:
-    """Properties of the update are in the result as they are, or gone where they are ``None``."""
+    """Properties of the update are in the result unchanged, or removed if they are ``None``."""
     merged = merge_metadata(old, update)
     for name, value in update.items():
         assert merged.get(name) is value
@@ -61,6 +61,6 @@ def test_what_the_update_names_is_the_updates(old: dict[str, Any], update: dict[
 def test_two_updates_are_their_composition(
     old: dict[str, Any], first: dict[str, Any], second: dict[str, Any]
 ) -> None:
-    """Merging two updates in turn equals merging the two laid over each other."""
+    """Merging two updates in turn equals merging their composition."""
     in_turn = merge_metadata(merge_metadata(old, first), second)
     assert in_turn == merge_metadata(old, {**first, **second})

@@ -35,14 +35,14 @@ def packages() -> None:
 
 @pytest.fixture
 def storage() -> Generator[InMemoryStorage, None, None]:
-    """What the server serves."""
+    """The storage that the server serves."""
     with contextlib.closing(InMemoryStorage()) as storage:
         yield storage
 
 
 @pytest.fixture
 def environment(storage: InMemoryStorage) -> Generator[dict[str, str], None, None]:
-    """What a program has to know of the server."""
+    """The environment variables with the server's address and key."""
     with served(create_app(storage, api_keys=[KEY])) as client:
         uri = f"http://{client.connection.host}:{client.connection.port}"
         yield {
@@ -137,7 +137,7 @@ async function main() {
 main();
 """
     request = {"headers": {"x-user-id": "alice"}, "path": "/updateinfo", "requestContext": {}}
-    # Those of an HTTP API differ from those of a REST API, and of Netlify.
+    # Events of an HTTP API differ from those of a REST API and of Netlify.
     newer = {"version": "2.0", "headers": {"x-user-id": "alice"}}
 
     def http(method: str) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def test_what_the_sdk_of_go_sends(environment: dict[str, str], storage: InMemory
             return json.loads(response.read())
 
         assert "3.1" in request("GET", "/apiversion", sent)["versions"]
-        # Go writes these characters so.
+        # Go escapes these characters.
         body = r'{"metadataUpdate":{"a":"\u003cb\u003e","gone":null},"userId":"al ice"}'
         updated = request("PUT", "/recipe/user/metadata", written, body)
         assert updated == {"metadata": {"a": "<b>"}, "status": "OK"}

@@ -1,4 +1,4 @@
-"""The package: what an import loads, the public names, what the distribution says."""
+"""The package: imports, public names, and the distribution's metadata."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ PACKAGE = Path(usermetadata.__file__).parent
 
 @pytest.mark.parametrize("module", ["usermetadata", "usermetadata.syncio", "usermetadata.asyncio"])
 def test_importing_stays_light(module: str) -> None:
-    """What is heavy loads on first use, so that scripts and tests start at once."""
+    """Slow imports happen on first use, so scripts and tests start quickly."""
     heavy = {"asyncio", "dataclasses", "inspect", "json", "sqlite3", "sqlite_utils", "click"}
     program = f"import sys, {module}; print(*sys.modules)"
-    # -S leaves out what site-packages load by themselves; the library is found by its path.
+    # -S skips what site-packages import at start-up; the library is found by its path.
     command = [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}; {program}"]
     before = [sys.executable, "-S", "-c", "import sys; print(*sys.modules)"]
     loaded, bare = (
@@ -50,7 +50,7 @@ def test_frameworks_can_evaluate_the_annotations(facade: ModuleType, name: str) 
 
 
 def test_every_public_name_is_there() -> None:
-    """``__all__`` is what ``from usermetadata import *`` gives, lazily loaded names included."""
+    """``from usermetadata import *`` imports all of ``__all__``, also lazily loaded names."""
     for name in usermetadata.__all__:
         assert getattr(usermetadata, name).__doc__
     assert not hasattr(usermetadata, "NoStorage")
@@ -63,14 +63,14 @@ def test_all_names_can_be_imported_without_extras() -> None:
 
 
 def test_every_error_is_ours_and_documented() -> None:
-    """One ``except UserMetadataError`` catches all that the library raises itself."""
+    """One ``except UserMetadataError`` catches every error that the library raises itself."""
     for name in usermetadata.__all__:
         if name.endswith("Error"):
             assert issubclass(getattr(usermetadata, name), usermetadata.UserMetadataError)
 
 
 def test_the_distribution_is_what_it_says() -> None:
-    """The base install needs two libraries; typing information and licence are inside."""
+    """The base install needs two libraries, and includes type information and the licence."""
     distribution = importlib.metadata.distribution("usermetadata")
     base = [line for line in distribution.requires or [] if "extra ==" not in line]
     assert sorted(line.split(">")[0].split("<")[0] for line in base) == [

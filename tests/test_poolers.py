@@ -1,4 +1,4 @@
-"""PostgreSQL behind a pooler that begins transactions of its own: acknowledged means committed."""
+"""PostgreSQL behind a pooler that begins transactions itself: acknowledged means committed."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ def storage(
 
 @pytest.fixture
 def table(storage: PostgresStorage, direct: psycopg.Connection[Any]) -> None:
-    """The table with a row of alice's in it."""
+    """The table, with a row of alice."""
     storage.write([("alice", Replace({"n": 1}))])
     assert rows(direct) == {"alice": {"n": 1}}
 
 
 def rows(direct: psycopg.Connection[Any]) -> dict[str, Metadata]:
-    """Return what is committed."""
+    """Return the committed rows."""
     query = "SELECT user_id, user_metadata::json FROM user_metadata"
     return dict(direct.execute(query).fetchall())
 
@@ -95,7 +95,7 @@ def test_what_each_function_writes_is_committed(
     direct: psycopg.Connection[Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """When a function returns, what it wrote is in the database, and no transaction is open."""
+    """When a function returns, its write is committed, and no transaction is open."""
     usermetadata.init(storage)
     update_user_metadata("alice", {"a": 1})
     assert rows(direct) == {"alice": {"a": 1}}
@@ -128,7 +128,7 @@ def test_several_kinds_of_changes_are_committed(
     direct: psycopg.Connection[Any],
     changes: list[tuple[str, Change]],
 ) -> None:
-    """A write of several kinds of changes is in the database whole when it is acknowledged."""
+    """An acknowledged write of several kinds of changes is committed as a whole."""
     assert storage.write(changes)[0] == {"n": 1, "m": 2}
     assert rows(direct) == {"alice": {"n": 1, "m": 2}, "bob": {"n": 1}}
 
@@ -137,7 +137,7 @@ def test_several_kinds_of_changes_are_committed(
 def test_what_only_python_can_merge_is_committed(
     storage: PostgresStorage, direct: psycopg.Connection[Any]
 ) -> None:
-    """A statement that fails in the pooler's transaction does not spoil its replacement."""
+    """After a statement fails in the pooler's transaction, the merge in Python succeeds."""
     storage.write([("bob", Replace({"zero": "\0"}))])
     assert storage.write([("bob", Merge({"n": 1}))]) == [{"zero": "\0", "n": 1}]
     query = "SELECT user_metadata FROM user_metadata WHERE user_id = 'bob'"
@@ -148,7 +148,7 @@ def test_what_only_python_can_merge_is_committed(
 def test_a_failed_write_leaves_nothing_behind(
     storage: PostgresStorage, pooler: BeginningPooler, direct: psycopg.Connection[Any], schema: str
 ) -> None:
-    """A write that fails writes nothing, and the calls after it do not inherit its transaction."""
+    """A failed write writes nothing, and later calls do not inherit its transaction."""
     with (
         contextlib.closing(PostgresStorage(pooler.url, schema=schema, timeout=0.05)) as hasty,
         direct.transaction(),
@@ -166,14 +166,14 @@ def test_a_failed_write_leaves_nothing_behind(
 def test_the_table_is_there_when_it_has_been_created(
     pooler: BeginningPooler, schema: str, direct: psycopg.Connection[Any], fate: str
 ) -> None:
-    """Whatever becomes of the COMMIT that creates the table, the first write finds a table."""
+    """The first write finds a table, also if the COMMIT that creates it fails."""
     with (
         ConnectionPool(pooler.url, min_size=1, max_size=1) as pool,
         contextlib.closing(PostgresStorage(pool, schema=schema)) as storage,
     ):
         assert storage.read(["alice"]) == {}
         assert direct.execute("SELECT to_regclass('user_metadata')").fetchone() == (None,)
-        # The first is of the look whether there is a table.
+        # The first COMMIT ends the check for the table.
         pooler.fates = ["", fate]
         assert storage.write([("alice", Merge({"n": 1}))]) == [{"n": 1}]
         assert pooler.fates == []
@@ -184,7 +184,7 @@ def test_the_table_is_there_when_it_has_been_created(
 def test_the_first_call_of_all_may_fail(
     pooler: BeginningPooler, schema: str, direct: psycopg.Connection[Any], fate: str
 ) -> None:
-    """The error is the library's, nothing was done, and the next call does what it should."""
+    """The error is the library's, nothing was done, and the next call works."""
     with contextlib.closing(PostgresStorage(pooler.url, schema=schema)) as storage:
         pooler.fates = [fate]
         with pytest.raises(StorageUnavailableError, match="nothing was done"):
@@ -211,7 +211,7 @@ def test_what_may_not_be_committed_is_not_acknowledged(
     fate: str,
     changes: list[tuple[str, Change]],
 ) -> None:
-    """Where COMMIT is not answered, or not with "committed", the outcome of a write is unknown."""
+    """If COMMIT is not answered, or not with COMMIT, the outcome of a write is unknown."""
     pooler.fates = [fate]
     with pytest.raises(OutcomeUnknownError, match="done whole or not at all: read to find out"):
         storage.write(changes)
@@ -226,7 +226,7 @@ def test_what_may_not_be_committed_is_not_acknowledged(
 def test_a_function_is_called_again_where_nothing_was_committed(
     storage: PostgresStorage, pooler: BeginningPooler, direct: psycopg.Connection[Any]
 ) -> None:
-    """A COMMIT that is answered with ROLLBACK has undone the write, which is then repeated."""
+    """If COMMIT is answered with ROLLBACK, the write was undone and is repeated."""
     calls = []
 
     def note(metadata: Metadata) -> Metadata:
@@ -249,7 +249,7 @@ def test_a_transaction_after_that_of_a_function(
     direct: psycopg.Connection[Any],
     fates: list[str],
 ) -> None:
-    """What is begun after the COMMIT of a function's write must end as well."""
+    """A transaction begun after the COMMIT of a function's write is also ended."""
     pooler.fates = [*fates]
     if len(fates) == 1:
         assert storage.write([("alice", Modify(count))]) == [{"n": 2}]
@@ -266,7 +266,7 @@ def test_a_transaction_after_that_of_a_function(
 def test_a_read_leaves_no_transaction_open(
     storage: PostgresStorage, pooler: BeginningPooler, caplog: pytest.LogCaptureFixture, fate: str
 ) -> None:
-    """A read is repeated until its transaction has ended; the pool gets no open one back."""
+    """A read is repeated until its transaction has ended; the pool gets no open transaction."""
     reads: list[Callable[[], object]] = [
         lambda: storage.read(["alice"]),
         lambda: storage.read(["alice", "bob"]),
@@ -283,7 +283,7 @@ def test_a_read_leaves_no_transaction_open(
 def test_a_borrowed_pool_has_no_open_transaction_afterwards(
     pooler: BeginningPooler, schema: str, direct: psycopg.Connection[Any]
 ) -> None:
-    """The caller finds the connections as they were: not in a transaction, and not replaced."""
+    """Afterwards the connections are the same, and not in a transaction."""
     with ConnectionPool(pooler.url, min_size=1, max_size=1) as pool:
         pool.wait()
         connections = pooler.connections
@@ -301,7 +301,7 @@ def test_a_borrowed_pool_has_no_open_transaction_afterwards(
 def test_a_borrowed_pool_may_check_its_connections(
     schema: str, direct: psycopg.Connection[Any]
 ) -> None:
-    """A transaction that the pool's own check leaves open is not taken for the write's."""
+    """A transaction that the pool's own check leaves open does not affect the write."""
 
     def check(connection: psycopg.Connection[Any]) -> None:
         connection.execute("SELECT 1")
@@ -313,7 +313,7 @@ def test_a_borrowed_pool_may_check_its_connections(
         assert rows(direct) == {"alice": {"n": 1}}
 
 
-# The real pgpool-II.
+# pgpool-II itself.
 
 
 @pytest.fixture(scope="module")
@@ -396,7 +396,7 @@ def wait_until_it_answers(url: str, process: subprocess.Popen[bytes], log: Path)
 def test_first_writes_behind_pgpool_are_committed(
     pgpool: tuple[str, str], changes: list[tuple[str, Change]]
 ) -> None:
-    """What pgpool-II does when it meets a table for the first time loses no acknowledged write."""
+    """pgpool-II's lookup of a table that it sees for the first time loses no acknowledged write."""
     url, behind = pgpool
     with (
         empty_schema(url) as schema,
@@ -404,7 +404,7 @@ def test_first_writes_behind_pgpool_are_committed(
     ):
         for _ in range(5):
             direct.write([("alice", Clear()), ("bob", Clear())])
-            # Each connection is served by another of its processes, which has seen no table yet.
+            # A separate process of pgpool-II serves each connection, and has seen no table yet.
             with contextlib.closing(PostgresStorage(behind, schema=schema)) as storage:
                 results = storage.write(changes)
                 assert results[0] == {"n": 1}
@@ -420,7 +420,7 @@ def test_first_writes_behind_pgpool_are_committed(
 def test_threads_and_tasks_behind_pgpool_lose_nothing(
     pgpool: tuple[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What eight threads and 200 tasks write at once is all there, and no connection complains."""
+    """All concurrent writes of eight threads and 200 tasks are stored, without a warning."""
     url, behind = pgpool
     users = [f"user {n}" for n in range(10)]
     acknowledged: list[tuple[str, str]] = []

@@ -59,13 +59,13 @@ def postgres(schema: str) -> Generator[PostgresStorage, None, None]:
 
 
 class Core:
-    """Does with the table what a SuperTokens core does with it."""
+    """Uses the table as a SuperTokens core does."""
 
     def __init__(self, schema: str) -> None:
         self._connection = psycopg.connect(server_url(), options=f"-c search_path={schema}")
 
     def update(self, user_id: str, update: dict[str, Any], meanwhile: Any = None) -> None:
-        """Lock, select, merge, upsert, commit; the core tries again when it gets no lock."""
+        """Lock, select, merge, upsert, commit; retry until the lock is free, as the core does."""
         locked = False
         while not locked:
             [locked] = self._query(
@@ -100,7 +100,7 @@ class Core:
 def test_the_table_has_the_cores_columns(
     postgres: PostgresStorage, direct: psycopg.Connection[Any]
 ) -> None:
-    """Whoever knows SuperTokens' table finds what they expect: a row of text by app and user."""
+    """The table has the columns of SuperTokens' table: one row of text per app and user."""
     postgres.write([("alice", Merge({"theme": "dark"}))])
     rows = direct.execute("SELECT app_id, user_id, user_metadata FROM user_metadata").fetchall()
     assert rows == [("public", "alice", '{"theme":"dark"}')]
@@ -109,7 +109,7 @@ def test_the_table_has_the_cores_columns(
 def test_table_and_schema_have_the_names_that_were_asked_for(
     schema: str, direct: psycopg.Connection[Any]
 ) -> None:
-    """Any names will do, those that need quotes included, and the search path without a schema."""
+    """Any names work, also those that need quotes; without a schema the search path is used."""
     storage = PostgresStorage(server_url(), schema=schema, table='100 % "users"; --%(app_id)s')
     with contextlib.closing(storage):
         storage.write([("alice", Merge({"n": 1}))])
@@ -124,7 +124,7 @@ def test_table_and_schema_have_the_names_that_were_asked_for(
 def test_to_read_creates_nothing(
     postgres: PostgresStorage, direct: psycopg.Connection[Any]
 ) -> None:
-    """Whoever only reads, the wrong database say, leaves it as it is."""
+    """Reading a database creates nothing in it."""
     assert postgres.read(["alice"]) == {}
     assert postgres.read_after("", 10) == {}
     assert direct.execute("SELECT to_regclass('user_metadata')").fetchone() == (None,)
@@ -133,7 +133,7 @@ def test_to_read_creates_nothing(
 
 
 def test_the_table_may_be_created_by_many_at_once(schema: str) -> None:
-    """Eight storages that meet an empty database each write what they have to."""
+    """Eight storages that use an empty database at once all write their updates."""
 
     def write(number: int) -> None:
         with contextlib.closing(PostgresStorage(server_url(), schema=schema)) as storage:
@@ -148,7 +148,7 @@ def test_the_table_may_be_created_by_many_at_once(schema: str) -> None:
 def test_values_of_others_stay_as_they_are(
     postgres: PostgresStorage, direct: psycopg.Connection[Any]
 ) -> None:
-    """A merge leaves other properties letter by letter, also those that no Python number holds."""
+    """A merge keeps other properties' text exactly, also numbers that Python cannot hold."""
     postgres.write([])
     others = '{"z": 1.10, "big": 12345678901234567890.123456789, "nested": {"b" : -0.0, "a": null}}'
     direct.execute("INSERT INTO user_metadata VALUES ('public', 'alice', %s)", [others])
@@ -162,7 +162,7 @@ def test_values_of_others_stay_as_they_are(
 def test_a_number_that_only_postgres_can_read(
     postgres: PostgresStorage, direct: psycopg.Connection[Any]
 ) -> None:
-    """A merge beside it is done, and says so, so that nobody does it a second time."""
+    """The merge is done and raises ``OutcomeUnknownError``, so callers do not repeat it."""
     postgres.write([])
     direct.execute("""INSERT INTO user_metadata VALUES ('public', 'alice', '{"n": 1e999}')""")
     with pytest.raises(OutcomeUnknownError, match=r"'alice'.* is damaged: 1e999.*write was done"):
@@ -173,7 +173,7 @@ def test_a_number_that_only_postgres_can_read(
 
 
 def test_any_client_encoding_may_be_the_default(schema: str) -> None:
-    """A URL or an environment that names one is overruled, a pool that has one is refused."""
+    """One from a URL or an environment variable is overridden; a pool with one is refused."""
     url = make_conninfo(server_url(), client_encoding="latin1")
     with contextlib.closing(PostgresStorage(url, schema=schema)) as storage:
         assert storage.write([("\u65e5", Merge({"n": "\u672c"}))]) == [{"n": "\u672c"}]
@@ -186,7 +186,7 @@ def test_any_client_encoding_may_be_the_default(schema: str) -> None:
 def test_a_core_may_create_the_table_meanwhile(
     schema: str, direct: psycopg.Connection[Any], postgres: PostgresStorage
 ) -> None:
-    """What a core creates while our first call does is found, with the core's limits and locks."""
+    """A table that a core creates during the first call is used with its limits and locks."""
     with ThreadPoolExecutor(1) as executor:
         with direct.transaction():
             direct.execute(CORES_TABLES)
@@ -201,7 +201,7 @@ def test_a_core_may_create_the_table_meanwhile(
 def test_a_damaged_row_is_named(
     postgres: PostgresStorage, direct: psycopg.Connection[Any], change: Change
 ) -> None:
-    """Who needs a row that is no JSON object learns whose it is; ``set`` and ``clear`` mend it."""
+    """The error of a damaged row names its user; ``set`` and ``clear`` repair the row."""
     postgres.write([("alice", Merge({"n": 1})), ("bob", Merge({"n": 1}))])
     direct.execute("UPDATE user_metadata SET user_metadata = '[1' WHERE user_id = 'alice'")
     with pytest.raises(DamagedMetadataError, match="of user 'alice' in app 'public' is damaged"):
@@ -216,7 +216,7 @@ def test_a_damaged_row_is_named(
 
 
 def test_what_a_change_raises_is_not_the_databases(postgres: PostgresStorage) -> None:
-    """A function may talk to a database of its own; its errors are passed on as they are."""
+    """A function may use another database; its errors propagate unchanged."""
     for error in (
         psycopg.errors.SerializationFailure("mine"),
         psycopg.DataError("mine"),
@@ -266,7 +266,7 @@ def test_round_trips_of_a_write(
 
 @pytest.mark.parametrize("count", [1, 500])
 def test_round_trips_of_a_read(schema: str, count: int) -> None:
-    """A read is one round trip for any number of users; without a table it is cheap, too."""
+    """A read is one round trip for any number of users, also without a table."""
     proxy = Proxy(server_url())
     with contextlib.closing(proxy):
         storage = PostgresStorage(proxy.url, schema=schema)
@@ -274,7 +274,7 @@ def test_round_trips_of_a_read(schema: str, count: int) -> None:
             users = [f"user {n}" for n in range(count)]
             for _ in range(5):
                 assert storage.read(users) == {}
-            assert proxy.connections == 2  # the first, which says why it fails, and the pool's
+            assert proxy.connections == 2  # the first connection and the pool's
             storage.write([(user, Merge({})) for user in users])
             before = proxy.round_trips
             assert len(storage.read(users)) == count
@@ -286,14 +286,14 @@ def test_round_trips_of_a_read(schema: str, count: int) -> None:
 
 @pytest.fixture
 def core(schema: str, direct: psycopg.Connection[Any]) -> Generator[Core, None, None]:
-    """A core that has made its tables."""
+    """A core that has created its tables."""
     direct.execute(CORES_TABLES)
     with contextlib.closing(Core(schema)) as core:
         yield core
 
 
 def test_a_cores_table_is_used_as_it_is(core: Core, postgres: PostgresStorage) -> None:
-    """What a core has stored is read, and the other way round."""
+    """The storage reads a core's metadata, and the core reads the storage's."""
     core.update("alice", {"theme": "dark", "n": 1})
     assert postgres.write([("alice", Merge({"n": None}))]) == [{"theme": "dark"}]
     core.update("alice", {"language": "fr"})
@@ -301,7 +301,7 @@ def test_a_cores_table_is_used_as_it_is(core: Core, postgres: PostgresStorage) -
 
 
 def test_a_cores_columns_have_their_limits(core: Core, postgres: PostgresStorage) -> None:
-    """A core's user ids have 128 characters, its apps are in a table: other input is refused."""
+    """User ids longer than 128 characters, and apps that the core does not know, are refused."""
     longest = "\u00e9" * 128
     assert postgres.write([(longest, Merge({"n": 1}))]) == [{"n": 1}]
     with pytest.raises(InvalidInputError, match=r"user_id: has 129 characters; .* takes 128"):
@@ -330,7 +330,7 @@ def test_a_write_waits_for_the_core(
     expected: Any,
     row: bool,  # noqa: FBT001 - pytest passes it by name
 ) -> None:
-    """A core that has read and not yet written loses nothing of ours, and we nothing of it."""
+    """A write waits for a core that has read and not yet written; neither loses an update."""
     if row:
         postgres.write([("alice", Merge({}))])
     postgres.write([])
@@ -348,7 +348,7 @@ def test_a_write_waits_for_the_core(
 
 
 def test_a_clear_waits_for_the_core(core: Core, postgres: PostgresStorage) -> None:
-    """What a core writes back after a clear began does not bring the old metadata back."""
+    """A core's write during a clear does not restore the old metadata."""
     postgres.write([("alice", Merge({"old": 1}))])
     threads: list[threading.Thread] = []
 
@@ -365,7 +365,7 @@ def test_a_clear_waits_for_the_core(core: Core, postgres: PostgresStorage) -> No
 def test_an_older_core_locks_the_row(
     core: Core, postgres: PostgresStorage, direct: psycopg.Connection[Any]
 ) -> None:
-    """A core that locks the row instead, as older ones do, loses nothing where there is one."""
+    """A core that locks the row, as older ones do, loses nothing if the row exists."""
     postgres.write([("alice", Merge({}))])
     with ThreadPoolExecutor(1) as executor:
         with direct.transaction():
@@ -379,7 +379,7 @@ def test_an_older_core_locks_the_row(
 def test_two_kinds_of_writers_lose_nothing(
     core: Core, schema: str, postgres: PostgresStorage
 ) -> None:
-    """Four cores and four threads of ours that update two users keep every property."""
+    """Four cores and four threads of the library that update two users keep every property."""
     users = ("alice", "bob")
     cores = [Core(schema) for _ in range(4)]
 
@@ -405,11 +405,11 @@ def test_two_kinds_of_writers_lose_nothing(
     assert postgres.read(users) == dict.fromkeys(users, expected)
 
 
-# A pool of the application's.
+# A borrowed pool.
 
 
 def test_a_borrowed_pool_is_left_as_it_was(schema: str) -> None:
-    """Whatever rows, cursors and transactions the pool's connections make, and it stays open."""
+    """A pool with its own row factory, cursors and transactions works, and stays open."""
     url = server_url()
     kwargs: dict[str, Any] = {"row_factory": dict_row, "cursor_factory": psycopg.ClientCursor}
     with ConnectionPool(url, min_size=1, max_size=1, kwargs=kwargs) as pool:
@@ -417,7 +417,7 @@ def test_a_borrowed_pool_is_left_as_it_was(schema: str) -> None:
         assert storage.write([("alice", Merge({"n": 1}))]) == [{"n": 1}]
         assert storage.write([("alice", Modify(lambda _: {"n": 2}))]) == [{"n": 2}]
         assert storage.read(["alice", "bob"]) == {"alice": {"n": 2}}
-        again = PostgresStorage(pool, schema=schema)  # that finds the table there
+        again = PostgresStorage(pool, schema=schema)  # the first call finds the table
         assert again.write([("alice", Merge({"n": 3})), ("bob", Clear())]) == [{"n": 3}, None]
         assert repr(storage) == "PostgresStorage('the borrowed pool', app_id='public')"
         storage.close()
@@ -431,11 +431,11 @@ def test_a_borrowed_pool_is_left_as_it_was(schema: str) -> None:
         PostgresStorage(pool).read(["alice"])
 
 
-# What it is made of.
+# Construction.
 
 
 def test_a_url_is_all_it_takes(schema: str) -> None:
-    """``init`` takes the URL in either spelling, and closes what it opened."""
+    """``init`` accepts both URL schemes, and ``reset`` closes what it opened."""
     options = {**conninfo_to_dict(server_url()), "options": f"-csearch_path={schema}"}
     query = urlencode({key: value for key, value in options.items() if value}, quote_via=quote)
     for scheme in ("postgresql", "postgres"):
@@ -466,14 +466,14 @@ def test_a_url_is_all_it_takes(schema: str) -> None:
     ],
 )
 def test_bad_arguments_are_refused(make: Callable[[], object], message: str) -> None:
-    """Before anything is opened, with what is wrong and what would be right."""
+    """Bad arguments raise before anything is opened; the message says what to pass."""
     with pytest.raises(InvalidInputError, match=message):
         make()
 
 
 @pytest.mark.parametrize("module", ["psycopg", "psycopg_pool"])
 def test_the_extra_is_named_where_it_is_missing(module: str) -> None:
-    """Who has not installed psycopg, or not its pool, reads how."""
+    """Without psycopg or its pool, the error says how to install them."""
     program = """
 import sys
 sys.modules[sys.argv[1]] = None
@@ -490,7 +490,7 @@ except ImportError as error:
 def test_a_table_of_something_else_is_an_error_of_ours(
     postgres: PostgresStorage, direct: psycopg.Connection[Any]
 ) -> None:
-    """A table that has the name and not the columns is left alone."""
+    """A table with the name but other columns raises an error and stays unchanged."""
     direct.execute("CREATE TABLE user_metadata (n integer)")
     with pytest.raises(StorageError, match=r'column "user_id" does not exist: .* name another'):
         postgres.read(["alice"])
@@ -499,7 +499,7 @@ def test_a_table_of_something_else_is_an_error_of_ours(
 def test_an_old_cores_table_is_copied_through_a_view(
     postgres: PostgresStorage, direct: psycopg.Connection[Any], schema: str
 ) -> None:
-    """The table of a core that has no apps yet can be read, once it is given their column."""
+    """The table of a core without apps can be copied through a view that adds the column."""
     direct.execute("CREATE TABLE user_metadata (user_id varchar(128), user_metadata text)")
     direct.execute("INSERT INTO user_metadata VALUES ('alice', '{\"theme\":\"dark\"}')")
     with pytest.raises(StorageError, match=r"a SuperTokens core before 6\.0"):
@@ -513,7 +513,7 @@ def test_an_old_cores_table_is_copied_through_a_view(
 def test_a_partitioned_table_is_used_as_it_is(
     postgres: PostgresStorage, direct: psycopg.Connection[Any]
 ) -> None:
-    """Whoever has very many users divides the table, and nothing else changes."""
+    """A partitioned table works like any other."""
     direct.execute("""
         CREATE TABLE user_metadata (
             app_id varchar(64), user_id varchar(255), user_metadata text NOT NULL,

@@ -1,4 +1,4 @@
-"""The PostgreSQL storage's connections: limits, and all that can happen to them."""
+"""The PostgreSQL storage's connections: limits, losses, restarts, poolers and forks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ NAME = "usermetadata tests"
 
 @pytest.fixture
 def open_storage(schema: str) -> Generator[Callable[..., PostgresStorage], None, None]:
-    """Open storages in that schema, whose connections bear a name."""
+    """Open storages in that schema, with named connections."""
     with contextlib.ExitStack() as stack:
 
         def open_storage(url: str = "", options: str = "", **arguments: Any) -> PostgresStorage:
@@ -65,7 +65,7 @@ def proxy() -> Generator[Proxy, None, None]:
 
 @pytest.fixture(scope="module")
 def own_server() -> Generator[OwnServer, None, None]:
-    """A server that may be stopped."""
+    """A server that tests may stop."""
     server = OwnServer()
     yield server
     server.stop()
@@ -77,14 +77,14 @@ def count(metadata: Metadata) -> Metadata:
 
 
 def sessions(direct: psycopg.Connection[Any]) -> list[int]:
-    """Return the server's processes that serve storages."""
+    """Return the server processes of the storages' connections."""
     query = "SELECT pid FROM pg_stat_activity WHERE application_name = %s"
     return [pid for (pid,) in direct.execute(query, [NAME])]
 
 
 @contextlib.contextmanager
 def locked_row(direct: psycopg.Connection[Any]) -> Generator[None, None, None]:
-    """Hold alice's row as another application may."""
+    """Lock alice's row, as another application may."""
     with direct.transaction():
         direct.execute("SELECT FROM user_metadata WHERE user_id = 'alice' FOR UPDATE")
         yield
@@ -96,7 +96,7 @@ def locked_row(direct: psycopg.Connection[Any]) -> Generator[None, None, None]:
 def test_connections_are_opened_when_they_are_needed(
     open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
 ) -> None:
-    """None before the first call, at most ``max_connections``, none after ``close``."""
+    """None is open before the first call or after ``close``; ``max_connections`` is the limit."""
     storage = open_storage(max_connections=3)
     assert sessions(direct) == []
     barrier = threading.Barrier(3)
@@ -116,7 +116,7 @@ def test_connections_are_opened_when_they_are_needed(
 def test_a_locked_row_is_waited_for_until_the_timeout(
     open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
 ) -> None:
-    """Then it is a ``StorageBusyError``, nothing is written, and readers never wait."""
+    """After the timeout a write raises ``StorageBusyError``; readers never wait."""
     storage = open_storage(options="-c statement_timeout=20s", timeout=0.1)
     storage.write([("alice", Merge({"n": 0}))])
     changes: list[list[tuple[str, Change]]] = [
@@ -137,7 +137,7 @@ def test_a_locked_row_is_waited_for_until_the_timeout(
 def test_the_servers_own_limits_are_kept(
     open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
 ) -> None:
-    """A ``statement_timeout``, of the URL or the role or the database, is busy as well."""
+    """A ``statement_timeout`` of the URL, the role or the database raises ``StorageBusyError``."""
     storage = open_storage(options="-c statement_timeout=100ms")
     storage.write([("alice", Merge({"n": 0}))])
     with locked_row(direct), pytest.raises(StorageBusyError, match="due to statement timeout"):
@@ -146,7 +146,7 @@ def test_the_servers_own_limits_are_kept(
 
 
 def test_a_pool_may_be_exhausted(open_storage: Callable[..., PostgresStorage]) -> None:
-    """Who finds no free connection within the timeout is told what to do."""
+    """If no connection is free within the timeout, the error says what to do."""
     storage = open_storage(max_connections=1, timeout=0.1)
     storage.read([])
     with ThreadPoolExecutor(1) as executor:
@@ -166,7 +166,7 @@ def test_a_pool_may_be_exhausted(open_storage: Callable[..., PostgresStorage]) -
 def test_an_idle_connection_may_be_closed(
     open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
 ) -> None:
-    """Nobody notices what the server closed while nobody used it."""
+    """Calls do not fail if the server closed an idle connection."""
     storage = open_storage()
     for n in range(3):
         assert storage.write([("alice", Modify(count))]) == [{"n": n + 1}]
@@ -177,7 +177,7 @@ def test_an_idle_connection_may_be_closed(
 def test_an_idle_connection_may_be_cut(
     open_storage: Callable[..., PostgresStorage], proxy: Proxy
 ) -> None:
-    """Nor what is lost without a word: the write goes over another connection, and is certain."""
+    """Nor if an idle connection was cut: the write uses another connection."""
     storage = open_storage(proxy.url)
     for n in range(3):
         assert storage.write([("alice", Merge({"n": n}))]) == [{"n": n}]
@@ -187,7 +187,7 @@ def test_an_idle_connection_may_be_cut(
 def test_all_connections_may_be_gone(
     open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
 ) -> None:
-    """After a restart a single caller is not held up by all that many callers had opened."""
+    """After a restart a call does not wait for all the lost connections of the pool."""
     storage = open_storage(max_connections=10, timeout=5)
     barrier = threading.Barrier(10)
 
@@ -208,7 +208,7 @@ def test_a_write_whose_backend_is_killed_is_repeated(
     direct: psycopg.Connection[Any],
     change: Change,
 ) -> None:
-    """The server says that it has undone the write, so it can be done again: once in all."""
+    """The server reports that it has undone the write, so it is repeated, and done once."""
     storage = open_storage()
     storage.write([("alice", Merge({}))])
     with ThreadPoolExecutor(1) as executor:
@@ -224,7 +224,7 @@ def test_a_write_whose_backend_is_killed_is_repeated(
 def test_a_function_whose_backend_is_killed_is_called_again(
     open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
 ) -> None:
-    """Nothing of the first call was sent, so it can be done again."""
+    """The first attempt wrote nothing, so the function is called again."""
     storage = open_storage()
     calls = []
 
@@ -242,7 +242,7 @@ def test_a_function_whose_backend_is_killed_is_called_again(
 def test_a_write_whose_answer_is_lost_is_not_repeated(
     open_storage: Callable[..., PostgresStorage], proxy: Proxy
 ) -> None:
-    """It may have been done: the error says so, and nothing is done twice."""
+    """The write may have been done: the error says so, and nothing is done twice."""
     storage = open_storage(proxy.url)
     storage.write([("alice", Merge({"n": 0}))])
     proxy.replies_to_lose = 1
@@ -254,7 +254,7 @@ def test_a_write_whose_answer_is_lost_is_not_repeated(
 def test_a_read_whose_answer_is_lost_is_repeated(
     open_storage: Callable[..., PostgresStorage], proxy: Proxy
 ) -> None:
-    """To read again harms nobody."""
+    """Repeating a read is safe."""
     storage = open_storage(proxy.url)
     storage.write([("alice", Merge({"n": 1}))])
     proxy.replies_to_lose = 2
@@ -265,13 +265,13 @@ def test_a_read_whose_answer_is_lost_is_repeated(
 def test_a_batch_whose_answer_is_lost_is_not_repeated(
     open_storage: Callable[..., PostgresStorage], proxy: Proxy
 ) -> None:
-    """With ``asyncio``, too, whose batches are otherwise repeated one by one."""
+    """The same holds for ``asyncio``, whose batches are otherwise repeated call by call."""
     storage = open_storage(proxy.url)
     usermetadata.init(storage)
 
     async def main() -> list[Any]:
         await modify_user_metadata("alice", count)
-        # What the first of them meets, the others share in the second batch: its COMMIT is lost.
+        # The first update is a batch; the others share the second batch, whose COMMIT is lost.
         first = asyncio.create_task(modify_user_metadata("alice", lose_the_next_but_one))
         calls = [modify_user_metadata("alice", count) for _ in range(20)]
         return [*await asyncio.gather(first, *calls, return_exceptions=True)]
@@ -285,12 +285,12 @@ def test_a_batch_whose_answer_is_lost_is_not_repeated(
     done = [result for result in results if not isinstance(result, BaseException)]
     assert lost
     assert len(lost) + len(done) == 21
-    # All of those whose answer was lost have been done, and none twice.
+    # All updates whose answer was lost have been done, none twice.
     assert storage.read(["alice"]) == {"alice": {"n": 22}}
 
 
 def test_a_server_that_is_not_there_is_named(schema: str) -> None:
-    """At once, at the first call, with the reason; nobody's password is told."""
+    """The first call raises at once, with the reason and without the password."""
     with contextlib.closing(Proxy(server_url())) as proxy:
         url = proxy.url
     storage = PostgresStorage(url, schema=schema)
@@ -304,7 +304,7 @@ def test_a_server_that_is_not_there_is_named(schema: str) -> None:
 def test_a_server_that_went_away_is_named(
     open_storage: Callable[..., PostgresStorage], proxy: Proxy
 ) -> None:
-    """After the timeout, as it may come back."""
+    """The call raises after the timeout, because the server may come back."""
     storage = open_storage(proxy.url, timeout=0.2)
     storage.write([("alice", Merge({}))])
     proxy.close()
@@ -313,7 +313,7 @@ def test_a_server_that_went_away_is_named(
 
 
 def test_passwords_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
-    """No error, no representation and no log has the password that is in the URL."""
+    """No error, representation or log contains the password of the URL."""
     caplog.set_level(logging.DEBUG)
     options = conninfo_to_dict(server_url())
     options |= {"password": "open sesame", "dbname": "not there"}
@@ -340,7 +340,7 @@ def test_passwords_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
 def counts(
     acknowledged: list[int], storage: PostgresStorage, name: str, stop: threading.Event
 ) -> None:
-    """Update until told to stop; note the number of each update that was acknowledged."""
+    """Update until stopped; record the number of each acknowledged update."""
     number = 0
     while not stop.is_set():
         number += 1
@@ -350,7 +350,7 @@ def counts(
 
 
 def trouble(url: str, schema: str, make_trouble: Callable[[], None]) -> None:
-    """Let four threads update one user while there is trouble, and see that nothing is lost."""
+    """Let four threads update one user during a failure, and check that nothing is lost."""
     stop = threading.Event()
     acknowledged: list[list[int]] = [[] for _ in range(4)]
     storage = PostgresStorage(url, schema=schema)
@@ -383,7 +383,7 @@ def trouble(url: str, schema: str, make_trouble: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
 def test_a_restart_loses_nothing(own_server: OwnServer, mode: str) -> None:
-    """Orderly or by a crash: what was acknowledged is there, and calls go on by themselves."""
+    """After an orderly restart or a crash all acknowledged updates exist, and calls continue."""
     with empty_schema(own_server.url) as schema:
         trouble(own_server.url, schema, lambda: own_server.restart(mode))
 
@@ -411,7 +411,7 @@ def test_a_failover_loses_nothing() -> None:
 def test_a_read_only_server_says_so(
     open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
 ) -> None:
-    """A replica, or a primary that is none any more, is read from; writing is refused."""
+    """A replica, or a former primary, can be read; writing raises an error."""
     open_storage().write([("alice", Merge({"n": 1}))])
     storage = open_storage(options="-c default_transaction_read_only=on")
     assert storage.read(["alice"]) == {"alice": {"n": 1}}
@@ -420,7 +420,7 @@ def test_a_read_only_server_says_so(
 
 
 def test_a_server_that_was_read_only_is_left(own_server: OwnServer) -> None:
-    """A connection from before a replica was promoted is given up for one that may write."""
+    """A connection to a read-only server is replaced after a failover."""
     with (
         psycopg.connect(own_server.url, autocommit=True) as direct,
         contextlib.closing(PostgresStorage(own_server.url)) as storage,
@@ -443,7 +443,7 @@ def test_a_server_that_was_read_only_is_left(own_server: OwnServer) -> None:
 def test_strict_isolation_loses_nothing(
     open_storage: Callable[..., PostgresStorage], level: str
 ) -> None:
-    """Where the database's default makes writers of one user fail, they are repeated."""
+    """If the database's default isolation makes concurrent writes fail, they are repeated."""
     storage = open_storage(options=f"-c default_transaction_isolation={level}")
     with ThreadPoolExecutor(4) as executor:
         list(executor.map(lambda _: storage.write([("alice", Modify(count))]), range(40)))
@@ -457,7 +457,7 @@ def test_strict_isolation_loses_nothing(
 def test_writes_of_many_kinds_do_not_deadlock(
     open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
 ) -> None:
-    """All of them keep to one order of users, whatever they do with each."""
+    """All writes lock users in one order, for every kind of change."""
     storage = open_storage()
     users = [f"user {n}" for n in range(20)]
 
@@ -472,7 +472,7 @@ def test_writes_of_many_kinds_do_not_deadlock(
     with ThreadPoolExecutor(4) as executor:
         list(executor.map(write, range(4)))
     storage.close()
-    while sessions(direct):  # they count their deadlocks at the latest when they end
+    while sessions(direct):  # sessions report their deadlocks when they end, at the latest
         time.sleep(0.001)
     assert direct.execute(deadlocks).fetchone() == (before,)
 
@@ -480,7 +480,7 @@ def test_writes_of_many_kinds_do_not_deadlock(
 def test_a_failed_write_leaves_the_connection_usable(
     open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
 ) -> None:
-    """What the driver has prepared in a batch that failed is not missed by the calls after it."""
+    """Calls work after a failed batch in which the driver had prepared a statement."""
     storage = open_storage(max_connections=1, timeout=0.05)
     changes: list[tuple[str, Change]] = [("alice", Merge({"n": 1})), ("bob", Clear())]
     for _ in range(5):  # with the next the driver prepares
@@ -494,7 +494,7 @@ def test_a_failed_write_leaves_the_connection_usable(
 def test_a_deadlock_is_repeated(
     open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
 ) -> None:
-    """When the server undoes a write to let another go on, the write is done again."""
+    """If the server undoes a write because of a deadlock, the write is repeated."""
     storage = open_storage()
     storage.write([("alice", Merge({})), ("bob", Merge({}))])
 
@@ -506,13 +506,13 @@ def test_a_deadlock_is_repeated(
                 storage.write, [("alice", Merge({"n": 1})), ("bob", Merge({"n": 1}))]
             )
             waiting_for_locks(1)
-            # Both wait for each other now; ours is the one that looks for deadlocks.
+            # Both wait for each other now; the storage's session detects the deadlock.
             direct.execute("SELECT FROM user_metadata WHERE user_id = 'alice' FOR UPDATE")
         assert written.result() == [{"n": 1}, {"n": 1}]
 
 
 def test_a_pooler_may_give_each_transaction_another_session(own_server: OwnServer) -> None:
-    """Behind pgbouncer in transaction mode nothing may be left in a session, or expected there."""
+    """Behind pgbouncer in transaction mode the storage relies on no session state."""
     with (
         empty_schema(own_server.url) as schema,
         contextlib.closing(Pooler(own_server.url)) as pooler,
@@ -536,7 +536,7 @@ def test_a_pooler_may_give_each_transaction_another_session(own_server: OwnServe
 
 
 def test_a_fork_leaves_both_sides_working(schema: str) -> None:
-    """Parent and child go on with a busy storage, each over connections of its own."""
+    """Parent and child continue to use a busy storage, each with its own connections."""
     program = """
 from usermetadata import PostgresStorage
 storage = PostgresStorage(sys.argv[1], schema=sys.argv[2])
@@ -569,7 +569,7 @@ storage.close()
 
 
 def test_a_fork_inside_a_change_cannot_commit_twice(schema: str) -> None:
-    """A child forked inside a transaction may not end it; the parent is not disturbed."""
+    """A child forked inside a transaction cannot end it; the parent is not affected."""
     program = """
 import logging, os, sys
 from usermetadata import PostgresStorage, StorageError
@@ -600,7 +600,7 @@ storage.close()
 
 
 def test_a_fork_that_python_is_not_told_of(schema: str) -> None:
-    """Servers written in C may fork past Python; each side still has connections of its own."""
+    """After a fork by C code, without Python's hooks, each side has its own connections."""
     program = """
 import asyncio, ctypes, os, sys
 import usermetadata
@@ -633,7 +633,7 @@ usermetadata.UserMetadataRecipe.reset()
 
 
 def test_a_borrowed_pool_stays_with_its_process(schema: str) -> None:
-    """A pool cannot be used on both sides of a fork; the child is told before it does harm."""
+    """A child cannot use its parent's pool: its calls raise an error."""
     program = """
 import os, sys
 from psycopg_pool import ConnectionPool
@@ -659,7 +659,7 @@ with ConnectionPool(sys.argv[1], min_size=1, max_size=2) as pool:
 
 
 def test_who_forgets_to_close_is_not_held_up(schema: str) -> None:
-    """A storage that is dropped, or still there at the end, ends its threads and connections."""
+    """A storage that is dropped, or open at exit, ends its threads and connections."""
     program = """
 import sys, threading
 from usermetadata import PostgresStorage
@@ -675,7 +675,7 @@ print(storage.read(["alice"]))
 
 
 def run(program: str, *arguments: str) -> str:
-    """Run a program whose threads fork; warnings of that apart, it has nothing to complain of."""
+    """Run a program whose threads fork; it causes no warnings but those about that."""
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program, *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (finished.returncode, finished.stderr) == (0, "")
@@ -683,7 +683,7 @@ def run(program: str, *arguments: str) -> str:
 
 
 def test_a_borrowed_pool_may_be_exhausted(schema: str) -> None:
-    """The storage's timeout is for a borrowed pool, too, and so is the pool's own limit."""
+    """The storage's timeout and the pool's own limit both apply to a borrowed pool."""
     with ConnectionPool(server_url(), min_size=1, max_size=1, max_waiting=1) as pool:
         storage = PostgresStorage(pool, schema=schema, timeout=0.05)
         with pool.connection(), pytest.raises(StorageBusyError, match="no connection was free"):
@@ -700,7 +700,7 @@ def test_a_borrowed_pool_may_be_exhausted(schema: str) -> None:
 
 
 def test_a_borrowed_pool_may_have_a_closed_connection(schema: str) -> None:
-    """What was closed while it was nobody's, or by an exception in mid-call, is replaced."""
+    """Connections that were closed while idle, or by an exception during a call, are replaced."""
     with ConnectionPool(server_url(), min_size=1, max_size=1) as pool:
         storage = PostgresStorage(pool, schema=schema)
         with pool.connection() as connection:

@@ -1,4 +1,4 @@
-"""Several processes, forks and sudden deaths."""
+"""Several processes, forks and ``kill -9``."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 
 def start(program: str, *arguments: object) -> subprocess.Popen[str]:
-    """Start a Python program; warnings are errors there too."""
+    """Start a Python program; warnings are errors."""
     command = [sys.executable, "-W", "error", "-c", program, *map(str, arguments)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """Wait for a program that should end well, and return what it printed."""
+    """Wait for a program, check that it succeeded, and return its output."""
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     return output
 
 
 def read(database: Path, user_id: str) -> Metadata:
-    """Read one user from a file that nobody else has open."""
+    """Read one user from a file that no other process has open."""
     with contextlib.closing(SQLiteStorage(database)) as storage:
         return storage.read([user_id])[user_id]
 
@@ -127,7 +127,7 @@ for line in sys.stdin:
 
 
 def test_what_was_acknowledged_survives_kill_9(database: Path, tmp_path: Path) -> None:
-    """60 writers, 3 at a time, die at random moments; no acknowledged update is missing."""
+    """60 writers, 3 at a time, are killed at random moments; no acknowledged update is missing."""
     acknowledged = tmp_path / "acknowledged"
     acknowledged.mkdir()
     nursery = start(NURSERY, database, acknowledged)
@@ -141,7 +141,7 @@ def test_what_was_acknowledged_survives_kill_9(database: Path, tmp_path: Path) -
 
     for batch in range(20):
         for writer in [ask(f"user {batch} {number}") for number in range(3)]:
-            # Not to wait for anything: it is the random moment, from the first opening on.
+            # Not to wait for an event: kills happen at random moments, from the first opening on.
             threading.Event().wait(random.uniform(0, 0.05))
             os.kill(writer, signal.SIGKILL)
             assert ask("wait") == signal.SIGKILL
@@ -155,7 +155,7 @@ def test_what_was_acknowledged_survives_kill_9(database: Path, tmp_path: Path) -
                 log = acknowledged / user_id
                 count = len(log.read_text().splitlines()) if log.exists() else 0
                 stored = storage.read([user_id]).get(user_id, {})
-                # The last update may have been stored without being acknowledged any more.
+                # The last update may be stored but not acknowledged.
                 assert list(stored.values()) in (list(range(count)), list(range(count + 1)))
     assert sum(len(log.read_text()) for log in acknowledged.iterdir()) > 1000
 
@@ -183,7 +183,7 @@ def work(name, rounds):
 
 
 def test_a_fork_leaves_both_sides_working(database: Path) -> None:
-    """Parent and child go on with a busy storage, and the child inherits none of its files."""
+    """Parent and child continue to use a busy storage; the child inherits no open file."""
     program = """
 usermetadata.init(sys.argv[1])
 
@@ -260,7 +260,7 @@ assert time.monotonic() - start < 20
 
 
 def test_a_fork_that_python_is_not_told_of(database: Path) -> None:
-    """Servers in C may fork past Python; a storage that is not in use yet does not mind."""
+    """An unused storage works after a fork by C code, without Python's hooks."""
     program = """
 import ctypes
 usermetadata.init(sys.argv[1])
@@ -278,7 +278,7 @@ print(len(syncio.get_user_metadata("alice").metadata))
 
 
 def test_an_open_file_does_not_cross_a_fork_that_python_is_not_told_of(database: Path) -> None:
-    """SQLite would damage the file: the child is refused and told why, the parent goes on."""
+    """SQLite could damage the file: the child's calls raise an error; the parent's calls work."""
     program = """
 import ctypes, os, sys
 from usermetadata import SQLiteStorage, StorageError
@@ -312,7 +312,7 @@ print(storage.write([("alice", Merge({"after": True}))]))
 
 
 def test_a_fork_inside_a_change_cannot_commit_twice(database: Path) -> None:
-    """A child forked inside a transaction may not end it; the parent is not disturbed."""
+    """A child forked inside a transaction cannot end it; the parent is not affected."""
     program = """
 import os, sys
 from usermetadata import SQLiteStorage, StorageError
@@ -362,7 +362,7 @@ sqlite3.connect = lambda path, **options: connect(path, **{**options, "factory":
 
 
 def test_a_fork_during_a_long_read_is_no_way_around_the_locks(database: Path) -> None:
-    """The child of a fork that could not wait for a read is refused; the parent goes on."""
+    """If a fork cannot wait for a read, the child's calls raise an error; the parent works."""
     program = """
 import os, sys, threading
 from usermetadata import SQLiteStorage, StorageError
@@ -402,7 +402,7 @@ print(storage.write([("alice", Merge({"after": 1}))]))
 
 
 def test_a_fork_inside_a_read(database: Path) -> None:
-    """By a signal handler, say: the child ends that read, and begins no other."""
+    """For example by a signal handler: the child completes that read, and cannot begin another."""
     program = """
 import os, sys
 from usermetadata import SQLiteStorage, StorageError
@@ -428,7 +428,7 @@ assert os.waitpid(children[0], 0)[1] == 0
 
 
 def test_a_fork_does_not_wait_for_who_keeps_an_error(database: Path) -> None:
-    """The traceback of a failed read knows its connection, which is no longer in use."""
+    """A fork does not wait for a connection that only a kept traceback refers to."""
     with contextlib.closing(SQLiteStorage(database, timeout=60)) as storage:
         storage.write([("alice", Merge({}))])
         with contextlib.closing(sqlite3.connect(database)) as other, other:
@@ -442,7 +442,7 @@ def test_a_fork_does_not_wait_for_who_keeps_an_error(database: Path) -> None:
 
 
 def test_the_end_of_a_forked_child_damages_nothing(database: Path) -> None:
-    """A child that was forked inside a transaction ends as any program does; the file is sound."""
+    """A child that was forked inside a transaction exits normally; the file is not damaged."""
     program = """
 import os, sqlite3, sys
 from usermetadata import SQLiteStorage, StorageError
@@ -462,7 +462,7 @@ except StorageError:
     os.close(tell)
     os.read(told, 1)
     sys.exit()
-# The child ends while another connection's transaction is half in the log.
+# The child exits while the log holds half of another connection's transaction.
 other = sqlite3.connect(sys.argv[1], isolation_level=None)
 other.execute("PRAGMA cache_size = 5")
 other.execute("BEGIN IMMEDIATE")
@@ -483,7 +483,7 @@ print(len(SQLiteStorage(sys.argv[1]).read([user_id for _, user_id, _ in rows])))
 
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///users.db"])
 def test_a_daemon_thread_does_not_crash_the_interpreters_end(url: str, tmp_path: Path) -> None:
-    """Threads that never stop are cut off where they are, and the program ends well."""
+    """Threads that never stop are cut off, and the program exits normally."""
     program = """
 import sys, threading
 import usermetadata
@@ -515,9 +515,9 @@ started.wait()
 
 
 def test_memory_is_each_processs_own() -> None:
-    """After a fork each side has a copy of an in-memory store; a lock held elsewhere is no trap.
+    """After a fork each side has a copy of an in-memory store, also if a thread held its lock.
 
-    A fork waits for a write to SQLite's memory, and not for one to ``InMemoryStorage``.
+    A fork waits for a write to an in-memory SQLite database, but not to an ``InMemoryStorage``.
     """
     program = """
 import os, sys, threading

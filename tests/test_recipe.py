@@ -29,7 +29,7 @@ from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult, Rec
 
 
 def keeps_metadata_in(database: Path) -> bool:
-    """Write through the recipe and look for it in the file."""
+    """Tell whether an update through the recipe is stored in the file."""
     syncio.update_user_metadata("alice", {"n": 1})
     UserMetadataRecipe.reset()
     with contextlib.closing(SQLiteStorage(database)) as storage:
@@ -56,7 +56,7 @@ def test_init_takes_urls_and_paths(
 
 
 def test_init_takes_a_storage() -> None:
-    """A storage that the caller made is used as it is, and stays open after ``reset``."""
+    """A storage that the caller made is used, and stays open after ``reset``."""
     storage = InMemoryStorage()
     usermetadata.init(storage)
     syncio.update_user_metadata("alice", {"n": 1})
@@ -66,7 +66,7 @@ def test_init_takes_a_storage() -> None:
 
 @pytest.mark.parametrize("url", ["memory://", "sqlite://", "sqlite:///:memory:", ":memory:"])
 def test_init_takes_memory(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is written to disk."""
+    """``memory://`` writes nothing to disk."""
     monkeypatch.chdir(tmp_path)
     usermetadata.init(url)
     assert syncio.update_user_metadata("alice", {"n": 1}).metadata == {"n": 1}
@@ -74,7 +74,7 @@ def test_init_takes_memory(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_environment_names_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without an argument the storage is that of ``USERMETADATA_URL``."""
+    """Without an argument ``USERMETADATA_URL`` names the storage."""
     monkeypatch.setenv("USERMETADATA_URL", f"sqlite:///{tmp_path}/other.db")
     usermetadata.init()
     assert keeps_metadata_in(tmp_path / "other.db")
@@ -110,7 +110,7 @@ def test_init_refuses_what_it_does_not_know(storage: Any) -> None:
 
 
 def test_init_twice_is_an_error() -> None:
-    """The second ``init`` says what to do, and the first stays in force."""
+    """The error of the second ``init`` says what to do, and the first stays in force."""
     usermetadata.init("memory://")
     syncio.update_user_metadata("alice", {"n": 1})
     with pytest.raises(UsageError, match=r"UserMetadataRecipe.reset\(\)"):
@@ -119,7 +119,7 @@ def test_init_twice_is_an_error() -> None:
 
 
 def test_a_call_before_init_names_the_line_to_write(facade: Any) -> None:
-    """Every function says how to initialise."""
+    """The error of every function says how to initialise."""
     for name, arguments in FUNCTIONS.items():
         with pytest.raises(UsageError, match=r'usermetadata.init\("sqlite:///users.db"\)'):
             getattr(facade, name)(*arguments)
@@ -190,7 +190,7 @@ class Shouting(RecipeInterface):
 
 
 def test_an_override_class_of_the_sdk_serves_both_facades(facade: Any) -> None:
-    """Its three methods are used; it sees the raw arguments and may await what it likes."""
+    """Its three methods are used, get the raw arguments and may await anything."""
     storage = InMemoryStorage()
     usermetadata.init(storage, InputOverrideConfig(functions=Shouting))
     assert facade.update_user_metadata("alice", {"a": {1, 2}, "b": "b"}).metadata == {
@@ -248,7 +248,7 @@ FUNCTIONS: dict[str, list[Any]] = {
 
 
 def test_the_user_context_is_the_callers(facade: Any) -> None:
-    """An override gets the very dict that was passed, even an empty one, or a new ``{}``."""
+    """An override gets the dict that was passed, even an empty one, or a new ``{}``."""
     overrides: list[Shouting] = []
 
     def functions(original: RecipeInterface) -> RecipeInterface:
@@ -266,7 +266,7 @@ def test_the_user_context_is_the_callers(facade: Any) -> None:
 
 
 def test_what_an_override_raises_is_raised(facade: Any) -> None:
-    """An override's exception reaches the caller as it is."""
+    """An override's exception propagates unchanged."""
     error = PermissionError("not yours")
 
     class Forbidding(Shouting):
@@ -282,7 +282,7 @@ def test_what_an_override_raises_is_raised(facade: Any) -> None:
 
 
 def test_an_override_may_return_any_awaitable(facade: Any) -> None:
-    """A task instead of a coroutine is fine, and is made where a loop is running."""
+    """An override may return a task instead of a coroutine; a loop is running when it is called."""
 
     class Hurrying(Shouting):
         def get_user_metadata(self, user_id: str, user_context: dict[str, Any]) -> Any:
@@ -312,7 +312,7 @@ def test_an_override_may_use_syncio() -> None:
 
 
 def test_an_override_sees_the_callers_context_variables(facade: Any) -> None:
-    """What a web framework keeps per request in context variables is there in an override."""
+    """An override has the caller's context variables, for example a web framework's."""
     request = contextvars.ContextVar("request", default="none")
     seen: list[str] = []
 
@@ -331,7 +331,7 @@ def test_an_override_sees_the_callers_context_variables(facade: Any) -> None:
 
 @pytest.mark.parametrize("url", ["memory://", "sqlite://"])
 def test_a_function_sees_the_callers_context_variables(facade: Any, url: str) -> None:
-    """Whichever thread calls it, a function given to ``modify`` is in its caller's context."""
+    """A function given to ``modify`` runs in its caller's context, in any thread."""
     request = contextvars.ContextVar("request", default="none")
     usermetadata.init(url)
     request.set("mine")
@@ -340,7 +340,7 @@ def test_a_function_sees_the_callers_context_variables(facade: Any, url: str) ->
 
 
 def test_reset_inside_a_function_is_refused(facade: Any) -> None:
-    """It would close the storage that is in use; nothing happens, and the change is done."""
+    """``reset`` would close the storage that is in use; it is refused, and the change is done."""
     usermetadata.init("sqlite://")
 
     def function(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -356,7 +356,7 @@ def test_reset_inside_a_function_is_refused(facade: Any) -> None:
 def test_without_an_override_syncio_stays_in_its_thread(
     override: UserMetadataOverrideConfig | None,
 ) -> None:
-    """With nothing overridden a blocking call goes straight to the storage."""
+    """Without an override a blocking call uses the storage in the calling thread."""
     threads: list[int] = []
 
     class Watched(InMemoryStorage):
@@ -380,7 +380,7 @@ def test_a_wrong_override_is_refused() -> None:
 
 
 def test_the_recipe_may_be_used_without_init() -> None:
-    """The recipe's implementation is an object like any other, as in the SDK."""
+    """The recipe's implementation works without ``init``, as in the SDK."""
     storage = InMemoryStorage()
     storage.write([("alice", Merge({"n": 1}))])
     recipe = UserMetadataRecipe(storage)

@@ -1,4 +1,4 @@
-"""The server: SuperTokens' core driver interface, as its SDKs speak it."""
+"""The server: SuperTokens' core driver interface, as its SDKs use it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KEY = "a key of at least twenty characters"
 
 
 class Answer:
-    """What a client sees of an answer."""
+    """A response: status, headers and body."""
 
     def __init__(self, status: int, kind: str | None, body: bytes) -> None:
         self.status = status
@@ -69,7 +69,7 @@ class Client:
 
 @contextlib.contextmanager
 def served(app: Any) -> Generator[Client, None, None]:
-    """Serve an application for real."""
+    """Serve an application over HTTP."""
     with serve(app) as port:
         client = Client(f"http://127.0.0.1:{port}")
         with contextlib.closing(client.connection):
@@ -86,7 +86,7 @@ def client(usermetadata_server: str) -> Generator[Client, None, None]:
 
 @pytest.fixture(scope="module")
 def closed() -> Generator[Client, None, None]:
-    """A client of a server that asks for a key, over a store of its own."""
+    """A client of a server that requires a key, over a separate store."""
     with served(create_app(InMemoryStorage(), api_keys=["another", KEY])) as client:
         yield client
 
@@ -105,11 +105,11 @@ def update(client: Client, user_id: str, metadata_update: Any, path: str = METAD
     return client.request("PUT", path, body).json
 
 
-# What the SDKs do.
+# Requests of the SDKs.
 
 
 def test_an_update_is_merged_and_answered_whole(client: Client) -> None:
-    """``PUT`` merges, ``GET`` shows, ``POST .../remove`` clears: as a core does."""
+    """``PUT`` merges, ``GET`` returns, ``POST .../remove`` clears, as in a core."""
     assert update(client, "alice", {"a": {"x": 1}, "b": 2}) == {
         "metadata": {"a": {"x": 1}, "b": 2},
         "status": "OK",
@@ -124,7 +124,7 @@ def test_an_update_is_merged_and_answered_whole(client: Client) -> None:
 
 
 def test_many_users_are_answered_in_their_order(client: Client) -> None:
-    """``{}`` is a row that is empty, ``null`` is no row; who is asked for twice appears twice."""
+    """``{}`` is an empty row, ``null`` is no row; a user id given twice appears twice."""
     update(client, "alice", {"n": 1})
     update(client, "bob", {})
     user_ids = ["carol", "bob", "alice", "bob"]
@@ -152,7 +152,7 @@ def test_values_and_user_ids_come_back_exactly(client: Client) -> None:
 
 
 def test_the_versions_and_hello_are_known(closed: Client) -> None:
-    """Every SDK finds a version that it speaks; ``/hello`` is answered without a key."""
+    """Every SDK finds a version that it supports; ``/hello`` needs no key."""
     headers = {"api-key": KEY}
     shown = closed.request("GET", "/apiversion?apiDomain=x&websiteDomain=y", headers=headers)
     assert shown.json == {"versions": list(VERSIONS)}
@@ -177,14 +177,14 @@ def test_an_app_is_named_in_the_path(client: Client, usermetadata_storage: InMem
 
 
 def test_paths_ignore_case_and_one_slash(client: Client) -> None:
-    """As a core's do."""
+    """Paths ignore case and one slash at the end, as in a core."""
     assert client.request("GET", "/Recipe/USER/metadata/?userId=alice").status == 200
     assert client.request("GET", "/recipe/user/metadata//?userId=alice").error == (404, "Not found")
     assert client.request("GET", "/recipe/user").error == (404, "Not found")
     assert client.request("GET", "/").error == (404, "Not found")
 
 
-# What is refused, in the core's words.
+# Refused requests, with the core's texts.
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_paths_ignore_case_and_one_slash(client: Client) -> None:
 def test_bad_requests_are_told_what_is_wrong(
     untouched: tuple[Client, InMemoryStorage], sent: tuple[str, str, Any], message: str
 ) -> None:
-    """400, with the core's text where the core has one, and nothing is written."""
+    """Bad requests get a 400 response, with the core's text if it has one; nothing is written."""
     client, storage = untouched
     assert client.request(*sent).error == (400, message)
     assert storage.read_after("", 10) == {}
@@ -247,7 +247,7 @@ def test_bad_requests_are_told_what_is_wrong(
 
 @pytest.mark.parametrize("method", ["PATCH", "TRACE", "PROPFIND"])
 def test_no_other_method_is_known(closed: Client, method: str) -> None:
-    """They are refused as the core does, to whoever has the key."""
+    """Other methods are refused as in the core, after the key was checked."""
     assert closed.request(method, METADATA).error == (401, "Invalid API key")
     answer = closed.request(method, METADATA, headers={"api-key": KEY})
     assert answer.error == (405, "Method not supported")
@@ -255,7 +255,7 @@ def test_no_other_method_is_known(closed: Client, method: str) -> None:
 
 
 def test_what_is_quoted_is_not_executed(client: Client) -> None:
-    """The core's errors are HTML; a browser that shows one runs nothing that is in it."""
+    """The core's errors are HTML; a browser executes nothing in them."""
     client.connection.request("GET", f"{METADATA}?userId=%00%3Cscript%3E")
     response = client.connection.getresponse()
     assert b"<script>" in response.read()
@@ -263,7 +263,7 @@ def test_what_is_quoted_is_not_executed(client: Client) -> None:
 
 
 def test_apps_do_not_wait_for_each_others_writers(database: Path) -> None:
-    """However many writes to apps named in the path wait for the database, reads are answered."""
+    """Reads are answered while many writes to apps named in the path wait for the database."""
     with (
         contextlib.closing(SQLiteStorage(database)) as storage,
         served(create_app(storage)) as client,
@@ -293,7 +293,7 @@ def test_apps_do_not_wait_for_each_others_writers(database: Path) -> None:
 
 
 def test_the_key_comes_first(closed: Client) -> None:
-    """Then the version, then the method, then the fields."""
+    """The key is checked first, then the version, the method and the fields."""
     headers = {"cdi-version": "9.9"}
     assert closed.request("PATCH", METADATA, headers=headers).error == (401, "Invalid API key")
     headers["api-key"] = KEY
@@ -326,27 +326,27 @@ def test_a_key_is_shown_in_either_header(closed: Client, headers: dict[str, str]
     [{}, {"api-key": ""}, {"api-key": KEY[:-1]}, {"api-key": "\xe9"}, {"Authorization": "Bearer"}],
 )
 def test_a_wrong_key_opens_nothing(closed: Client, headers: dict[str, str]) -> None:
-    """Whatever it looks like."""
+    """A wrong key of any form is refused."""
     answer = closed.request("PUT", METADATA, {"userId": "a", "metadataUpdate": {}}, headers)
     assert answer.error == (401, "Invalid API key")
 
 
 @pytest.mark.parametrize("api_keys", ["a key", [""], ["a key", " "]])
 def test_an_empty_key_is_no_key(api_keys: Any) -> None:
-    """A variable that was not set must not open the server to everybody."""
+    """An empty environment variable must not open the server."""
     with pytest.raises(InvalidInputError, match="api_keys: an empty key"):
         create_app(InMemoryStorage(), api_keys=api_keys)
 
 
 @pytest.mark.parametrize("storage", ["sqlite:///users.db", None])
 def test_a_url_is_no_storage(storage: Any) -> None:
-    """``init`` takes URLs, and this does not: the storage is the caller's to close."""
+    """``create_app`` takes no URL: the caller makes and closes the storage."""
     with pytest.raises(InvalidInputError, match=r"storage: .* is not a storage; pass"):
         create_app(storage)
 
 
 def test_a_large_body_is_refused(usermetadata_storage: InMemoryStorage) -> None:
-    """413 above the limit, whether or not the length was announced; at the limit it is taken."""
+    """A body above the limit gets 413, with or without its length; at the limit it is accepted."""
     body = json.dumps({"userId": "a", "metadataUpdate": {"text": "x" * 1000}}).encode()
     with served(create_app(usermetadata_storage, max_body_size=len(body))) as client:
         assert client.request("PUT", METADATA, body).status == 200
@@ -359,14 +359,14 @@ def test_a_large_body_is_refused(usermetadata_storage: InMemoryStorage) -> None:
 
 
 class Broken(InMemoryStorage):
-    """A storage whose trouble has a secret in it."""
+    """A storage whose errors contain a secret."""
 
     def read(self, user_ids: Any) -> Any:
         raise StorageBusyError("host=secret is busy")
 
 
 def test_a_storage_in_trouble_is_503(caplog: pytest.LogCaptureFixture) -> None:
-    """The client learns that it may try again, and nothing of the database; the log has it all."""
+    """The client is asked to try again, without the database's error; the log has the error."""
     with served(create_app(Broken())) as client:
         answer = client.request("GET", f"{METADATA}?userId=a")
     assert answer.error == (503, "The storage is busy or cannot be reached; try again.")
@@ -374,7 +374,7 @@ def test_a_storage_in_trouble_is_503(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_closed_storage_is_503() -> None:
-    """Whoever mounts the application may close the storage first."""
+    """An application that mounts the server may close the storage first."""
     storage = InMemoryStorage()
     with served(create_app(storage)) as client:
         storage.close()
@@ -382,7 +382,7 @@ def test_a_closed_storage_is_503() -> None:
 
 
 def test_rows_of_other_programs_are_answered(database: Path) -> None:
-    """What is no text, half of a surrogate pair, is an escape."""
+    """A lone surrogate is answered as an escape."""
     with contextlib.closing(SQLiteStorage(database)) as storage:
         storage.write([("a", Merge({}))])
         with contextlib.closing(sqlite3.connect(database)) as connection, connection:
@@ -394,7 +394,7 @@ def test_rows_of_other_programs_are_answered(database: Path) -> None:
 def test_a_damaged_row_is_the_servers_fault(
     database: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """500, until it is set or cleared; the log says whose it is."""
+    """A damaged row gets 500 until it is set or cleared; the log names the user."""
     with contextlib.closing(SQLiteStorage(database)) as storage:
         storage.write([("a", Merge({}))])
         with contextlib.closing(sqlite3.connect(database)) as connection:
@@ -412,7 +412,7 @@ def test_a_damaged_row_is_the_servers_fault(
 def test_requests_are_logged_without_metadata(
     client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One line each at level debug: method, path and status."""
+    """At level debug each request is one line: method, path and status."""
     caplog.set_level(logging.DEBUG, "usermetadata.server")
     update(client, "alice", {"secret": "sesame"})
     client.request("GET", f"{METADATA}?userId=alice")
@@ -421,7 +421,7 @@ def test_requests_are_logged_without_metadata(
 
 
 def test_it_may_be_part_of_an_application(usermetadata_storage: InMemoryStorage) -> None:
-    """Mounted below a path of an ASGI application, it works as by itself."""
+    """Mounted below a path of an ASGI application, it works the same."""
     app = Starlette(routes=[Mount("/core", create_app(usermetadata_storage))])
     with served(app) as client:
         assert update(client, "alice", {"n": 1}, f"/core{METADATA}")["metadata"] == {"n": 1}
@@ -471,7 +471,7 @@ FIELDS = st.fixed_dictionaries(
 def test_no_request_is_too_strange(  # noqa: PLR0913, PLR0917 - a request has that many parts
     client: Client, method: str, path: str, query: str, body: bytes, version: str
 ) -> None:
-    """Whatever is sent is answered, and never by a fault of the server's own."""
+    """Every request is answered, and none causes an internal error."""
     answer = client.request(method, f"{path}?{query}", body, {"cdi-version": version})
     assert answer.status in {200, 400, 404, 405}
     assert answer.status != 200 or path.lower().rstrip("/") in PATHS

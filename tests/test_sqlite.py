@@ -1,4 +1,4 @@
-"""What the SQLite storage promises beyond the conformance suite."""
+"""Promises of the SQLite storage beyond the conformance suite."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def storage(database: Path) -> Generator[SQLiteStorage, None, None]:
-    """Keep metadata in a file, waiting a moment only for others."""
+    """A storage on a file, with a short timeout."""
     storage = SQLiteStorage(database, timeout=0.1)
     yield storage
     storage.close()
@@ -61,7 +61,7 @@ def test_the_table_has_supertokens_names(storage: SQLiteStorage, database: Path)
 
 
 def test_nothing_is_opened_before_the_first_call(database: Path) -> None:
-    """A storage may be made at import time, before a fork, and of a path that is not ready."""
+    """A storage may be made at import time, before a fork, and before its directory exists."""
     SQLiteStorage(database)
     assert not database.exists()
 
@@ -80,7 +80,7 @@ def test_a_relative_path_is_meant_where_it_was_given(
 
 
 def test_the_file_outlives_the_storage(storage: SQLiteStorage, database: Path) -> None:
-    """What was written is there for the next storage of the same path."""
+    """The next storage of the same path reads what was written."""
     storage.write([("alice", Merge({"n": 1}))])
     storage.close()
     with contextlib.closing(SQLiteStorage(database)) as later:
@@ -102,7 +102,7 @@ def test_apps_share_the_file(storage: SQLiteStorage, database: Path) -> None:
 def test_the_writer_syncs_as_it_was_told(
     database: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], level: int
 ) -> None:
-    """The file is in WAL mode, and commits wait for the disk unless ``NORMAL`` was asked for."""
+    """The file is in WAL mode, and commits wait for the disk unless ``NORMAL`` was set."""
     connect, opened = sqlite3.connect, list[sqlite3.Connection]()
 
     def remember(*args: Any, **kwargs: Any) -> sqlite3.Connection:
@@ -131,13 +131,13 @@ def test_the_writer_syncs_as_it_was_told(
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
-    """A wrong argument is found when the storage is made."""
+    """A wrong argument raises when the storage is made."""
     with pytest.raises(InvalidInputError, match=message):
         SQLiteStorage(**arguments)
 
 
 def test_a_forgotten_storage_closes_its_file(database: Path) -> None:
-    """Neither a dropped storage nor one that is open at exit leaves a warning or a WAL behind."""
+    """A storage that is dropped, or open at exit, leaves no warning and no WAL file."""
     program = """
 import gc, sys
 from usermetadata import SQLiteStorage
@@ -163,7 +163,7 @@ if sys.argv[2] == "drop":
 def test_readers_do_not_wait_for_a_writer(
     storage: SQLiteStorage, database: Path, *, warm: bool
 ) -> None:
-    """During a long write transaction a reader sees the old state, at once."""
+    """During a long write transaction a reader gets the old state at once."""
     storage.write([("alice", Merge({"n": 1}))])
     seen: list[dict[str, Metadata]] = []
 
@@ -196,7 +196,7 @@ def test_another_programs_lock_is_waited_for_and_reported(
 
 
 def test_the_first_opening_waits_for_others(database: Path) -> None:
-    """A file that another program is just writing, not yet in WAL mode, is waited for too."""
+    """The first call waits for a program that writes a file that is not yet in WAL mode."""
     other = sqlite3.connect(database, isolation_level=None, check_same_thread=False)
     with contextlib.closing(other), contextlib.closing(SQLiteStorage(database)) as storage:
         other.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY)")
@@ -206,7 +206,7 @@ def test_the_first_opening_waits_for_others(database: Path) -> None:
 
 
 def test_another_thread_is_waited_for_and_reported(storage: SQLiteStorage) -> None:
-    """A write that waits for another thread's gives up after the timeout too."""
+    """A write that waits for another thread's write also raises after the timeout."""
     errors: list[Exception] = []
 
     def write() -> None:
@@ -275,7 +275,7 @@ while interrupts < int(sys.argv[3]):
 
 
 def test_a_signal_handler_may_read(storage: SQLiteStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where it comes upon its own thread opening a connection."""
+    """A signal handler may read even while its thread is opening a connection."""
     storage.write([("alice", Merge({"n": 1}))])
     connect = sqlite3.connect
     seen: list[object] = []
@@ -296,7 +296,7 @@ def test_a_signal_handler_may_read(storage: SQLiteStorage, monkeypatch: pytest.M
 
 
 def test_a_write_inside_a_write_is_refused(storage: SQLiteStorage) -> None:
-    """A signal handler, or a change, that writes in the middle of a write cannot lose either."""
+    """A signal handler or a change that writes in the middle of a write gets an error."""
 
     def change(metadata: Metadata) -> Metadata:
         with pytest.raises(UsageError, match="a write inside a write"):
@@ -307,11 +307,11 @@ def test_a_write_inside_a_write_is_refused(storage: SQLiteStorage) -> None:
     assert storage.write([("alice", Merge({"n": 1}))]) == [{"outer": 1, "n": 1}]
 
 
-# Trouble with the file: a clear error, the driver's as its cause, and work goes on afterwards.
+# Errors of the file: a clear error with the driver's as its cause; later calls work.
 
 
 def fails(storage: SQLiteStorage, message: str) -> None:
-    """Check that both verbs raise ``StorageError`` with this message."""
+    """Check that both methods raise ``StorageError`` with this message."""
     for call in (
         lambda: storage.read(["alice"]),
         lambda: storage.write([("alice", Merge({"n": 1}))]),
@@ -322,7 +322,7 @@ def fails(storage: SQLiteStorage, message: str) -> None:
 
 
 def works(storage: SQLiteStorage) -> None:
-    """Check that both verbs do their work."""
+    """Check that both methods work."""
     storage.write([("alice", Replace({"works": True}))])
     assert storage.read(["alice"]) == {"alice": {"works": True}}
 
@@ -346,7 +346,7 @@ def test_a_directory_in_place_of_the_file(database: Path) -> None:
 
 
 def test_a_file_that_is_not_sqlite(storage: SQLiteStorage, database: Path) -> None:
-    """The error says so, and the file is left as it is."""
+    """The error says so, and the file stays unchanged."""
     database.write_text("alice: likes dark themes\n" * 100)
     fails(storage, "not a database; name an SQLite file")
     assert database.read_text() == "alice: likes dark themes\n" * 100
@@ -355,7 +355,7 @@ def test_a_file_that_is_not_sqlite(storage: SQLiteStorage, database: Path) -> No
 
 
 def test_a_damaged_file(storage: SQLiteStorage, database: Path) -> None:
-    """The error suggests the backup; once the file is restored the same storage goes on."""
+    """The error suggests a backup; once the file is restored the same storage works."""
     storage.write([(f"user {n}", Merge({"n": n, "text": "x" * 100})) for n in range(1000)])
     storage.close()
     sound = database.read_bytes()
@@ -389,7 +389,7 @@ def test_a_read_only_file() -> None:
 
 
 def test_a_full_disk(storage: SQLiteStorage) -> None:
-    """A write that finds no room changes nothing; when there is room again it works."""
+    """A write to a full disk changes nothing; once there is space it works."""
     storage.write([("alice", Merge({"n": 1}))])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
@@ -408,7 +408,7 @@ def test_a_full_disk(storage: SQLiteStorage) -> None:
 def test_an_error_of_the_disk(
     storage: SQLiteStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, meanwhile: bool
 ) -> None:
-    """What was stored is unknown; from then on, no connection to the former file is used."""
+    """The outcome is unknown; later calls use no connection to the former file."""
     storage.write([("alice", Merge({"old": True}))])
 
     def fail_and_replace() -> None:
@@ -652,7 +652,7 @@ def test_a_table_of_another_framework_is_used(
 
 
 def test_sqlites_own_limit_of_pages() -> None:
-    """SQLite undoes the transaction itself when a database is full; that is understood."""
+    """SQLite itself undoes the transaction when a database is full; the error is the same."""
     connection = sqlite3.connect(":memory:")
     with (
         contextlib.closing(connection),
@@ -668,7 +668,7 @@ def test_sqlites_own_limit_of_pages() -> None:
 
 
 def test_another_programs_table(storage: SQLiteStorage, database: Path) -> None:
-    """A table of the same name with other columns is left alone."""
+    """A table of the same name with other columns stays unchanged."""
     with contextlib.closing(sqlite3.connect(database)) as other:
         other.execute("CREATE TABLE user_metadata (id INTEGER PRIMARY KEY, value TEXT)")
     for call in (lambda: storage.read(["a"]), lambda: storage.write([("a", Merge({}))])):
@@ -677,7 +677,7 @@ def test_another_programs_table(storage: SQLiteStorage, database: Path) -> None:
 
 
 def test_a_view_in_place_of_the_table(storage: SQLiteStorage, database: Path) -> None:
-    """The error says what is in the way."""
+    """The error names the view."""
     with contextlib.closing(sqlite3.connect(database)) as other:
         other.execute("CREATE VIEW user_metadata AS SELECT 1")
     with pytest.raises(StorageError, match="is actually a view; use another file"):
@@ -685,7 +685,7 @@ def test_a_view_in_place_of_the_table(storage: SQLiteStorage, database: Path) ->
 
 
 def test_a_damaged_row_leaves_no_query_open(storage: SQLiteStorage, database: Path) -> None:
-    """Whoever keeps the error does not keep SQLite from tidying its log."""
+    """Keeping the error does not keep SQLite from truncating its log."""
     users = [f"user {number}" for number in range(1000)]
     storage.write([(user_id, Merge({"n": 1})) for user_id in users])
     with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
@@ -713,7 +713,7 @@ def test_a_damaged_row_leaves_no_query_open(storage: SQLiteStorage, database: Pa
 def test_a_damaged_row(
     storage: SQLiteStorage, database: Path, damage: str | bytes, message: str
 ) -> None:
-    """The error names the user; others are not concerned; set and clear mend the row."""
+    """The error names the user; other users work; ``set`` and ``clear`` repair the row."""
     storage.write([(user_id, Merge({"n": 1})) for user_id in ("alice", "bob", "carol")])
     with contextlib.closing(sqlite3.connect(database)) as other, other:
         other.execute("UPDATE user_metadata SET user_metadata = ? WHERE user_id != 'bob'", [damage])
@@ -732,7 +732,7 @@ def test_a_damaged_row(
 
 
 def test_a_row_that_is_not_text(storage: SQLiteStorage, database: Path) -> None:
-    """Bytes that are no UTF-8 are a damaged row as well."""
+    """Bytes that are not UTF-8 are also a damaged row."""
     storage.write([("alice", Merge({}))])
     with contextlib.closing(sqlite3.connect(database)) as other, other:
         other.execute("UPDATE user_metadata SET user_metadata = CAST(x'7bff7d' AS TEXT)")
@@ -743,7 +743,7 @@ def test_a_row_that_is_not_text(storage: SQLiteStorage, database: Path) -> None:
 
 
 def test_a_dropped_table(storage: SQLiteStorage, database: Path) -> None:
-    """A table that somebody dropped is created again after the error."""
+    """A table that was dropped is created again after the error."""
     storage.write([("alice", Merge({}))])
     with contextlib.closing(sqlite3.connect(database)) as other, other:
         other.execute("DROP TABLE user_metadata")
@@ -765,7 +765,7 @@ def borrowed(database: Path) -> Generator[Database, None, None]:
 
 
 def test_a_borrowed_database_commits_by_itself(borrowed: Database, database: Path) -> None:
-    """Outside a transaction of the caller's a write is committed when it returns."""
+    """Without a transaction of the caller, a write is committed when it returns."""
     storage = SQLiteStorage(borrowed)
     storage.write([("alice", Merge({"n": 1}))])
     assert not borrowed.conn.in_transaction
@@ -774,7 +774,7 @@ def test_a_borrowed_database_commits_by_itself(borrowed: Database, database: Pat
 
 
 def test_reads_of_a_borrowed_database_are_one_statement(borrowed: Database) -> None:
-    """The first read looks at the schema; later ones do not, even if nothing is ever written."""
+    """The first read checks the schema; later reads do not, even if nothing is ever written."""
     SQLiteStorage(borrowed).write([("alice", Merge({"n": 1}))])
     storage = SQLiteStorage(borrowed)
     storage.read(["alice"])
@@ -786,7 +786,7 @@ def test_reads_of_a_borrowed_database_are_one_statement(borrowed: Database) -> N
 
 
 def test_a_commit_without_effect_is_not_acknowledged(borrowed: Database, database: Path) -> None:
-    """Where the application's authorizer suppresses COMMIT, a write does not pass for stored."""
+    """If the application's authorizer suppresses COMMIT, a write is not acknowledged."""
     storage = SQLiteStorage(borrowed)
     storage.write([("alice", Replace({"n": 1}))])
 
@@ -837,7 +837,7 @@ def test_a_failed_write_leaves_the_callers_transaction(borrowed: Database) -> No
 
 
 def test_a_borrowed_database_stays_open(borrowed: Database) -> None:
-    """Closing the storage is not closing the caller's database."""
+    """Closing the storage does not close the caller's database."""
     storage = SQLiteStorage(borrowed)
     storage.write([("alice", Merge({}))])
     storage.close()
@@ -862,14 +862,14 @@ def test_a_borrowed_database_knows_its_thread(borrowed: Database) -> None:
 
 
 def test_a_lender_may_have_a_row_factory(borrowed: Database) -> None:
-    """How the lender likes its rows is no concern of ours."""
+    """The caller's row factory does not matter."""
     borrowed.conn.row_factory = sqlite3.Row
     storage = SQLiteStorage(borrowed)
     works(storage)
 
 
 def test_a_borrowed_database_that_was_closed(borrowed: Database) -> None:
-    """The error is ours, with the driver's as its cause."""
+    """The error is the library's, with the driver's as its cause."""
     storage = SQLiteStorage(borrowed)
     borrowed.close()
     fails(storage, "closed database")

@@ -1,4 +1,4 @@
-"""Any sequence of calls, through any facade, leaves what a plain dict would hold."""
+"""After any sequence of calls, through both facades, a storage holds what a dict would."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ user_ids = st.sampled_from(["alice", "Alice", "é", "\U0010ffff"])
 
 
 class AnyCalls(RuleBasedStateMachine):
-    """Calls one facade or the other, and a model beside it."""
+    """Calls one facade or the other, and applies the same to a model."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class AnyCalls(RuleBasedStateMachine):
 
     @rule(facade=facades, user_id=user_ids, name=st.sampled_from(["a", "b"]), fail=st.booleans())
     def modify(self, facade: Any, user_id: str, name: str, *, fail: bool) -> None:
-        """Count something, or change one's mind."""
+        """Count, or raise in the function."""
 
         def count(metadata: Metadata) -> Metadata:
             metadata[name] = [metadata.get(name)]
@@ -78,7 +78,7 @@ class AnyCalls(RuleBasedStateMachine):
 
     @rule(facade=facades, updates=st.dictionaries(user_ids, metadata), fail=st.booleans())
     def update_bulk(self, facade: Any, updates: dict[str, Metadata], *, fail: bool) -> None:
-        """Merge into several users, or fail for one and so for all."""
+        """Merge into several users, or fail for all because of one."""
         if fail:
             with pytest.raises(usermetadata.InvalidInputError):
                 facade.update_bulk_user_metadata({**updates, "other": {"a": float("nan")}})
@@ -102,7 +102,7 @@ class AnyCalls(RuleBasedStateMachine):
 
     @invariant()
     def everything_is_as_in_the_model(self) -> None:
-        """Read all users through both facades and past them."""
+        """Read all users through both facades and from the storage."""
         everybody = ["alice", "Alice", "é", "\U0010ffff", "other"]
         rows = self.storage.read(everybody)
         same({user: rows[user] for user in everybody if user in rows}, self.rows())
@@ -117,12 +117,12 @@ class AnyCalls(RuleBasedStateMachine):
 
 
 def same(found: Any, expected: Any) -> None:
-    """Compare types and digits too; only the order of properties is left open."""
+    """Compare values, types and digits; ignore the order of properties."""
     assert repr(in_order(found)) == repr(in_order(expected))
 
 
 def in_order(value: Any) -> Any:
-    """Return the same with all properties in one order."""
+    """Return a copy with sorted properties."""
     if isinstance(value, dict):
         return {key: in_order(value[key]) for key in sorted(value)}
     return [in_order(each) for each in value] if isinstance(value, list) else value
@@ -130,7 +130,7 @@ def in_order(value: Any) -> Any:
 
 @pytest.mark.parametrize("kind", STORAGES)
 def test_every_storage_is_a_dict(kind: str) -> None:
-    """Whatever is called, through whichever facade, a storage holds what a dict would."""
+    """After any calls through either facade, a storage holds what a dict would."""
 
     class Calls(AnyCalls):
         def __init__(self) -> None:

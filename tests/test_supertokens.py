@@ -1,4 +1,4 @@
-"""SuperTokens' own Python SDK: with this library's storage in it, and with its server behind it."""
+"""SuperTokens' Python SDK, with this library's storage or with its server."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ assert blocking.get_user_metadata("bob").metadata == {}
 
 
 def run(program: str, *arguments: object) -> str:
-    """Run a program in a process of its own, as the SDK is initialised once for all."""
+    """Run a program in a new process, because the SDK can be initialised only once."""
     command = [sys.executable, "-c", program, *map(str, arguments)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert finished.returncode == 0, finished.stderr
@@ -73,7 +73,7 @@ def run(program: str, *arguments: object) -> str:
 
 
 def test_the_sdk_keeps_its_calls_and_moves_the_data(database: Path) -> None:
-    """With the override, the SDK's functions, both facades, use the storage; no core is asked."""
+    """With the override, both facades of the SDK use the storage, not a core."""
     program = """
 from usermetadata.supertokens import use_storage
 usermetadata.init(sys.argv[1])
@@ -86,7 +86,7 @@ init_sdk("http://localhost:1", recipe.UserMetadataOverrideConfig(functions=use_s
 
 
 def test_the_dashboard_edits_the_storage(database: Path) -> None:
-    """The metadata editor of the SDK's dashboard shows and changes what is in the storage."""
+    """The metadata editor of the SDK's dashboard shows and changes the stored metadata."""
     program = """
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -125,7 +125,7 @@ def test_the_sdk_as_it_is_uses_the_server(
 
 
 def test_the_user_of_a_session(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The guide's program with ``verify_session()``: whoever has a session reads and writes."""
+    """In the guide's program with ``verify_session()`` the session's user reads and writes."""
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     public = {**RSAAlgorithm.to_jwk(key.public_key(), as_dict=True), "kid": "d-1", "alg": "RS256"}
 

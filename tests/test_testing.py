@@ -1,4 +1,4 @@
-"""What ``usermetadata.testing`` gives to an application's or a storage author's tests."""
+"""``usermetadata.testing``: fixtures for applications, the suite for storage authors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def test_the_fixture_gives_each_test_its_own_store(pytester: pytest.Pytester) -> None:
-    """Pytest finds the fixture by itself; no test sees what another stored."""
+    """Pytest finds the fixture; no test sees another test's metadata."""
     pytester.makepyfile(
         """
         import asyncio
@@ -46,7 +46,7 @@ def test_the_fixture_gives_each_test_its_own_store(pytester: pytest.Pytester) ->
 
 
 def test_the_fixture_undoes_itself(pytester: pytest.Pytester) -> None:
-    """The application's storage is left alone and back afterwards; its override stays in force."""
+    """The application's storage is unchanged and back afterwards; its override stays in force."""
     pytester.makepyfile(
         """
         import pytest
@@ -83,7 +83,7 @@ def test_the_fixture_undoes_itself(pytester: pytest.Pytester) -> None:
 
 
 def test_the_sdk_finds_the_server_in_every_test(pytester: pytest.Pytester) -> None:
-    """It keeps the first URL that it was given, so that is the one for all; stores are fresh."""
+    """The SDK keeps its first URL, so all tests get the same URL; the stores are fresh."""
     pytester.makepyfile(
         """
         import pytest
@@ -115,7 +115,7 @@ def test_the_sdk_finds_the_server_in_every_test(pytester: pytest.Pytester) -> No
 
 
 def test_the_suite_finds_a_faulty_storage(pytester: pytest.Pytester) -> None:
-    """A subclass with one fixture runs all tests, and explains what it finds."""
+    """A subclass with one fixture runs all tests, and they explain the faults."""
     pytester.makepyfile(
         """
         import pytest

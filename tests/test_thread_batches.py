@@ -1,4 +1,4 @@
-"""Threads that write to an SQLite file at once share a transaction, and nothing else."""
+"""Threads that write to an SQLite file at once share a transaction."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ THREADS = 8
 
 
 class Threads:
-    """Calls that wait one behind the other, each in a thread of its own."""
+    """Calls that wait in a queue, each in a separate thread."""
 
     def __init__(self, is_executing: Callable[[str], bool]) -> None:
         self._is_executing = is_executing
@@ -64,7 +64,7 @@ class Threads:
 
 
 class Contended:
-    """A storage whose writers all wait for another connection, until ``go_on``."""
+    """A storage whose writers wait for another connection until ``go_on``."""
 
     def __init__(self, path: Path, timeout: float, monkeypatch: pytest.MonkeyPatch) -> None:
         connect = sqlite3.connect
@@ -99,7 +99,7 @@ class Contended:
 
 @pytest.fixture
 def contended(database: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Contended, None, None]:
-    """Give a storage that another connection keeps waiting."""
+    """Yield a storage that waits for another connection."""
     contended = Contended(database, 30, monkeypatch)
     yield contended
     contended.other.close()
@@ -107,7 +107,7 @@ def contended(database: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Cont
 
 
 def test_calls_that_wait_share_a_transaction(contended: Contended) -> None:
-    """The first writes alone; all that have come meanwhile share the next commit."""
+    """The first call writes alone; all that arrive meanwhile share the next commit."""
     futures = contended.write_at_once([("alice", Merge({str(n): n})) for n in range(THREADS)])
     contended.go_on()
     for number, future in enumerate(futures):
@@ -131,7 +131,7 @@ def test_apps_share_a_transaction(contended: Contended) -> None:
 
 
 def test_a_failing_write_fails_alone(contended: Contended) -> None:
-    """The others of its transaction are stored, and it gets its own error in its own thread."""
+    """The other writes of its transaction are stored; it raises in its own thread."""
     contended.other.execute("UPDATE user_metadata SET user_metadata = '[' WHERE user_id = 'zoe'")
     changes: list[tuple[str, Change]] = [("alice", Merge({str(n): n})) for n in range(THREADS)]
     changes[5:5] = [("zoe", Merge({"n": 2}))]
@@ -145,7 +145,7 @@ def test_a_failing_write_fails_alone(contended: Contended) -> None:
 
 
 def test_clear_and_replace_take_part(contended: Contended) -> None:
-    """Their results are those they have alone."""
+    """Clear and replace have the same results in a batch as alone."""
     futures = contended.write_at_once(
         [("alice", Merge({"a": 1})), ("zoe", Clear()), ("bob", Replace({"b": 1, "c": None}))]
     )
@@ -155,7 +155,7 @@ def test_clear_and_replace_take_part(contended: Contended) -> None:
 
 
 def test_a_function_is_called_in_its_callers_thread(contended: Contended) -> None:
-    """A function given to ``modify`` may use what is bound to its thread, also among others."""
+    """A function given to ``modify`` runs in its caller's thread, also beside batches."""
     called_in: dict[int, int] = {}
 
     def modify(number: int) -> None:
@@ -180,7 +180,7 @@ def test_a_function_is_called_in_its_callers_thread(contended: Contended) -> Non
 def test_a_call_that_waits_too_long_has_written_nothing(
     database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that wait for a file that stays locked get an error, and may repeat the call later."""
+    """All calls that wait for a locked file raise an error, and can be repeated later."""
     contended = Contended(database, 0.2, monkeypatch)
     with contextlib.closing(contended.other), contextlib.closing(contended.storage):
         with ThreadPoolExecutor(THREADS) as executor:
@@ -196,7 +196,7 @@ def test_a_call_that_waits_too_long_has_written_nothing(
 
 
 def test_an_error_of_the_disk_is_not_repeated(contended: Contended) -> None:
-    """When a shared commit fails in doubt every call of it says so, and none is executed again."""
+    """If the outcome of a shared commit is unknown, every call says so; none is repeated."""
     first = contended.threads.start(contended.storage.write, [("first", Merge({"n": 1}))])
     shared = contended.write_at_once([(f"user {n}", Merge({"x": "x" * 50_000})) for n in range(4)])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -212,7 +212,7 @@ def test_an_error_of_the_disk_is_not_repeated(contended: Contended) -> None:
 
 
 class Gated:
-    """Executes batches of calls when permitted, and notes them; a batch with odd numbers fails."""
+    """Executes and records batches when permitted; a batch with odd numbers fails."""
 
     def __init__(self, error: BaseException | None, timeout: float) -> None:
         self.error = error
@@ -235,7 +235,7 @@ class Gated:
 
 
 def test_a_batch_that_fails_is_taken_apart() -> None:
-    """Each call is executed alone then, and gets its own result or error."""
+    """After a batch fails, each call is executed alone, and gets its own result or error."""
     gated = Gated(LookupError(), timeout=60)
     futures = gated.call(0, 1, 2, 3)
     gated.permits.release(9)
@@ -246,7 +246,7 @@ def test_a_batch_that_fails_is_taken_apart() -> None:
 
 @pytest.mark.parametrize("error", [StorageBusyError("busy"), OutcomeUnknownError("in doubt")])
 def test_some_errors_are_shared(error: Exception) -> None:
-    """No call is repeated that would wait again, or might be done twice."""
+    """After these errors no call is repeated: it would wait again, or be done twice."""
     gated = Gated(error, timeout=60)
     futures = gated.call(0, 1, 2, 3)
     gated.permits.release(9)
@@ -265,7 +265,7 @@ def test_an_interrupt_is_for_the_thread_that_executes() -> None:
 
 
 def test_a_call_inside_a_batch_is_refused() -> None:
-    """A batch that a change interrupts is not joined by that change's own thread."""
+    """A call from the thread that is executing a batch is refused."""
 
     def execute(numbers: list[int]) -> list[int]:
         with pytest.raises(UsageError, match="a write inside a write"):
@@ -277,7 +277,7 @@ def test_a_call_inside_a_batch_is_refused() -> None:
 
 
 def test_a_call_that_is_being_executed_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call whose timeout ends while it is being executed gets its result, and is done once."""
+    """A call whose timeout ends during its execution gets its result, and is done once."""
     waited_too_long = threading.Semaphore(0)
 
     class Clock:

@@ -35,7 +35,7 @@ def test_any_other_text_is_a_user_id(user_id: str) -> None:
 
 
 def test_a_subclass_of_str_becomes_plain() -> None:
-    """An enum's member stands for its text, not for its name."""
+    """An enum's member becomes its value, not its name."""
 
     class Known(str, enum.Enum):  # noqa: UP042 - applications have these
         ROOT = "root"

@@ -1,4 +1,4 @@
-"""A caller's program, as typed as can be, for mypy and pyright to check and the tests to run."""
+"""A fully typed program that uses the library: mypy and pyright check it, the tests run it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Wrapped:
         return self.inner.write(changes)
 
     def for_app(self, app_id: str) -> Wrapped:
-        """Look from another app."""
+        """Return the storage for another app."""
         return Wrapped(self.inner.for_app(app_id))
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ async def use_asyncio() -> bool:
 
 
 class Settings(TypedDict, total=False):
-    """What this program keeps about a user."""
+    """The metadata of a user in this program."""
 
     theme: str
     n: int

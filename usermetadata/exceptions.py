@@ -12,7 +12,7 @@ class InvalidInputError(UserMetadataError, ValueError):
 
 
 class UsageError(UserMetadataError, RuntimeError):
-    """The library was called at the wrong time: before ``init``, after ``close``, twice."""
+    """A call at the wrong time: before ``init``, after ``close``, inside a modifying function."""
 
 
 class StorageError(UserMetadataError):
@@ -26,12 +26,12 @@ class StorageUnavailableError(StorageError, ConnectionError):
 class OutcomeUnknownError(StorageError):
     """Connection, disk or COMMIT failed during a write, which was done whole or not at all.
 
-    Repeating an update is safe if no other writer changes the same properties meanwhile.
+    Repeating an update is safe if no other writer changes the same properties in between.
     """
 
 
 class StorageBusyError(StorageError, TimeoutError):
-    """Timed out waiting for another writer or a connection; nothing was written."""
+    """Timed out waiting for another writer, a row lock or a connection; nothing was written."""
 
 
 class DamagedMetadataError(StorageError, ValueError):

@@ -250,7 +250,7 @@ def _trouble(error: StorageError | UsageError) -> tuple[int, str]:
     if isinstance(error, DamagedMetadataError):
         return 500, "The stored row is damaged; the server's log names the user."
     if isinstance(error, OutcomeUnknownError):
-        return 503, "The storage failed meanwhile: whether the change was stored is unknown."
+        return 503, "The storage failed during the write: whether the change was stored is unknown."
     return 503, "The storage is busy or cannot be reached; try again."
 
 

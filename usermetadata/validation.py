@@ -17,7 +17,7 @@ APP_ID_MAX_LENGTH = 64
 
 MAX_DEPTH = 200
 """How many levels objects and arrays may nest, counting the root object. Python's JSON decoder
-recurses and Python allows 1000 levels in all; a limit of 200 leaves room for the caller's stack."""
+recurses and Python allows 1000 levels in all; a limit of 200 leaves stack depth for the caller."""
 
 _SHOWN_PARTS = 10
 _SHOWN_CHARACTERS = 60

@@ -1,4 +1,4 @@
-"""Metadata about the user who asks, on AWS Lambda behind an HTTP API with a JWT authorizer."""
+"""Metadata about the current user, on AWS Lambda behind an HTTP API with a JWT authorizer."""
 
 import base64
 import json
@@ -7,7 +7,7 @@ from typing import Any
 import usermetadata
 from usermetadata.syncio import clear_user_metadata, get_user_metadata, update_user_metadata
 
-# Once for each instance, not for each event; where the environment variable USERMETADATA_URL says.
+# Once for each instance, not for each event. USERMETADATA_URL names the storage.
 usermetadata.init()
 
 

@@ -1,4 +1,4 @@
-"""Metadata about the user who asks, with Django: ``python django_app.py runserver``."""
+"""Metadata about the current user, with Django: ``python django_app.py runserver``."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ settings.configure(
     MIDDLEWARE=[f"{__name__}.BadInput"],
     ROOT_URLCONF=__name__,
 )
-usermetadata.init()  # where the environment variable USERMETADATA_URL says
+usermetadata.init()  # the storage that USERMETADATA_URL names
 
 
 class BadInput(MiddlewareMixin):

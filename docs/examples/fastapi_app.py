@@ -1,4 +1,4 @@
-"""Metadata about the user who asks, with FastAPI: ``uvicorn fastapi_app:app``."""
+"""Metadata about the current user, with FastAPI: ``uvicorn fastapi_app:app``."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -13,7 +13,7 @@ from usermetadata.asyncio import clear_user_metadata, get_user_metadata, update_
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-    usermetadata.init()  # where the environment variable USERMETADATA_URL says
+    usermetadata.init()  # the storage that USERMETADATA_URL names
     yield
     usermetadata.UserMetadataRecipe.reset()
 

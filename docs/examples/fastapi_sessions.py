@@ -1,6 +1,6 @@
 """Metadata about the user of a SuperTokens session.
 
-``SUPERTOKENS_URI=http://127.0.0.1:3567 uvicorn fastapi_sessions:app``, where the core is there.
+With a core at that address: ``SUPERTOKENS_URI=http://127.0.0.1:3567 uvicorn fastapi_sessions:app``
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Metadata about the user who asks, with Flask: ``flask --app flask_app run``."""
+"""Metadata about the current user, with Flask: ``flask --app flask_app run``."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from flask import Flask, abort, request
 import usermetadata
 from usermetadata.syncio import clear_user_metadata, get_user_metadata, update_user_metadata
 
-usermetadata.init()  # where the environment variable USERMETADATA_URL says
+usermetadata.init()  # the storage that USERMETADATA_URL names
 app = Flask(__name__)
 
 

@@ -30,7 +30,7 @@ def our_errors(path: Path) -> Generator[None]:
 class JSONFileStorage:
     def __init__(self, path: Path, *, app_id: str = "public") -> None:
         self._path, self._app_id = path, check_app_id(app_id)
-        self._closed = threading.Event()  # an object, for the storages of all apps to share
+        self._closed = threading.Event()  # an object that the storages of all apps share
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         texts = self._load().get(self._app_id, {})

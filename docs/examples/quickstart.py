@@ -1,4 +1,4 @@
-"""Keep metadata about a user in ``users.db``, here; run it again, and the visits count on."""
+"""Keep metadata about a user in ``users.db``; every run adds one to the visits."""
 
 import usermetadata
 from usermetadata.syncio import (
@@ -10,7 +10,7 @@ from usermetadata.syncio import (
 
 usermetadata.init("sqlite:///users.db")
 
-# Any JSON object about any user id; nobody has to create the user first.
+# Any JSON object for any user id; users need not exist first.
 update_user_metadata("alice", {"theme": "dark", "todos": ["use-text-notifs"]})
 
 # An update overwrites root-level properties, and None removes one.

@@ -1,4 +1,4 @@
-"""Metadata about the user who asks, with Starlette: ``uvicorn starlette_app:app``."""
+"""Metadata about the current user, with Starlette: ``uvicorn starlette_app:app``."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -45,7 +45,7 @@ async def bad_input(_: Request, error: Exception) -> JSONResponse:
 
 @asynccontextmanager
 async def lifespan(_: Starlette) -> AsyncGenerator[None]:
-    usermetadata.init()  # where the environment variable USERMETADATA_URL says
+    usermetadata.init()  # the storage that USERMETADATA_URL names
     yield
     usermetadata.UserMetadataRecipe.reset()
 

@@ -1,4 +1,4 @@
-"""The promises of every storage, held by this one."""
+"""The conformance suite for the example storage."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ class TestJSONFileStorage(StorageConformance):
 
     @pytest.fixture
     def storage(self, tmp_path: Path) -> Iterator[JSONFileStorage]:
-        """Give each test a file of its own."""
+        """Give each test a new file."""
         storage = JSONFileStorage(tmp_path / "users.json")
         yield storage
         storage.close()

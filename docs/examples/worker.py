@@ -1,4 +1,4 @@
-"""Count a visit of each user whose id is on a line of the standard input.
+"""Count a visit for each user id on a line of standard input.
 
 ``python worker.py < user_ids.txt``
 """
@@ -16,13 +16,13 @@ def one_more(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def count_visit(user_id: str) -> int:
-    """Count a visit, in one atomic step, and return how many there have been."""
+    """Count a visit in one atomic step, and return the number of visits."""
     visits: int = modify_user_metadata(user_id, one_more).metadata["visits"]
     return visits
 
 
 def main() -> int:
-    usermetadata.init()  # where the environment variable USERMETADATA_URL says
+    usermetadata.init()  # the storage that USERMETADATA_URL names
     status = 0
     for line in sys.stdin:
         try:

@@ -1,6 +1,7 @@
-"""Measure usermetadata beside what else there is, and write the page of results.
+"""Measure usermetadata and its alternatives, and write the page of results.
 
-``python tests/benchmarks`` takes some ten minutes; ``--quick`` only shows that everything runs.
+``python tests/benchmarks`` takes a quarter of an hour or more; ``--quick`` only checks that
+everything runs.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import postgres
 import serving
 import supertokens_sdk
 from measuring import Measuring, Times
-from report import OURS, Report, relative
+from report import OURS, Report, relative, tasks
 from workloads import (
     USERS,
     WORKLOADS,
@@ -62,7 +63,7 @@ SIZES = {"150 B": 150, "2 KB": 2_000, "50 KB": 50_000}
 
 
 class Benchmarks:
-    """Everything that is measured, section by section."""
+    """All measurements, section by section."""
 
     def __init__(self, report: Report, measuring: Measuring, *, quick: bool) -> None:
         self.report = report
@@ -91,18 +92,18 @@ class Benchmarks:
         self.importing()
 
     def progress(self, text: str) -> None:
-        """Say what is being measured."""
+        """Print what is being measured."""
         print(f"{time.perf_counter() - self.begin:6.0f} s  {text}", flush=True)
 
     def aim(self, figure: str, aim: float, measured: float, *, at_most: bool) -> None:
-        """Note whether a figure is what we want it to be."""
+        """Record a figure, its aim, and whether it is reached."""
         sign, reached = ("≤", measured <= aim) if at_most else ("≥", measured >= aim)
         digits = 3 if aim < 0.1 else 2
         self.aims.append((figure, f"{sign} {aim:g}", f"{measured:.{digits}f}", reached))
 
     @contextlib.contextmanager
     def opened(self, size: int) -> Generator[list[Any], None, None]:
-        """Open every blocking peer on a file of its own, with users in it."""
+        """Open every blocking peer on a separate file, with users in it."""
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
             # TinyDB reads and writes the whole file each time: not 50 MB.
             opened = [
@@ -117,7 +118,7 @@ class Benchmarks:
             yield opened
 
     def warm_up(self, operation: Callable[[int], object]) -> None:
-        """Repeat an operation until SQLite's log has grown to its size and is written over."""
+        """Repeat an operation until SQLite's log has grown to its full size and is reused."""
         end = time.perf_counter() + (0.01 if self.quick else 1)
         number = 0
         while time.perf_counter() < end:
@@ -160,7 +161,7 @@ class Benchmarks:
             self.workloads |= {f"{name} {label}": times for label, times in by_size.items()}
 
     def faster_peers(self) -> None:
-        """List the peers that were faster, sqlite3 by hand apart, which has aims of its own."""
+        """List the peers that were faster, except sqlite3 by hand, which has separate aims."""
         ratios = sorted(
             (relative(times, name), workload, name)
             for workload, times in self.workloads.items()
@@ -175,7 +176,7 @@ class Benchmarks:
             at_most=False,
         )
         self.report.say("## Peers that are faster")
-        self.report.say(f"Of {len(ratios)} comparisons on this page, those with a ratio below 1 ×:")
+        self.report.say(f"Of {len(ratios)} comparisons on this page, these have a ratio below 1 ×:")
         self.report.table(
             ["workload", "library", "its time against ours"],
             [[workload, name, f"{ratio:.2f} ×"] for ratio, workload, name in ratios if ratio < 1],
@@ -255,11 +256,11 @@ class Benchmarks:
             times = results["update"][count]
             self.chart[f"{label}, update"] = {peer: relative(times, peer) for peer in times}
         for name, by_count in results.items():
-            self.workloads |= {f"{n} tasks, {name}": times for n, times in by_count.items()}
+            self.workloads |= {f"{tasks(n)}, {name}": times for n, times in by_count.items()}
         self.workloads["64 tasks, one user"] = hot
 
     def where_the_time_goes(self) -> None:
-        """What 64 concurrent updates consist of."""
+        """The parts of 64 concurrent updates."""
         self.progress("parts of 64 concurrent updates")
         users = {user(number): document(150) for number in range(USERS)}
         loop = asyncio.new_event_loop()
@@ -295,8 +296,8 @@ class Benchmarks:
         loop.close()
         self.report.say("## Where the time goes")
         self.report.say(
-            "64 concurrent updates written by hand, with ever more parts, microseconds for each"
-            " update:"
+            "64 concurrent updates written by hand, with one more part in each row, microseconds"
+            " for each update:"
         )
         its = median(times.pop(peers.AioSqlite.name))
         total = median(times["what this library adds"])
@@ -316,11 +317,11 @@ class Benchmarks:
         self.report.table(["", "up to here", "this part", "share"], rows)
         self.report.say(
             f"aiosqlite took {its * 1e6:.0f} µs in the same run,"
-            f" {its / median(times['the flush']):.0f} × as long as what is written by hand."
+            f" {its / median(times['the flush']):.0f} × as long as the hand-written code."
         )
 
     def stored_users(self) -> None:
-        """The time of a get in tables of several sizes, which take turns."""
+        """The time of a get in tables of several sizes, measured in turns."""
         counts = [10**3, 10**4] if self.quick else [10**3, 10**4, 10**5, 10**6]
         storages: dict[str, Storage] = {}
         by_hand: dict[str, peers.Sqlite3] = {}
@@ -366,7 +367,7 @@ class Benchmarks:
         )
         self.report.say("`get` of any user, microseconds, by the number of stored users:")
         self.report.compare(workloads)
-        self.report.say(f"On disk a user with 150 B takes {size:,.0f} B, keys included.")
+        self.report.say(f"On disk, a user with 150 B takes {size:,.0f} B, including the keys.")
         self.aim(
             f"get latency, {counts[0]:,} to {counts[-1]:,} users",
             1.5,
@@ -416,8 +417,8 @@ class Benchmarks:
         UserMetadataRecipe.reset()
         self.report.say("## In memory")
         self.report.say(
-            "A document of 150 B, microseconds. `json alone` decodes, and for an update"
-            " encodes, which a store of JSON texts cannot avoid:"
+            "A document of 150 B, microseconds. `json alone` decodes and, for an update, encodes."
+            " A store of JSON texts cannot avoid that:"
         )
         self.report.compare(workloads)
         users = 10_000 if self.quick else 100_000
@@ -437,7 +438,7 @@ class Benchmarks:
         self.progress("import")
         modules = ["usermetadata.syncio", "usermetadata.asyncio", "asyncio", "json"]
         programs = ["pass", *(f"import {module}" for module in modules)]
-        # Compiled once, as when it is installed.
+        # Modules are compiled once, as when installed.
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
 
         def start(program: str) -> Callable[[int], object]:
@@ -454,7 +455,7 @@ class Benchmarks:
         }
         self.report.say("## Importing")
         self.report.say(
-            "Milliseconds over a bare interpreter, which itself takes"
+            "Milliseconds more than a bare interpreter, which takes"
             f" {median(times['pass']) * 1000:.0f} ms here:"
         )
         self.report.table(
@@ -470,7 +471,7 @@ class Benchmarks:
 
 
 class CopiedDict:
-    """A dictionary, deep copies and a lock: the usual double in a test."""
+    """A dictionary, deep copies and a lock: the usual fake in a test."""
 
     def __init__(self) -> None:
         self.users: dict[str, dict[str, Any]] = {}
@@ -497,7 +498,7 @@ def filled_storage(users: int) -> InMemoryStorage:
 
 
 def allocated(make: Callable[[], object]) -> int:
-    """Return the bytes that an object takes."""
+    """Return the size of an object in bytes."""
     tracemalloc.start()
     made = make()
     size, _ = tracemalloc.get_traced_memory()
@@ -507,7 +508,7 @@ def allocated(make: Callable[[], object]) -> int:
 
 
 def opening(benchmarks: Benchmarks) -> None:
-    """Say the most important in one chart and three sentences."""
+    """Summarise the results in one chart and three sentences."""
     report, chart, figures = benchmarks.report, benchmarks.chart, benchmarks.figures
     report.bars(
         "updates.svg",
@@ -517,22 +518,23 @@ def opening(benchmarks: Benchmarks) -> None:
     )
     many = chart["64 tasks, update"]
     report.say(
-        f"A lone blocking update takes {figures['lone update']:.2f} times as long as hand-tuned"
-        f" `sqlite3`, and a get {figures['lone get']:.2f} times, where neither waits for the disk."
-        " 64 `asyncio` tasks that update an SQLite file at once, each update safe on the disk,"
-        f" get {many[peers.ThreadHop.name]:.1f} times the throughput of a thread hop per call, and"
-        f" {many[peers.AioSqlite.name]:.1f} times that of aiosqlite."
+        "If writes do not wait for the disk, a lone blocking update takes"
+        f" {figures['lone update']:.2f} times as long as with hand-tuned `sqlite3`, and a get"
+        f" {figures['lone get']:.2f} times."
+        " 64 `asyncio` tasks that update an SQLite file at once, with every update durable,"
+        f" reach {many[peers.ThreadHop.name]:.1f} times the throughput of a thread hop per call,"
+        f" and {many[peers.AioSqlite.name]:.1f} times that of aiosqlite."
         " SuperTokens' Python SDK takes"
         f" {chart['one task, update'][supertokens_sdk.NAME]:.0f} times as long for a lone update,"
-        f" and {many[supertokens_sdk.NAME]:.0f} times for one of 64, although its core only keeps"
-        " metadata in memory here."
+        f" and {many[supertokens_sdk.NAME]:.0f} times for each update of 64 tasks, although its"
+        " core here only keeps metadata in memory."
     )
 
 
 def main() -> None:
     """Parse the command line, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="only show that everything runs")
+    parser.add_argument("--quick", action="store_true", help="only check that everything runs")
     default = HERE.parent.parent / "docs" / "_static" / "benchmarks"
     parser.add_argument("--output", type=Path, default=default, help="folder of the results")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""This checkout beside another one, of an earlier commit, by what both offer in public.
+"""Compare this checkout with one of an earlier commit, through their public functions.
 
 ``python tests/benchmarks --against PATH`` starts this file again and again, in turns with one
 checkout and the other on its path. ``python against.py FOLDER FACADE FUNCTION AT_ONCE SYNCHRONOUS
@@ -29,7 +29,7 @@ from usermetadata import asyncio as aio
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-# Facade, function, how many at once, synchronous, microseconds that a flush takes longer.
+# Facade, function, calls at once, synchronous, additional microseconds per flush.
 WORKLOADS: dict[str, tuple[str, str, int, str, int]] = {
     "8 threads, update, FULL, quick flush": ("syncio", "update", 8, "FULL", 0),
     "8 threads, update, FULL, slow flush": ("syncio", "update", 8, "FULL", 1000),
@@ -43,7 +43,7 @@ WORKLOADS: dict[str, tuple[str, str, int, str, int]] = {
 
 
 def compare(other: Path, *, quick: bool) -> None:
-    """Print how fast both checkouts are."""
+    """Print the speed of both checkouts."""
     checkouts = {"that": other.resolve(), "this": Path(__file__).parent.parent.parent}
     seconds, turns = ("0.1", 1) if quick else ("1", 9)
     print(f"{'microseconds per call':38}  that     this     time of that / time of this")
@@ -110,7 +110,7 @@ async def in_tasks(call: Callable[[int], Awaitable[object]], tasks: int, seconds
 
 
 def main() -> None:
-    """Measure what the command line says."""
+    """Measure the workload that the command line names."""
     folder, facade, function, at_once, synchronous, seconds = sys.argv[1:]
     assert usermetadata.__file__.startswith(os.environ["PYTHONPATH"]), usermetadata.__file__
     storage = SQLiteStorage(

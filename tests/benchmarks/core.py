@@ -1,7 +1,7 @@
-"""A server that answers SuperTokens' SDKs at once: users in a dictionary, nothing stored.
+"""A server that answers SuperTokens' SDKs at once, from a dictionary; it stores nothing.
 
-``python core.py`` prints its port, and serves until it is ended. It knows what the SDK asks for in
-a get or an update, and keeps connections open.
+``python core.py`` prints its port, and serves until it is ended. It answers the SDK's
+requests for a get or an update, and keeps connections open.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Connection(asyncio.Protocol):
         head, end, body = self.received.partition(b"\r\n\r\n")
         length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0] or 0)
         if not end or len(body) < length:
-            return  # the rest is on its way
+            return  # the rest has not arrived yet
         self.received = b""
         method, target, _ = head.split(b" ", 2)
         text = json.dumps(answer(method, target.decode(), body)).encode()

@@ -1,6 +1,6 @@
-"""Updates at once beside flushes to the disk: how many, and what they cost where they are slow.
+"""Concurrent updates and flushes to the disk: how many, and the effect of slow flushes.
 
-``python flushes.py FOLDER PEER AT_ONCE SECONDS`` updates in a process of its own, and prints one
+``python flushes.py FOLDER PEER AT_ONCE SECONDS`` updates in a separate process, and prints one
 JSON object. Threads call a blocking peer, tasks a concurrent one. ``slow_fsync.c`` is preloaded: it
 counts flushes, and slows them down.
 """
@@ -33,7 +33,7 @@ SHOWN: list[tuple[int, str, list[Any]]] = [
 
 
 def measure(benchmarks: Any) -> None:
-    """Add the sections on quick and on slow flushes."""
+    """Add the sections on quick and slow flushes."""
     seconds, rounds = (0.1, 1) if benchmarks.quick else (1, 5)
     with tempfile.TemporaryDirectory() as folder:
         library = slow_fsync(Path(folder))
@@ -85,7 +85,7 @@ def child(library: Path, peer: str, at_once: int, seconds: float, delay: int) ->
 
 
 def in_threads(peer: Any, threads: int, seconds: float) -> int:
-    """Update from threads; return how often."""
+    """Update from threads; return the number of updates."""
     numbers = itertools.count()
     end = time.perf_counter() + seconds
 
@@ -102,7 +102,7 @@ def in_threads(peer: Any, threads: int, seconds: float) -> int:
 
 
 async def in_tasks(peer: Any, folder: Path, tasks: int, seconds: float) -> int:
-    """Update from tasks; return how often."""
+    """Update from tasks; return the number of updates."""
     numbers = itertools.count()
     await peer.open(folder)
     end = time.perf_counter() + seconds
@@ -117,7 +117,7 @@ async def in_tasks(peer: Any, folder: Path, tasks: int, seconds: float) -> int:
 
 
 def main() -> None:
-    """Measure what the command line says."""
+    """Measure the workload that the command line names."""
     folder, name, at_once, seconds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
     peer_class = getattr(peers, name)
     begin = time.perf_counter()

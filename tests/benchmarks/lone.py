@@ -1,7 +1,7 @@
-"""Lone calls, where software counts and not the disk: beside the strongest code by hand.
+"""Lone calls, without waiting for the disk, and the fastest hand-written code.
 
 The files are at ``synchronous=NORMAL``: an update writes to SQLite's log, and does not wait for the
-disk. What a call consists of is counted, too: Python's calls, and the frames on the stack.
+disk. Python's calls and the frames on the stack are also counted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class HandTuned:
-    """sqlite3 with one connection, its cache of statements, and one lock around all."""
+    """sqlite3 with one connection, its statement cache, and one lock around all calls."""
 
     name = "hand-tuned sqlite3"
 
@@ -84,13 +84,13 @@ class BareHop:
 
 def measure(benchmarks: Any) -> None:
     """Add the section on lone calls."""
-    # Small differences are looked for.
+    # The differences are small.
     measuring = Measuring(benchmarks.measuring.seconds, 3 * benchmarks.measuring.rounds)
     loop = asyncio.new_event_loop()
     blocking: dict[str, Times] = {}
     hops: dict[str, Times] = {}
     with tempfile.TemporaryDirectory() as folder:
-        # Its blocking and its async functions are on the same storage.
+        # Its blocking and its async functions use the same storage.
         ours = peers.Usermetadata(Path(folder), "NORMAL")
         by_hand = HandTuned(Path(folder))
         hop = BareHop(by_hand)
@@ -110,13 +110,12 @@ def measure(benchmarks: Any) -> None:
     loop.close()
     benchmarks.report.say("## Lone calls")
     benchmarks.report.say(
-        "One call at a time, documents of 150 B, `synchronous=NORMAL`, where an update does not"
-        " wait for the disk. `syncio` beside the strongest code by hand, microseconds:"
+        "One call at a time, documents of 150 B, `synchronous=NORMAL`, so an update does not wait"
+        " for the disk. `syncio` and the fastest hand-written code, microseconds:"
     )
     benchmarks.report.compare(blocking, digits=2)
     benchmarks.report.say(
-        "One task of `asyncio` beside an executor with one thread, in which the same code runs,"
-        " microseconds:"
+        "One `asyncio` task, and the same code in an executor with one thread, microseconds:"
     )
     benchmarks.report.compare(hops, digits=2)
     for name, aim in (("update", 1.35), ("get", 1.2)):
@@ -139,7 +138,7 @@ def measure(benchmarks: Any) -> None:
 
 
 def frames(benchmarks: Any) -> None:
-    """Count the Python calls of a call, and its frames."""
+    """Count the Python calls and frames of each call."""
     rows: list[list[str]] = []
     with tempfile.TemporaryDirectory() as folder:
         file = SQLiteStorage(Path(folder) / "users.db")
@@ -164,15 +163,14 @@ def frames(benchmarks: Any) -> None:
             UserMetadataRecipe.reset()
         file.close()
     benchmarks.report.say(
-        "What a blocking call consists of: functions written in Python that it calls, its own"
-        " included, and the frames that it adds to the stack at most. Both are counted by"
-        " `sys.setprofile`:"
+        "The number of Python functions that a blocking call executes, including the facade's, and"
+        " the most frames that it adds to the stack, counted by `sys.setprofile`:"
     )
     benchmarks.report.table(["", "Python calls", "frames"], rows)
 
 
 def counted(function: Callable[..., object], *arguments: Any) -> tuple[int, int]:
-    """Call a function; return its Python calls and its deepest stack."""
+    """Call a function; return its number of Python calls and its deepest stack."""
     calls = depth = deepest = 0
 
     def profile(_: object, event: str, __: object) -> None:

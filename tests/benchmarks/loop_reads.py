@@ -1,8 +1,8 @@
-"""Could reads of a local SQLite file run on the event loop's own thread? What they cost at worst.
+"""Measure the slowest reads of a local SQLite file: could they run on an event loop's thread?
 
-``python tests/benchmarks/loop_reads.py`` reads users in no order by ``usermetadata.syncio``, while
-another process updates all the time. The pages of the file are dropped from memory before. Each
-read is timed: on an event loop's thread all other tasks would wait for so long.
+``python tests/benchmarks/loop_reads.py`` reads users in random order with ``usermetadata.syncio``,
+while another process updates continuously. Before, the pages of the file are dropped from memory.
+Each read is timed: on an event loop's thread all other tasks would wait that long.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def fill(storage: SQLiteStorage, users: int) -> None:
 
 
 def drop_pages(file: Path) -> str:
-    """Drop a file's pages from memory; return how."""
+    """Drop a file's pages from memory; return the method."""
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3", encoding="ascii")
@@ -58,7 +58,7 @@ def write(file: Path, users: int) -> None:
 
 
 def read(file: Path, users: int, reads: int) -> list[float]:
-    """Read; return the seconds of each read, the shortest first."""
+    """Read; return the sorted durations of the reads in seconds."""
     init(SQLiteStorage(file))
     times: list[float] = []
     for number in range(reads):

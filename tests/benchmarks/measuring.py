@@ -1,4 +1,4 @@
-"""Timing side by side: the peers take turns, so that a slow moment of the machine meets all."""
+"""Timing side by side: the peers take turns, so a slow moment of the machine affects all."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Measuring:
     """How long and how often to measure.
 
     Args:
-        seconds: how long a round of one peer takes, about.
-        rounds: how many rounds.
+        seconds: the approximate duration of one peer's round.
+        rounds: the number of rounds.
     """
 
     def __init__(self, seconds: float, rounds: int) -> None:
@@ -90,7 +90,7 @@ class Measuring:
         for name, operation in operations.items():
             run(operation, 1)
             calls[name] = max(1, int(self.seconds / run(operation, 1)))
-            if calls[name] > 1:  # the first call may have been a slow one
+            if calls[name] > 1:  # the first call may be a slow one
                 calls[name] = max(1, int(self.seconds / run(operation, calls[name]) * calls[name]))
         times: Times = {name: [] for name in operations}
         for _ in range(self.rounds):
@@ -100,7 +100,7 @@ class Measuring:
 
 
 def slow_fsync(folder: Path) -> Path:
-    """Compile ``slow_fsync.c`` into that folder; return the library to preload."""
+    """Compile ``slow_fsync.c`` in that folder; return the library to preload."""
     compiler = shutil.which("cc")
     if compiler is None:
         raise SystemExit("no C compiler (cc), which counting flushes needs")

@@ -1,7 +1,7 @@
-"""Concurrent updates written by hand in ever more parts, to see where the time goes.
+"""Concurrent updates written by hand, with one more part each time, to show each part's cost.
 
 Each calls a function in a thread, with all calls that have gathered. It checks nothing, and a
-failing call fails all.
+failing call fails all calls.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Update = tuple[str, dict[str, Any]]
 
 
 class Gathering:
-    """Tasks that wait for futures, which a thread has set: what ``asyncio`` cannot do without."""
+    """Tasks that wait for futures that a thread sets: the minimum that ``asyncio`` needs."""
 
     def __init__(self, work: Callable[[list[Update]], list[dict[str, Any]]]) -> None:
         self.work = work
@@ -65,7 +65,7 @@ def nothing(updates: list[Update]) -> list[dict[str, Any]]:
 
 
 class OnlyJSON:
-    """Texts decoded, merged and encoded, and kept nowhere."""
+    """Decodes, merges and encodes texts, and stores nothing."""
 
     def __init__(self, document: dict[str, Any]) -> None:
         self.text = json.dumps(document)

@@ -1,8 +1,8 @@
-"""What a user might pick instead, each written as its own documentation recommends.
+"""The alternatives, each written as its own documentation recommends.
 
 Equal result: ``update`` returns the merged object and is atomic between threads and tasks. Equal
-durability: what ``update`` has acknowledged survives a power cut (WAL with ``synchronous=FULL``, or
-``fsync``). Where a library's default is less, the setting is changed here. Equal manners: one lock
+durability: an acknowledged update survives a power cut (WAL with ``synchronous=FULL``, or
+``fsync``). If a library's default is weaker, the setting is changed here. Equal queueing: one lock
 is around each writer, so that calls queue in it instead of polling in SQLite's busy handler.
 """
 
@@ -205,7 +205,7 @@ class Row(Base):
 
 
 def tune(engine: Engine) -> None:
-    """Let transactions begin as writers, as SQLAlchemy's page on SQLite shows."""
+    """Begin transactions as writers, as SQLAlchemy's page on SQLite shows."""
 
     @event.listens_for(engine, "connect")
     def connect(connection: Any, record: object) -> None:
@@ -267,7 +267,7 @@ class DiskCache:
     name = "diskcache"
 
     def __init__(self, folder: Path) -> None:
-        # By default synchronous=NORMAL, and large values are files of their own, not synced.
+        # By default synchronous=NORMAL, and large values are separate files, without fsync.
         self.cache: Any = diskcache.Cache(
             str(folder / "diskcache"), sqlite_synchronous=2, disk_min_file_size=2**24
         )
@@ -296,7 +296,7 @@ class DiskCache:
 
 
 class SqliteDict:
-    """sqlitedict: a dictionary under a lock, committed and waited for."""
+    """sqlitedict: a dictionary under a lock, with commits that wait for the disk."""
 
     name = "sqlitedict"
 
@@ -307,7 +307,7 @@ class SqliteDict:
             encode=json.dumps,
             decode=json.loads,
         )
-        self.dict.conn.execute("PRAGMA synchronous = FULL")  # it switches that off
+        self.dict.conn.execute("PRAGMA synchronous = FULL")  # it switches synchronous off
         self.lock = threading.Lock()
 
     def get(self, user_id: str) -> Metadata:
@@ -332,7 +332,7 @@ class SqliteDict:
 
 
 class TinyDB:
-    """TinyDB: a JSON file that each update writes anew, under a lock."""
+    """TinyDB: a JSON file that each update rewrites, under a lock."""
 
     name = "TinyDB"
 
@@ -404,7 +404,7 @@ class AsyncUsermetadata:
 
 
 class ThreadHop:
-    """sqlite3 by hand, with a hop for each call to one of two threads: one reads, one writes.
+    """sqlite3 by hand: each call hops to one of two threads, a reader and a writer.
 
     An executor's queue is the lock: from 8 tasks on, it is faster than ``asyncio.to_thread`` with a
     ``threading.Lock`` or an ``asyncio.Lock``.
@@ -431,7 +431,7 @@ class ThreadHop:
 
 
 class AioSqlite:
-    """aiosqlite by hand: a connection to read, and one to write, under a lock."""
+    """aiosqlite by hand: one connection to read, and one to write under a lock."""
 
     name = "aiosqlite"
 
@@ -475,7 +475,7 @@ class AsyncSQLAlchemy:
     name = "SQLAlchemy 2"
 
     async def open(self, folder: Path) -> None:
-        # One writer at a time is all SQLite has: without the lock they fail, or poll.
+        # SQLite allows one writer at a time: without the lock the others fail, or poll.
         self.engine = create_async_engine(f"sqlite+aiosqlite:///{folder}/sqlalchemy.db")
         tune(self.engine.sync_engine)
         self.reading = self.engine.execution_options(isolation_level="AUTOCOMMIT")

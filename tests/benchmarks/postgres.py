@@ -1,4 +1,4 @@
-"""The PostgreSQL storage, beside what its drivers offer, and beside the other storages."""
+"""The PostgreSQL storage, its drivers used directly, and the other storages."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def measure(benchmarks: Any) -> None:
 
 
 def one_connection(benchmarks: Any, url: str) -> None:
-    """One thread, beside what a SuperTokens core does."""
+    """One thread, and the statements of a SuperTokens core."""
     benchmarks.progress("PostgreSQL, one connection")
     ours, core = postgres_peers.PostgresUsermetadata(url), postgres_peers.Core(url)
     for peer in (ours, core):
@@ -83,7 +83,7 @@ def one_connection(benchmarks: Any, url: str) -> None:
 
 
 def tasks(benchmarks: Any, url: str) -> None:
-    """Tasks of an event loop, beside other drivers."""
+    """Tasks of an event loop, and other drivers."""
     loop = asyncio.new_event_loop()
     counts = [1, 8, 64]
     results: dict[str, dict[int, Times]] = {"get": {}, "update": {}}
@@ -145,7 +145,7 @@ def tasks(benchmarks: Any, url: str) -> None:
 
 
 def round_trips(benchmarks: Any, url: str) -> None:
-    """How often a call waits for the server, counted between the two."""
+    """How often a call waits for the server, counted by a proxy."""
     benchmarks.progress("PostgreSQL, round trips")
     users = [f"user {number}" for number in range(64)]
     calls: dict[str, Callable[[Storage], object]] = {

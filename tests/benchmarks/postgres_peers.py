@@ -1,8 +1,8 @@
-"""What a user of PostgreSQL might write instead, each as its driver's documentation shows it.
+"""The alternatives on PostgreSQL, each written as its driver's documentation shows.
 
-All work on one server, with ``synchronous_commit`` on, on tables of their own with the same rows,
-over at most ten connections. Each update is atomic, for a user without a row too, and returns the
-merged object.
+All use one server, with ``synchronous_commit`` on, separate tables with the same rows, and at most
+ten connections. Each update is atomic, also for a user without a row, and returns the merged
+object.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class PostgresUsermetadata(Usermetadata):
 
 
 class Core:
-    """psycopg, doing what SuperTokens' core does: lock, select, upsert, commit."""
+    """psycopg with the statements of SuperTokens' core: lock, select, upsert, commit."""
 
     name = "lock, select, upsert, commit"
 
@@ -176,7 +176,7 @@ class AsyncSQLAlchemy:
 
 
 class AsyncPG:
-    """asyncpg's pool and one statement, of the type jsonb: the fastest there is by hand."""
+    """asyncpg's pool and one statement, of the type jsonb: the fastest hand-written code."""
 
     name = "asyncpg, one statement"
 
@@ -205,7 +205,7 @@ CONCURRENT: list[Any] = [AsyncPostgresUsermetadata, AsyncPsycopg, AsyncSQLAlchem
 
 
 def address(url: str) -> dict[str, Any]:
-    """Return the same address, and search path, as asyncpg takes them."""
+    """Return the address and search path in asyncpg's form."""
     options: dict[str, Any] = conninfo_to_dict(url)
     names = {"host": "host", "port": "port", "user": "user", "password": "password"}
     names["dbname"] = "database"

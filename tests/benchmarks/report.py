@@ -1,4 +1,4 @@
-"""Writing what was measured: Markdown tables, and SVG plots that show them at a glance."""
+"""Writing the results: Markdown tables and SVG plots."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ mpl.rcParams.update(
         "axes.titlesize": 12,
         "savefig.facecolor": "white",  # also on a dark page
         "figure.constrained_layout.use": True,
-        "figure.constrained_layout.h_pad": 0.1,  # room for fonts that are wider than ours
+        "figure.constrained_layout.h_pad": 0.1,  # space for wider fonts
         "figure.constrained_layout.w_pad": 0.15,
     }
 )
 
 
 def microseconds(times: Sequence[float]) -> str:
-    """Show the median, in as many digits as mean something."""
+    """Show the median, with only significant digits."""
     us = median(times) * 1e6
     return f"{us:.1f}" if us < 100 else f"{us:,.0f}"
 
@@ -54,8 +54,13 @@ def relative(times: Times, name: str, base: str = OURS) -> float:
     return median(mine / its for mine, its in zip(times[name], times[base], strict=True))
 
 
+def tasks(count: int) -> str:
+    """Show a number of tasks."""
+    return "1 task" if count == 1 else f"{count} tasks"
+
+
 class Report:
-    """The page of results, in the order in which they are measured."""
+    """The page of results, in the order of the measurements."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -74,7 +79,7 @@ class Report:
     def compare(
         self, workloads: Mapping[str, Times], *, rate: bool = False, digits: int = 1
     ) -> None:
-        """Add a table of peers by workloads: each cell a time or rate, and its relation to ours."""
+        """Add a table of peers by workloads: a time or rate, and its ratio to ours."""
         show = per_second if rate else microseconds
 
         def cell(times: Times, name: str) -> str:
@@ -170,7 +175,7 @@ class Report:
         )
         for workload, by_count in results.items():
             self.say(f"`{workload}`, calls per second in all, by the number of tasks:")
-            self.compare({f"{count} tasks": times for count, times in by_count.items()}, rate=True)
+            self.compare({tasks(count): times for count, times in by_count.items()}, rate=True)
 
     def _save(self, file: str, alt: str) -> None:
         plt.savefig(self.folder / file, metadata={"Date": None})
@@ -178,7 +183,7 @@ class Report:
         self.parts.append(f"```{{image}} _static/benchmarks/{file}\n:alt: {alt}\n```")
 
     def write(self, file: str) -> None:
-        """Write what was said, and begin anew."""
+        """Write the parts to a file, and start a new page."""
         text = "\n\n".join(self.parts) + "\n"
         (self.folder / file).write_text(text, encoding="utf-8")
         self.parts = []

@@ -1,4 +1,4 @@
-"""The server, one process, beside the facade that it is built on."""
+"""The server, in one process, and the facade."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from measuring import Times
 
 PATH = "/recipe/user/metadata"
-# What a sample belongs to: the layer of the innermost frame that has one.
+# The layer of a sample is that of the innermost frame that has one.
 LAYERS = {
     "/uvicorn/": "HTTP (uvicorn, httptools)",
     "/asyncio/": "event loop and sockets (asyncio)",
@@ -42,9 +42,9 @@ LAYERS = {
 
 
 class Connections:
-    """Connections of a client that does as little as is possible, so that the server is the limit.
+    """Connections of a client that does little work, so that the server is the limit.
 
-    As a peer it has the functions of the facade: each call is a request over a free connection.
+    Like other peers it has the facade's functions; a call is a request over a free connection.
     """
 
     def __init__(self, port: int) -> None:
@@ -78,7 +78,7 @@ class Connections:
 
 @contextlib.contextmanager
 def serving(folder: str, *profiler: str) -> Generator[Connections, None, None]:
-    """Serve a file in that folder; a profiler may be the one that starts the server."""
+    """Serve a file in that folder; optionally a profiler starts the server."""
     command = [*profiler, sys.executable, "-m", "usermetadata", "serve", "--port", "0"]
     server = subprocess.Popen(
         [*command, "--storage", "served.db"], stderr=subprocess.PIPE, text=True, cwd=folder
@@ -142,7 +142,7 @@ def measure(benchmarks: Any) -> None:
     )
     benchmarks.report.compare(workloads, rate=True)
     benchmarks.report.say(
-        "What the server's Python is doing while it answers updates, by py-spy's samples of the"
-        " thread that runs:"
+        "Where the server's Python code spends its time while it answers updates, by py-spy's"
+        " samples of the running thread:"
     )
     benchmarks.report.table(["", "samples"], layers)

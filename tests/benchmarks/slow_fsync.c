@@ -1,4 +1,4 @@
-/* Preloaded, it counts what is flushed to the disk, and adds FSYNC_DELAY_US to each flush. */
+/* Preload it to count flushes to the disk, and to add FSYNC_DELAY_US to each flush. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdatomic.h>

@@ -31,7 +31,7 @@ ATTEMPTS = 10
 
 
 class Counts:
-    """What the SDK was asked, and what failed: a call that fails is made again."""
+    """The SDK's calls and errors; a failed call is repeated."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -62,7 +62,7 @@ class Blocking:
             try:
                 metadata: Metadata = function().metadata
                 return metadata
-            except Exception as error:  # noqa: BLE001 - whatever the SDK raises is an error
+            except Exception as error:  # noqa: BLE001 - every exception of the SDK is counted
                 self.counts.failed(error)
 
 
@@ -90,7 +90,7 @@ class Concurrent:
 
 @contextlib.contextmanager
 def core() -> Generator[int, None, None]:
-    """Run the server in a process of its own, and initialise the SDK with it."""
+    """Run the server in a separate process, and initialise the SDK with it."""
     command = [sys.executable, str(Path(__file__).with_name("core.py"))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout
@@ -117,11 +117,11 @@ def measure(benchmarks: Any) -> None:
     """Add the section on the SDK."""
     counts = Counts()
     loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)  # where the SDK's blocking functions look for one
+    asyncio.set_event_loop(loop)  # the SDK's blocking functions use this event loop
     most = 8 if benchmarks.quick else 64
     workloads: dict[str, Times] = {}
     with tempfile.TemporaryDirectory() as folder, core() as port:
-        ours = peers.Usermetadata(Path(folder))  # and the async functions, on the same storage
+        ours = peers.Usermetadata(Path(folder))  # and the async functions, with the same storage
         directly = Connections(port)
         for peer in (peers.AsyncUsermetadata(), directly):
             loop.run_until_complete(fill(peer))
@@ -142,8 +142,8 @@ def measure(benchmarks: Any) -> None:
     loop.close()
     benchmarks.report.say("## SuperTokens' SDK")
     benchmarks.report.say(
-        "What `supertokens_python` takes beside this library on an SQLite file. Its core is a"
-        " server on the same machine that keeps metadata in memory and does no work. So this is an"
+        "`supertokens_python`, and this library on an SQLite file. The SDK's core is a server on"
+        " the same machine that keeps metadata in memory and does no other work. So this is an"
         " upper bound of the SDK's speed with any core. Microseconds for each call, documents of"
         " 150 B:"
     )
@@ -151,8 +151,8 @@ def measure(benchmarks: Any) -> None:
     kinds = ", ".join(f"{kind}: {count}" for kind, count in counts.errors.items())
     benchmarks.report.say(
         f"Errors of the SDK: {counts.errors.total()} in {counts.calls:,} calls"
-        f"{f' ({kinds})' if kinds else ''}. A call that failed was made again; only its success"
-        " counts as a call."
+        f"{f' ({kinds})' if kinds else ''}. A failed call was repeated; only its success counts"
+        " as a call."
     )
     benchmarks.chart["one task, update"][NAME] = relative(workloads["update, tasks: 1"], NAME)
     benchmarks.chart["64 tasks, update"][NAME] = relative(workloads[f"update, tasks: {most}"], NAME)

@@ -1,4 +1,4 @@
-"""What is done with a peer, and with which metadata."""
+"""The operations on a peer, and their metadata."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ USERS = 1000
 
 @functools.cache
 def document(size: int) -> dict[str, Any]:
-    """Make metadata whose JSON has about so many bytes."""
+    """Make metadata whose JSON has about that many bytes."""
     made: dict[str, Any] = {
         "preferences": {"theme": "dark", "language": "en"},
         "notifications": {"email": True},
@@ -46,7 +46,7 @@ def update() -> dict[str, Any]:
 
 
 def user(number: int, users: int = USERS) -> str:
-    """Name one of the stored users, in no order."""
+    """Return the id of a stored user, in random order."""
     return f"user {number * 7919 % users}"
 
 
@@ -68,7 +68,7 @@ def updates(peer: Any, user: Callable[[int], str] = user) -> Callable[[int], Any
 
 
 def mixed(peer: Any) -> Callable[[int], Any]:
-    """Return an operation that updates once in ten times, and else gets."""
+    """Return an operation that updates every tenth time, and otherwise gets."""
     return lambda number: (
         peer.update(user(number), update()) if number % 10 == 0 else peer.get(user(number))
     )
@@ -99,7 +99,7 @@ def by_storage(
     storages: Mapping[str, Storage],
     measure: Callable[[str, Measuring], Times],
 ) -> dict[str, Times]:
-    """Measure with one storage after the other in each round, as ``init`` takes one at a time."""
+    """Measure the storages in turn in each round, because ``init`` takes one at a time."""
     one_round = Measuring(measuring.seconds, 1)
     found: dict[str, Times] = {name: {} for name in storages}
     for _ in range(measuring.rounds):

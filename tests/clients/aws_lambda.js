@@ -21,7 +21,7 @@ const answer = (content) => ({ statusCode: 200, body: JSON.stringify(content) })
 async function answerTo(event) {
   const userId = currentUser(event);
   if (!userId) return { statusCode: 401, body: "" };
-  // An HTTP API has it in one place; a REST API, and Netlify, in the other.
+  // An HTTP API has the method in one place; a REST API and Netlify in another.
   const method = event.requestContext?.http?.method ?? event.httpMethod;
   if (method === "POST") {
     const body = Buffer.from(event.body, event.isBase64Encoded ? "base64" : "utf8");

@@ -1,4 +1,4 @@
-// A script, a job, a Lambda: whatever has no web framework around it.
+// A program without a web framework: a script or a job.
 const supertokens = require("supertokens-node");
 const UserMetadata = require("supertokens-node/recipe/usermetadata");
 

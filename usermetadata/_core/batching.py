@@ -62,8 +62,8 @@ def settle(
 ) -> None:
     """Execute the calls together and settle each; a batch that fails is repeated call by call.
 
-    ``execute`` does all or nothing, so after an error nothing has happened yet, and one call alone
-    may be at fault. ``_SHARED_ERRORS`` are the exceptions to this: nothing is repeated after them.
+    ``execute`` does all or nothing, so after an error nothing has happened yet, and only one call
+    may be faulty. ``_SHARED_ERRORS`` are the exceptions: nothing is repeated after them.
 
     Args:
         execute: takes the arguments of the calls and returns a result for each.
@@ -117,9 +117,9 @@ class _ThreadCall(Call[A, R]):
 class ThreadBatches(Generic[A, R]):
     """Batches of blocking calls, one batch at a time.
 
-    The thread whose turn it is executes its own call and all that wait; then one of those that came
-    meanwhile has its turn. An interrupt (an exception raised by a signal handler) may come between
-    any two steps: the call it interrupts fails, and the others go on.
+    The thread whose turn it is executes its own call and all that wait; then the first call that
+    arrived in between gets the turn. An interrupt (an exception raised by a signal handler) may
+    come between any two steps: the call it interrupts fails, and the others continue.
 
     Args:
         execute: takes the arguments of some calls, does all or nothing, returns a result for each.
@@ -143,7 +143,7 @@ class ThreadBatches(Generic[A, R]):
 
         Args:
             argument: what ``execute`` gets.
-            alone: whether it must be executed in this thread, in a batch of its own.
+            alone: whether it must be executed in this thread, in a separate batch.
 
         Raises:
             StorageBusyError: no turn came within the timeout.
@@ -224,7 +224,7 @@ class ThreadBatches(Generic[A, R]):
     def _execute_with_all_that_wait(self, call: _ThreadCall[A, R]) -> None:
         self._withdraw(call)
         calls = [call]
-        with suppress(IndexError):  # some may withdraw meanwhile
+        with suppress(IndexError):  # some may withdraw in between
             while self._waiting:
                 calls.append(self._waiting.popleft())
         try:
@@ -343,7 +343,7 @@ class LoopBatches(ForkHooks, Generic[A, R]):
 
 def _deliver(calls: Iterable[_LoopCall[A, R]]) -> None:
     for call in calls:
-        if call.future.done():  # cancelled meanwhile
+        if call.future.done():  # cancelled in between
             continue
         if call.error is None:
             call.future.set_result(call.result)

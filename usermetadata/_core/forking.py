@@ -1,8 +1,8 @@
 """Keeping ``fork`` from splitting what two processes must not share.
 
-A lock that another thread holds at the moment of a fork stays locked in the child for ever, and an
-SQLite connection must not cross a fork at all (https://sqlite.org/howtocorrupt.html, 2.6). Every
-owner of such a thing has hooks here that run before each fork, and afterwards on both sides.
+A lock that another thread holds at the moment of a fork stays locked in the child forever, and an
+SQLite connection must not cross a fork at all (https://sqlite.org/howtocorrupt.html, 2.6). Each
+owner registers hooks that run before each fork, and afterwards on both sides.
 """
 
 from __future__ import annotations

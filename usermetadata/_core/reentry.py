@@ -1,4 +1,4 @@
-"""Refusing calls of the library from within a function that the library itself is calling."""
+"""Refuse calls of the library from inside a function that it is calling."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 A = TypeVar("A")
 R = TypeVar("R")
 
-# The list is not empty while the function runs. What the function starts elsewhere inherits the
-# list, and finds it empty once the function has returned.
+# The list is not empty while the function runs. Tasks and threads that the function starts
+# inherit the list, and find it empty once the function has returned.
 inside: ContextVar[list[object]] = ContextVar("usermetadata_inside_function", default=[])  # noqa: B039 - it stays empty
 
 
 def call_guarded(function: Callable[[A], R], argument: A) -> R:
-    """Return ``function(argument)``; meanwhile, ``inside.get()`` is true."""
+    """Return ``function(argument)``; during the call, ``inside.get()`` is true."""
     running: list[object] = [function]
     token = inside.set(running)
     try:

@@ -106,7 +106,7 @@ def _read_together(calls: list[tuple[Storage, Sequence[str]]]) -> list[dict[str,
     unused = dict(found)
 
     def take(user_id: str) -> Metadata:
-        # Each call gets objects of its own.
+        # Each call gets its own copy.
         if user_id in unused:
             return unused.pop(user_id)
         return decode_metadata(encode_metadata(found[user_id]))
@@ -151,8 +151,8 @@ def _in_private_loop() -> bool:
 def wait_for(function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call an ``async`` function and wait for its result, also where an event loop is running.
 
-    The function runs in a thread of its own with an event loop of its own, because two event loops
-    cannot run in one thread. It sees the caller's context variables, as with ``asyncio``.
+    The function runs in a new thread with a new event loop, because two event loops cannot run in
+    one thread. It sees the caller's context variables, as with ``asyncio``.
     """
     import asyncio
     import contextvars
@@ -168,7 +168,7 @@ def wait_for(function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwa
     gevent_monkey = sys.modules.get("gevent.monkey")
     if gevent_monkey is not None and gevent_monkey.is_module_patched("threading"):
         # There a thread is a greenlet, and all greenlets share the running loop of their real
-        # thread. gevent's own pool has real threads, for which a greenlet waits as it should.
+        # thread. gevent's own pool has real threads, for which a greenlet waits.
         in_gevent: T = sys.modules["gevent"].get_hub().threadpool.apply(in_context, (run,))
         return in_gevent
 

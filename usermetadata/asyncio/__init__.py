@@ -68,8 +68,8 @@ async def update_user_metadata(
             error.
         StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
-            not at all.
+        OutcomeUnknownError: the connection or the disk failed during the write; it was written
+            whole or not at all.
         DamagedMetadataError: the stored row is not a JSON object; nothing was written.
 
     Example:
@@ -107,7 +107,8 @@ async def clear_user_metadata(
             error.
         StorageBusyError: timed out waiting for a writer or a connection; nothing was removed.
         StorageUnavailableError: the server cannot be reached; nothing was removed.
-        OutcomeUnknownError: the connection or the disk failed meanwhile; it was removed or not.
+        OutcomeUnknownError: the connection or the disk failed during the write; it was removed
+            or not.
 
     Example:
         >>> await clear_user_metadata("alice")
@@ -142,8 +143,8 @@ async def set_user_metadata(
             error.
         StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
-            not at all.
+        OutcomeUnknownError: the connection or the disk failed during the write; it was written
+            whole or not at all.
 
     Example:
         >>> (await set_user_metadata("alice", {"plan": "pro"})).metadata
@@ -183,8 +184,8 @@ async def modify_user_metadata(
             error.
         StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
-            not at all.
+        OutcomeUnknownError: the connection or the disk failed during the write; it was written
+            whole or not at all.
         DamagedMetadataError: the stored row is not a JSON object; nothing was written.
         Exception: exceptions of the function propagate unchanged; nothing was written.
 
@@ -249,8 +250,8 @@ async def update_bulk_user_metadata(
             error.
         StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
-            not at all.
+        OutcomeUnknownError: the connection or the disk failed during the write; it was written
+            whole or not at all.
         DamagedMetadataError: the stored row of one of them is not a JSON object; nothing was
             written.
 

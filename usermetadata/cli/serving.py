@@ -15,7 +15,7 @@ from usermetadata.cli.group import with_storage
 if TYPE_CHECKING:
     from usermetadata.storage import Storage
 
-_GRACE = 30  # seconds for the requests under way, when the server is told to stop
+_GRACE = 30  # seconds for the requests under way, after SIGTERM
 
 
 class _Keys(click.types.StringParamType):

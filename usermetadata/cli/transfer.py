@@ -61,7 +61,7 @@ def import_(storage: Storage, file: BinaryIO, from_line: int) -> None:
     """Store all users of FILE, or of standard input, in the format that export writes.
 
     Existing users are overwritten, so an import can be repeated. A thousand users at a time are
-    stored, all or none; after an error, the message says from which line to go on.
+    stored, all or none; after an error, the message says with which --from-line to continue.
     """
     numbered = islice(enumerate(file, 1), from_line - 1, None)
     lines = ((number, line) for number, line in numbered if line.strip())

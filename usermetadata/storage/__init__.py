@@ -88,8 +88,8 @@ class Storage(Protocol):
             StorageBusyError: timed out waiting for another writer or a connection; nothing is
                 stored.
             StorageUnavailableError: the server cannot be reached; nothing is stored.
-            OutcomeUnknownError: the connection or the disk failed meanwhile; all is stored or
-                nothing.
+            OutcomeUnknownError: the connection or the disk failed during the write; all is
+                stored or nothing.
             DamagedMetadataError: a row that a change needs does not hold a JSON object.
             UsageError: the storage is closed.
         """

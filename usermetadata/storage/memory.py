@@ -27,7 +27,7 @@ class InMemoryStorage:
     """Keeps metadata in this process's memory.
 
     Rows are bytes, as in a database, so that nothing stored can be changed by accident. Each
-    ``InMemoryStorage()`` has rows of its own. After ``fork`` each process has a copy.
+    ``InMemoryStorage()`` has separate rows. After ``fork`` each process has a copy.
 
     Args:
         app_id: the app whose rows these are.
@@ -92,7 +92,7 @@ class InMemoryStorage:
                 results = apply_in_order(
                     keyed, staged, decode=lambda _, row: _decode(row), encode=_encode
                 )
-                # One step that no interrupt can halve; None already counts as no row.
+                # One step: an interrupt cannot split it. None already counts as no row.
                 rows.update({key: staged.get(key) for key, _ in keyed})
                 for key, _ in keyed:
                     if rows.get(key, b"") is None:
@@ -113,8 +113,8 @@ class InMemoryStorage:
 
 
 def _encode(metadata: Metadata) -> bytes:
-    # The quickest deep copy of plain values. From version 3 on it would keep what is shared inside
-    # an object shared, which JSON does not. Only this process reads it.
+    # The quickest deep copy of plain values. From version 3 on it would keep shared
+    # references, which JSON does not. Only this process reads it.
     return marshal.dumps(metadata, 2)
 
 

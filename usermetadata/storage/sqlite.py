@@ -47,7 +47,7 @@ class SQLiteStorage:
         synchronous: ``"FULL"``: an acknowledged write survives a power cut. ``"NORMAL"``: faster; a
             power cut may undo the last writes, but never damages the file. Only for a path.
         timeout: seconds that a write waits for earlier threads, and then for other processes,
-            before it raises ``StorageBusyError``. Only for a path.
+            before it raises ``StorageBusyError``; for other processes only with a path.
 
     Raises:
         InvalidInputError: an argument is not valid. Nothing is opened before the first call.

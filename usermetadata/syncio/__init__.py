@@ -1,7 +1,7 @@
 """The blocking functions, for code without ``async``.
 
-They also work in a thread whose event loop is running, and block that loop meanwhile. This file is
-generated from ``usermetadata/asyncio/__init__.py``; change that one.
+They also work in a thread whose event loop is running, and block that loop. This file is generated
+from ``usermetadata/asyncio/__init__.py``; change that one.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def update_user_metadata(
             error.
         StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
-            not at all.
+        OutcomeUnknownError: the connection or the disk failed during the write; it was written
+            whole or not at all.
         DamagedMetadataError: the stored row is not a JSON object; nothing was written.
 
     Example:
@@ -102,7 +102,8 @@ def clear_user_metadata(
             error.
         StorageBusyError: timed out waiting for a writer or a connection; nothing was removed.
         StorageUnavailableError: the server cannot be reached; nothing was removed.
-        OutcomeUnknownError: the connection or the disk failed meanwhile; it was removed or not.
+        OutcomeUnknownError: the connection or the disk failed during the write; it was removed
+            or not.
 
     Example:
         >>> clear_user_metadata("alice")
@@ -137,8 +138,8 @@ def set_user_metadata(
             error.
         StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
-            not at all.
+        OutcomeUnknownError: the connection or the disk failed during the write; it was written
+            whole or not at all.
 
     Example:
         >>> set_user_metadata("alice", {"plan": "pro"}).metadata
@@ -178,8 +179,8 @@ def modify_user_metadata(
             error.
         StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
-            not at all.
+        OutcomeUnknownError: the connection or the disk failed during the write; it was written
+            whole or not at all.
         DamagedMetadataError: the stored row is not a JSON object; nothing was written.
         Exception: exceptions of the function propagate unchanged; nothing was written.
 
@@ -244,8 +245,8 @@ def update_bulk_user_metadata(
             error.
         StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
         StorageUnavailableError: the server cannot be reached; nothing was written.
-        OutcomeUnknownError: the connection or the disk failed meanwhile; it was written whole or
-            not at all.
+        OutcomeUnknownError: the connection or the disk failed during the write; it was written
+            whole or not at all.
         DamagedMetadataError: the stored row of one of them is not a JSON object; nothing was
             written.
 

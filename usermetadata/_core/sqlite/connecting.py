@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from usermetadata._core.sqlite.statements import Changes, Results
 
-_PATIENCE_AT_EXIT = 1.0  # seconds
+_EXIT_TIMEOUT = 1.0  # seconds
 
 
 class Connections(ForkHooks, ABC):
@@ -63,12 +63,12 @@ class Connections(ForkHooks, ABC):
 
     def before_fork(self) -> None:
         """Wait for the write under way, for as long as the timeout."""
-        # A fork inside a change, or while a change outlasts the timeout, takes place all the same.
+        # A fork inside a change, or while a change outlasts the timeout, still happens.
         if not self.batches.is_executing_here():
             self._has_turn_for_fork = acquire(self.batches.turn, self._timeout)
 
     def after_fork_in_parent(self) -> None:
-        """Let the other threads go on."""
+        """Release the lock."""
         if self._has_turn_for_fork:
             self._has_turn_for_fork = False
             self.batches.turn.release()
@@ -98,7 +98,7 @@ def connect(uri: str, timeout: float) -> sqlite3.Connection:
 def close_all(*groups: list[sqlite3.Connection]) -> None:
     """Close the connections and empty the lists."""
     for group in groups:
-        with suppress(IndexError):  # other threads may take some meanwhile
+        with suppress(IndexError):  # other threads may take some in between
             while True:
                 group.pop().close()
 
@@ -111,7 +111,7 @@ def close_at_end(
     def close() -> None:
         # At the exit a daemon thread may be using a connection. If it does so for longer, the
         # operating system closes the file; if not, it does not get the lock any more.
-        if any(groups) and acquire(turn, _PATIENCE_AT_EXIT):
+        if any(groups) and acquire(turn, _EXIT_TIMEOUT):
             close_all(*groups)
 
     return finalize(owner, close)

@@ -1,4 +1,4 @@
-"""What SQLite's errors mean, and what to do about them."""
+"""Translate SQLite's errors into this library's."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def inherited(name: str) -> StorageError:
 
 
 def still_open(name: str) -> OutcomeUnknownError:
-    """Return the error of a ``COMMIT`` without effect, to which an authorizer can reduce it."""
+    """Return the error of a ``COMMIT`` without effect, which an authorizer can suppress."""
     return OutcomeUnknownError(
         f"{name}: a transaction is still open after COMMIT; end it and read to find out"
     )

@@ -57,7 +57,7 @@ class FileConnections(Connections):
         super()._start(self._writers, self._idle_readers)
 
     def fetch(self, query: str, parameters: Sequence[object]) -> list[tuple[str, object]]:
-        """Return the rows of a query, whatever the writer is doing."""
+        """Return the rows of a query, without waiting for the writer."""
         notice()
         if self._reopen or not self._writers:
             self.batches.call(())  # it opens the writer
@@ -127,7 +127,7 @@ class FileConnections(Connections):
             time.sleep(0.001)
 
     def after_fork_in_parent(self) -> None:
-        """Let the other threads go on."""
+        """Release the locks."""
         if self._is_forking:
             self._is_forking = False
             self._opening.release()
@@ -139,7 +139,7 @@ class FileConnections(Connections):
             _of_the_parent_process.add(self.name)
             self._inherited = [*self._writers, *self._readers]
             # Closing them would release the parent's locks. Python closes a connection with the
-            # last reference to it, at its exit at the latest: so one is added for ever.
+            # last reference to it, at its exit at the latest: so a reference is leaked.
             import ctypes
 
             for connection in self._inherited:
@@ -204,7 +204,7 @@ class FileConnections(Connections):
                 writer.execute("PRAGMA journal_mode = WAL")
                 return
             except sqlite3.OperationalError as error:
-                # Here SQLite itself does not wait for other connections, whatever its timeout.
+                # Here SQLite itself does not wait for other connections, regardless of its timeout.
                 if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
@@ -219,11 +219,11 @@ class FileConnections(Connections):
 
     def _close_reader(self, reader: sqlite3.Connection) -> None:
         reader.close()
-        # A fork waits for the readers in this set; an error that somebody keeps may refer to one.
+        # A fork waits for the readers in this set; a kept traceback may refer to one.
         self._readers.discard(reader)
 
     def _close_idle_readers(self) -> None:
-        with suppress(IndexError):  # other threads may take some meanwhile
+        with suppress(IndexError):  # other threads may take some in between
             while True:
                 self._close_reader(self._idle_readers.pop())
 
