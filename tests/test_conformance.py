@@ -287,6 +287,46 @@ class BoundToOneThread(InMemoryStorage):
         return super().write(changes)
 
 
+class AcknowledgesEarly(InMemoryStorage):
+    """Answers at once, and stores with the next call that writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: list[tuple[str, Change]] = []
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        super().write(self._waiting)
+        self._waiting = list(changes)
+        stored = self.read([user_id for user_id, _ in changes])
+        return [change(stored.get(user_id)) for user_id, change in changes]
+
+
+class NeverCommits(InMemoryStorage):
+    """Shows what was written only to the thread that wrote it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._of_thread: dict[int, InMemoryStorage] = {}
+
+    def _own(self) -> InMemoryStorage:
+        return self._of_thread.setdefault(threading.get_ident(), InMemoryStorage())
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        return self._own().read(user_ids)
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        return self._own().write(changes)
+
+
+class AnswersWhatWasDropped(InMemoryStorage):
+    """Does not notice that its database keeps the rows it has, as a trigger may do."""
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        stored = self.read([user_id for user_id, _ in changes])
+        super().write([change for change in changes if change[0] not in stored])
+        return [change(stored.get(user_id)) for user_id, change in changes]
+
+
 class SharesWithin(InMemoryStorage):
     """Returns one list where two that are equal were stored."""
 
@@ -468,6 +508,11 @@ PLANTED_FAULTS: dict[str, list[Callable[[], Storage]]] = {
     "test_no_write_comes_between": [Unlocked],
     "test_a_reader_sees_all_of_a_write_or_nothing": [HalfLocked],
     "test_any_thread_may_use_the_storage": [BoundToOneThread],
+    "test_what_was_acknowledged_is_stored": [
+        AcknowledgesEarly,
+        NeverCommits,
+        AnswersWhatWasDropped,
+    ],
     "test_concurrent_writes_are_all_kept": [LetsWritersMeet],
     "test_what_appears_twice_is_two": [SharesWithin],
     "test_what_read_returns_is_the_callers": [SharesObjects],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -241,6 +242,22 @@ class StorageConformance:
         _finish(_in_thread(storage.close))
         with pytest.raises(UsageError):
             storage.read(["alice"])
+
+    def test_what_was_acknowledged_is_stored(self, storage: Storage) -> None:
+        """When ``write`` returns, another thread reads exactly what it returned."""
+        count = Modify(lambda metadata: {"n": metadata.get("n", 0) + 1})
+        with ThreadPoolExecutor(1) as other:
+            for number in range(20):
+                changes: list[tuple[str, Change]] = [
+                    ("alice", Merge({"n": number})),
+                    ("bob", Replace({"n": number})),
+                    ("carol", count),
+                    ("dave", Clear() if number % 2 else Merge({"n": number})),
+                ]
+                users = [user_id for user_id, _ in changes]
+                answered = dict(zip(users, storage.write(changes), strict=True))
+                stored = other.submit(storage.read, users).result()
+                assert stored == {user: row for user, row in answered.items() if row is not None}
 
     def test_concurrent_writes_are_all_kept(self, storage: Storage) -> None:
         """Eight threads that count in one row, and merge into another, lose nothing."""
