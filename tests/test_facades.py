@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import inspect
 import re
 import subprocess
@@ -16,7 +17,7 @@ from conftest import FUNCTIONS, STORAGES
 
 import usermetadata
 import usermetadata.asyncio
-from usermetadata import InvalidInputError, UsageError, syncio
+from usermetadata import InvalidInputError, StorageBusyError, UsageError, syncio
 from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult
 
 if TYPE_CHECKING:
@@ -153,21 +154,56 @@ def test_what_the_function_raises_is_raised(facade: Any) -> None:
     assert facade.get_user_metadata("alice").metadata == {"coins": 1}
 
 
+def test_a_function_that_fails_hurts_no_other_call() -> None:
+    """On every storage, calls of the same batch succeed, whatever a function raises."""
+    error = StorageBusyError("of another storage")
+
+    def use_another_storage(metadata: Metadata) -> Metadata:
+        raise error
+
+    async def main() -> list[Any]:
+        updates = [aio.update_user_metadata(f"user {n}", {"n": n}) for n in range(10)]
+        failing = aio.modify_user_metadata("alice", use_another_storage)
+        return await asyncio.gather(*updates[:5], failing, *updates[5:], return_exceptions=True)
+
+    results = asyncio.run(main())
+    assert results.pop(5) is error
+    assert [result.metadata for result in results] == [{"n": n} for n in range(10)]
+
+
 def nothing(metadata: Metadata) -> Any:
     """Forget to return the metadata."""
     metadata["n"] = 2
 
 
+async def awaiting(metadata: Metadata) -> Any:
+    """Return the metadata to an ``await``."""
+    return metadata
+
+
+class Awaiting:
+    """A callable whose call must be awaited."""
+
+    async def __call__(self, metadata: Metadata) -> Metadata:
+        return metadata
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (nothing, "the function's result: NoneType is not a mapping"),
+        (nothing, "the function's result: None is not a mapping; .*`return metadata`"),
+        (awaiting, "the function's result: nothing can be awaited .*without `async`"),
+        (Awaiting(), "the function's result: nothing can be awaited"),
+        (functools.partial(awaiting), "the function's result: nothing can be awaited"),
         (lambda metadata: {"at": {1}}, 'the function\'s result\\["at"\\]: set is not JSON'),
         ("n += 1", "function: str cannot be called"),
     ],
 )
 def test_what_the_function_returns_is_checked(facade: Any, function: Any, message: str) -> None:
-    """If a function returns ``None`` or a value that is not JSON, nothing is written."""
+    """If a function returns ``None``, a coroutine or what is not JSON, nothing is written.
+
+    The message says what was forgotten. Python does not warn of a coroutine that nothing awaits.
+    """
     facade.update_user_metadata("alice", {"n": 1})
     with pytest.raises(InvalidInputError, match=message):
         facade.modify_user_metadata("alice", function)

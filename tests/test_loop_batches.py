@@ -19,6 +19,8 @@ from usermetadata import (
     OutcomeUnknownError,
     SQLiteStorage,
     StorageBusyError,
+    StorageError,
+    StorageUnavailableError,
     UserMetadataRecipe,
     syncio,
 )
@@ -174,6 +176,28 @@ def test_a_failing_call_fails_alone(storage: Gated) -> None:
         assert [result.metadata["n"] for result in results] == [1, 2, 3, 4, 5]
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", [StorageBusyError, StorageUnavailableError, OutcomeUnknownError])
+def test_a_function_fails_alone_whatever_it_raises(
+    storage: Gated, kind: type[StorageError]
+) -> None:
+    """An error of another storage, raised by a function, is that call's alone; it is unchanged."""
+    error = kind("of another storage")
+
+    def use_another_storage(metadata: Metadata) -> Metadata:
+        raise error
+
+    async def main() -> None:
+        updates = [update_user_metadata("alice", {str(n): n}) for n in range(10)]
+        results = await behind_another(
+            storage, *updates[:5], modify_user_metadata("bob", use_another_storage), *updates[5:]
+        )
+        assert results.pop(5) is error
+        assert [result.metadata[str(n)] for n, result in enumerate(results)] == [*range(10)]
+
+    asyncio.run(main())
+    assert storage.writes == [1, 11] + [1] * 11
 
 
 def test_bad_input_never_joins_a_batch(storage: Gated) -> None:
@@ -406,6 +430,20 @@ def test_stop_iteration_does_not_hang(storage: Gated) -> None:
     asyncio.run(main())
     with pytest.raises(StopIteration):
         syncio.modify_user_metadata("alice", stop)
+
+
+def test_stop_iteration_of_a_storage_does_not_hang(
+    storage: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same holds if the storage raises it, for example from a bare ``next``."""
+
+    async def main() -> None:
+        with pytest.raises(RuntimeError, match="StopIteration") as caught:
+            await get_user_metadata("alice")
+        assert isinstance(caught.value.__cause__, StopIteration)
+
+    monkeypatch.setattr(InMemoryStorage, "read", lambda self, user_ids: next(iter(())))
+    asyncio.run(main())
 
 
 def test_concurrent_updates_share_commits(database: Path) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
-from usermetadata._core.reentry import call_guarded
+from usermetadata._core.reentry import FunctionError, call_guarded
 from usermetadata.changes import Merge, Modify
 from usermetadata.exceptions import InvalidInputError
 from usermetadata.validation import check_user_id, copy_metadata
@@ -52,6 +52,24 @@ def modify_with(function: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Modi
     in_context = copy_context().run  # a storage may call the function in another thread
 
     def checked(old: Metadata) -> Metadata:
-        return copy_metadata(in_context(call_guarded, function, old), "the function's result")
+        try:
+            return _result_of(in_context(call_guarded, function, old))
+        except Exception as error:
+            raise FunctionError(error) from error
 
     return Modify(checked)
+
+
+def _result_of(result: object) -> Metadata:
+    if result is None:
+        raise InvalidInputError(
+            "the function's result: None is not a mapping; end the function with `return metadata`"
+        )
+    if isinstance(result, Awaitable):
+        if isinstance(result, Coroutine):
+            result.close()  # else Python warns that it was never awaited
+        raise InvalidInputError(
+            "the function's result: nothing can be awaited inside the storage's lock; pass a"
+            " function without `async`, and await what it needs before the call"
+        )
+    return copy_metadata(result, "the function's result")

@@ -349,7 +349,7 @@ def _deliver(calls: Iterable[_LoopCall[A, R]]) -> None:
             call.future.set_result(call.result)
         elif isinstance(call.error, StopIteration):
             # A future cannot hold it; a coroutine would also raise this instead.
-            replaced = RuntimeError("the function raised StopIteration")
+            replaced = RuntimeError("the storage raised StopIteration")
             replaced.__cause__ = call.error
             call.future.set_exception(replaced)
         else:

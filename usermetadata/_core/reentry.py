@@ -1,4 +1,4 @@
-"""Refuse calls of the library from inside a function that it is calling."""
+"""Calling the function given to ``modify``: what it must not do, and what it raises."""
 
 from __future__ import annotations
 
@@ -27,6 +27,18 @@ def call_guarded(function: Callable[[A], R], argument: A) -> R:
     finally:
         inside.reset(token)
         running.clear()
+
+
+class FunctionError(Exception):
+    """Holds what a function raised: for a storage it must not look like an error of the database.
+
+    Attributes:
+        error: the exception, to be raised unchanged.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 def called_inside() -> UsageError:

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
-from usermetadata._core.reentry import called_inside, inside
+from usermetadata._core.reentry import FunctionError, called_inside, inside
 from usermetadata.codec import decode_metadata, encode_metadata
 
 if TYPE_CHECKING:
@@ -44,7 +44,11 @@ class BlockingRunner:
         """Change some users."""
         if inside.get():
             raise called_inside()
-        return self._storage.write(changes)
+        try:
+            return self._storage.write(changes)
+        except FunctionError as failed:
+            error = failed.error
+        raise error
 
 
 class AsyncioRunner:
@@ -88,9 +92,13 @@ class AsyncioRunner:
         """Change some users; writes take effect in the order of the calls."""
         if inside.get():
             raise called_inside()
-        if self._writes_at_once and not _in_private_loop():
-            return await self._writes.submit(self._app_id, (self._storage, changes))
-        return self._storage.write(changes)
+        try:
+            if self._writes_at_once and not _in_private_loop():
+                return await self._writes.submit(self._app_id, (self._storage, changes))
+            return self._storage.write(changes)
+        except FunctionError as failed:
+            error = failed.error
+        raise error
 
     def close(self) -> None:
         """Wait until the calls under way are executed, and end the worker threads."""
