@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import sqlite3
 import threading
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from postgres_server import server_url
 
 import usermetadata
 import usermetadata.asyncio
@@ -18,6 +20,7 @@ from usermetadata import (
     InMemoryStorage,
     InputOverrideConfig,
     InvalidInputError,
+    PostgresStorage,
     SQLiteStorage,
     UsageError,
     UserMetadataOverrideConfig,
@@ -26,6 +29,7 @@ from usermetadata import (
 )
 from usermetadata.changes import Merge
 from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult, RecipeInterface
+from usermetadata.server import create_app
 
 
 def keeps_metadata_in(database: Path) -> bool:
@@ -107,6 +111,131 @@ def test_init_refuses_what_it_does_not_know(storage: Any) -> None:
         usermetadata.init(storage)
     with pytest.raises(UsageError):
         UserMetadataRecipe.get_instance()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("sqlite:///users.db?mode=ro", 'a URL of sqlite:// has no parameter "mode"; known are'),
+        ("sqlite:///users.db?immutable=1", 'no parameter "immutable"'),
+        ("sqlite:///users.db?timeout=5&table=t", 'no parameter "table"'),
+        ("sqlite:///users.db?timeout=soon", "parameter timeout is not a number"),
+        ("sqlite:///users.db?timeout=-1", "timeout: -1.0 is not a number of seconds"),
+        ("sqlite:///users.db?synchronous=off", "synchronous: 'OFF' is neither"),
+        ("sqlite:///users.db?app_id=", "app_id: is empty"),
+        ("sqlite:///file:users.db", "unsupported storage URL: sqlite://"),
+        ("sqlite:///users.db\n", "unsupported storage URL: sqlite://"),
+        ("memory://?timeout=5", 'a URL of memory:// has no parameter "timeout"'),
+        ("memory:", "the text is neither a URL nor plainly a path"),
+        ("sqlite:users.db", "the text is neither a URL nor plainly a path"),
+        ("file:users.db?mode=ro", "the text is neither a URL nor plainly a path"),
+        ("users.db?mode=ro", "the text is neither a URL nor plainly a path"),
+        ("host=localhost dbname=shop", "the text is neither a URL nor plainly a path"),
+        ("users.db\n", "the text is neither a URL nor plainly a path"),
+        ("postgresql://u:secret@h/db?pgbouncer=true", 'libpq knows no parameter "pgbouncer"'),
+        ("postgresql://u:secret@h/db?sslmode=require&x=1", 'libpq knows no parameter "x"'),
+        ("postgresql://u:secret@h/db?max_connections=x", "max_connections is not a number"),
+        ("postgresql://u:x?secret=1@h:secret/db?y=%secret", 'parameter "y"'),
+        ("host=h password=secret secret", "the text is neither a URL nor plainly a path"),
+    ],
+)
+def test_what_is_no_url_makes_no_file(
+    url: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A spelling that is not supported is refused by name, without the password."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidInputError, match=message) as caught:
+        usermetadata.init(url)
+    assert "secret" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_may_have_any_name(tmp_path: Path) -> None:
+    """``Path`` names exactly that file, also if the text looks like something else."""
+    for name in ("a=b?c.db", "memory:", "host=localhost dbname=shop"):
+        usermetadata.init(tmp_path / name)
+        assert keeps_metadata_in(tmp_path / name)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:///users.db?timeout=5&synchronous=normal&app_id=shop%20%C3%A9",
+        "sqlite+pysqlite:///users.db?app_id=shop%20%C3%A9",
+        "SQLite:///users.db?app_id=shop%20%C3%A9",
+    ],
+)
+def test_a_url_may_have_arguments_of_the_storage(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``app_id``, ``timeout`` and ``synchronous`` are those of ``SQLiteStorage``."""
+    monkeypatch.chdir(tmp_path)
+    usermetadata.init(url)
+    syncio.update_user_metadata("alice", {"n": 1})
+    UserMetadataRecipe.reset()
+    with contextlib.closing(SQLiteStorage("users.db", app_id="shop é")) as storage:
+        assert storage.read(["alice"]) == {"alice": {"n": 1}}
+
+
+def test_sqlalchemys_urls_are_known(schema: str) -> None:
+    """A driver's name is ignored; ``schema``, ``table`` and ``app_id`` are the storage's.
+
+    The others are libpq's. ``PostgresStorage`` takes the same URLs, without its own arguments.
+    """
+    url = server_url().replace("postgresql://", "postgresql+psycopg://")
+    joined = f"{url}{'&' if '?' in url else '?'}sslmode=prefer"
+    usermetadata.init(f"{joined}&schema={schema}&table=people&app_id=shop&max_connections=2")
+    syncio.update_user_metadata("alice", {"n": 1})
+    UserMetadataRecipe.reset()
+    storage = PostgresStorage(joined, schema=schema, table="people", app_id="shop")
+    with contextlib.closing(storage):
+        assert storage.read(["alice"]) == {"alice": {"n": 1}}
+    with pytest.raises(InvalidInputError, match='libpq knows no parameter "schema"'):
+        PostgresStorage(f"{joined}&schema={schema}")
+
+
+class Lacking:
+    """A storage that was not completed."""
+
+    def read(self, user_ids: Any) -> dict[str, Any]:
+        return {}
+
+    def write(self, changes: Any) -> list[Any]:
+        return []
+
+    def close(self) -> None: ...
+
+
+class Awaited(InMemoryStorage):
+    """A storage written for ``await``."""
+
+    async def write(self, changes: Any) -> Any:
+        return []
+
+
+class Backwards(InMemoryStorage):
+    """A storage that runs a negative number of batches."""
+
+    writes_in_flight = -1
+
+
+@pytest.mark.parametrize(
+    ("storage", "message"),
+    [
+        (Lacking(), "Lacking has no method for_app; define it"),
+        (Awaited(), "Awaited.write is `async def`; make it a plain method"),
+        (Backwards(), "Backwards.writes_in_flight is not a number; make it 0 or more"),
+        (InMemoryStorage, "InMemoryStorage is a class; pass an instance"),
+        (sqlite3.Connection, "Connection is a class"),
+        ({}, "dict is not a storage; pass for example SQLiteStorage"),
+    ],
+)
+@pytest.mark.parametrize("use", [usermetadata.init, create_app])
+def test_a_wrong_storage_is_refused_at_once(use: Any, storage: Any, message: str) -> None:
+    """``init`` and ``create_app`` say which method is missing or wrong."""
+    with pytest.raises(InvalidInputError, match=f"storage: {message}"):
+        use(storage)
 
 
 def test_init_twice_is_an_error() -> None:

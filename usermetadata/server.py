@@ -26,6 +26,7 @@ except ImportError as error:
 
 from usermetadata._core.asyncio_functions import AsyncioFunctions
 from usermetadata._core.runners import AsyncioRunner
+from usermetadata._core.urls import check_storage
 from usermetadata.codec import encode_metadata
 from usermetadata.exceptions import (
     DamagedMetadataError,
@@ -34,13 +35,14 @@ from usermetadata.exceptions import (
     StorageError,
     UsageError,
 )
-from usermetadata.storage import Storage
 from usermetadata.validation import check_user_id
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 
     from starlette.types import Receive, Scope, Send
+
+    from usermetadata.storage import Storage
 
 
 T = TypeVar("T")
@@ -73,8 +75,9 @@ def create_app(
         The application. At its end, its lifespan completes the calls under way.
 
     Raises:
-        InvalidInputError: ``storage`` is not a storage, but for example a URL; ``api_keys`` is not
-            a collection of keys, or one of them is empty.
+        InvalidInputError: ``storage`` is not a storage, but for example a URL, or one of its
+            methods is missing or wrong; ``api_keys`` is not a collection of keys, or one of them is
+            empty.
 
     Example:
         >>> from usermetadata import InMemoryStorage
@@ -82,11 +85,7 @@ def create_app(
 
     The paths, answers and error texts are those of SuperTokens' core, "Core Driver Interface".
     """
-    if not isinstance(storage, Storage):
-        raise InvalidInputError(
-            f"storage: {type(storage).__name__} is not a storage; pass for"
-            " example SQLiteStorage(...)"
-        )
+    check_storage(storage)
     if isinstance(api_keys, str) or not all(key.strip() for key in api_keys):
         raise InvalidInputError(
             "api_keys: an empty key, or a text instead of a list of keys; pass a list of keys"

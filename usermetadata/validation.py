@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
+import reprlib
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from usermetadata.exceptions import InvalidInputError
@@ -83,8 +87,8 @@ def check_app_id(app_id: object) -> str:
 def copy_metadata(value: object, name: str) -> Metadata:
     """Return a checked deep copy of ``value``, a JSON object that a caller passed in.
 
-    Subclasses of ``str``, ``int`` and ``float`` become the plain type, any mapping becomes a
-    ``dict``, a tuple becomes a ``list``.
+    Subclasses of ``str``, ``int`` and ``float``, proxies of them and numpy's scalars become the
+    plain type, any mapping becomes a ``dict``, a tuple becomes a ``list``.
 
     Args:
         value: the value to check and copy; it is only read.
@@ -111,16 +115,17 @@ def copy_metadata(value: object, name: str) -> Metadata:
     try:
         copied = _copy_object(value, 1)
     except _FaultError as fault:
-        raise InvalidInputError(f"{name}{fault.place()}: {fault.reason}") from None
+        raise InvalidInputError(f"{name}{fault.place()}: {fault.reason}") from fault.__cause__
     for key in copied:
         if "\0" in key:
             raise InvalidInputError(f"{name}[{_show(key)}]: a root-level key cannot hold U+0000")
     return copied
 
 
-def _check_identifier(value: object, name: str, max_length: int, remedy: str) -> str:
+def _check_identifier(identifier: object, name: str, max_length: int, remedy: str) -> str:
+    value = identifier if type(identifier) is str else _plain(identifier)
     if not isinstance(value, str):
-        raise InvalidInputError(f"{name}: {type(value).__name__} is not str: {remedy}")
+        raise InvalidInputError(f"{name}: {type(identifier).__name__} is not str: {remedy}")
     if not value:
         raise InvalidInputError(f"{name}: is empty: {remedy}")
     if len(value) > max_length:
@@ -134,7 +139,7 @@ def _check_identifier(value: object, name: str, max_length: int, remedy: str) ->
             raise InvalidInputError(
                 f"{name}: holds a lone surrogate, which is not Unicode text: {value!r}"
             ) from None
-    return str.__str__(value)
+    return value
 
 
 class _FaultError(Exception):
@@ -159,7 +164,7 @@ class _FaultError(Exception):
         return "".join(parts)
 
 
-def _copy(value: Any, depth: int) -> Any:  # noqa: C901, PLR0911 - one case per type
+def _copy(value: Any, depth: int) -> Any:  # noqa: PLR0911 - one case per type
     kind = type(value)
     if kind is str:
         return value if value.isascii() else _copy_text(value)
@@ -177,14 +182,41 @@ def _copy(value: Any, depth: int) -> Any:  # noqa: C901, PLR0911 - one case per 
         return _copy_object(value, depth)
     if isinstance(value, (list, tuple)):
         return _copy_array(value, depth)
+    plain = _plain(value)
+    if plain is None:
+        to = "an int or a float" if isinstance(value, numbers.Number) else "a str"
+        reason = f"{kind.__name__} is not JSON: convert it first, for example to {to}"
+        raise _FaultError(reason, value)
+    return _copy(plain, depth)
+
+
+def _plain(value: object) -> str | bool | int | float | None:
+    """Return the plain value of a subclass of a JSON type, or of what stands for such a value.
+
+    ``None`` means that there is none: nothing is rounded, and nothing loses its unit.
+    """
+    kind = type(value)
     # A subclass (an enum's member, numpy's float64) may have overridden str() or int().
-    if isinstance(value, str):
-        return _copy(str.__str__(value), depth)
-    if isinstance(value, int):
-        return _copy(int.__int__(value), depth)
-    if isinstance(value, float):
-        return _copy(float.__float__(value), depth)
-    raise _FaultError(f"{kind.__name__} is not JSON: convert it first, for example to a str", value)
+    if issubclass(kind, str):
+        return str.__str__(value)
+    if issubclass(kind, int):
+        return int.__int__(value)
+    if issubclass(kind, float):
+        return float.__float__(value)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and issubclass(kind, (numpy.bool_, numpy.integer, numpy.floating)):
+        item = value.item()
+        # A timedelta64 is an integer in numpy, and a longdouble has more digits than a float.
+        is_plain = type(item) in (bool, int, float) and not issubclass(kind, numpy.timedelta64)
+        return item if is_plain else None
+    # A proxy (werkzeug's LocalProxy) claims the type of its object, and equals it. So does a mock,
+    # which is equal to nothing.
+    with suppress(Exception):
+        for claimed in (str, bool, int, float):
+            if isinstance(value, claimed):
+                converted = claimed(value)
+                return converted if type(converted) is claimed and converted == value else None
+    return None
 
 
 def _copy_object(mapping: Mapping[Any, Any], depth: int) -> Metadata:
@@ -204,6 +236,10 @@ def _copy_object(mapping: Mapping[Any, Any], depth: int) -> Metadata:
     except _FaultError as fault:
         fault.pass_through(mapping, key)
         raise
+    except (MemoryError, RecursionError):
+        raise
+    except Exception as error:
+        raise _unreadable(mapping, error) from error
     return copied
 
 
@@ -217,13 +253,26 @@ def _copy_array(array: list[Any] | tuple[Any, ...], depth: int) -> list[Any]:
     except _FaultError as fault:
         fault.pass_through(array, len(copied))
         raise
+    except (MemoryError, RecursionError):
+        raise
+    except Exception as error:
+        raise _unreadable(array, error) from error
     return copied
 
 
 def _copy_key(key: object) -> str:
-    if isinstance(key, str):
-        return _copy_text(str.__str__(key))
+    plain = _plain(key)
+    if isinstance(plain, str):
+        return _copy_text(plain)
     raise _FaultError(f"a key in JSON is a str, this one is of type {type(key).__name__}", key)
+
+
+def _unreadable(container: object, error: Exception) -> _FaultError:
+    return _FaultError(
+        f"reading this {type(container).__name__} raised {type(error).__name__}, for example"
+        " because it changed meanwhile: pass a plain copy",
+        container,
+    )
 
 
 def _copy_text(text: str) -> str:
@@ -247,5 +296,6 @@ def _copy_long_integer(value: int) -> int:
 
 
 def _show(part: object) -> str:
-    shown = json.dumps(part) if isinstance(part, str) else repr(part)
+    plain = _plain(part)
+    shown = json.dumps(plain) if isinstance(plain, str) else reprlib.repr(part)
     return shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}…"

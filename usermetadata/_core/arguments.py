@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 
 def user_ids_of(user_ids: Iterable[str]) -> list[str]:
     """Return the checked user ids."""
-    if isinstance(user_ids, (str, bytes)) or not isinstance(user_ids, Iterable):
+    try:
+        if isinstance(user_ids, (str, bytes)):
+            raise TypeError
+        iterator = iter(user_ids)
+    except TypeError:
         raise InvalidInputError(
             f"user_ids: {type(user_ids).__name__} is not a list of user ids; pass a list"
-        )
+        ) from None
     return [
-        check_user_id(user_id, f"user_ids[{number}]") for number, user_id in enumerate(user_ids)
+        check_user_id(user_id, f"user_ids[{number}]") for number, user_id in enumerate(iterator)
     ]
 
 
@@ -33,12 +37,19 @@ def merges_of(metadata_updates: Mapping[str, Mapping[str, Any]]) -> list[tuple[s
             f"metadata_updates: {type(metadata_updates).__name__} is not a mapping;"
             " pass {user_id: update}"
         )
+    try:
+        updates = [(user_id, update) for user_id, update in metadata_updates.items()]
+    except Exception as error:
+        raise InvalidInputError(
+            f"metadata_updates: reading this {type(metadata_updates).__name__} raised"
+            f" {type(error).__name__}: pass a plain dict"
+        ) from error
     return [
         (
             check_user_id(user_id, f"metadata_updates: the key {user_id!r}"),
             Merge(copy_metadata(update, f"metadata_updates[{user_id!r}]")),
         )
-        for user_id, update in metadata_updates.items()
+        for user_id, update in updates
     ]
 
 

@@ -1,16 +1,35 @@
-"""Storages by URL or by path."""
+"""Storages by URL or by path, and the check of a storage that an application made."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import re
+from inspect import iscoroutinefunction
+from typing import TYPE_CHECKING, Any, cast
 
 from usermetadata.exceptions import InvalidInputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from usermetadata.storage import Storage
 
 DEFAULT_URL = "sqlite:///usermetadata.db"
+
+# Arguments of the storages that a URL may have as parameters.
+_PARAMETERS: dict[str, dict[str, Callable[[str], object]]] = {
+    "memory": {"app_id": str},
+    "sqlite": {"app_id": str, "synchronous": str.upper, "timeout": float},
+    "postgresql": {
+        "app_id": str,
+        "max_connections": int,
+        "schema": str,
+        "table": str,
+        "timeout": float,
+    },
+}
+# A URL with too few slashes, SQLite's "file:...", libpq's "host=...", or a parameter.
+_NO_PATH = re.compile(r"\A\w[\w+.-]+:|\A\s*\w+\s*=|\?|\A\s|\s\Z")
 
 
 def open_storage(storage: Storage | str | os.PathLike[str]) -> Storage:
@@ -19,37 +38,114 @@ def open_storage(storage: Storage | str | os.PathLike[str]) -> Storage:
     Raises:
         InvalidInputError: it is none of these.
     """
-    if isinstance(storage, str):
-        scheme, separator, rest = storage.partition("://")
-        if not separator:
-            return _open_sqlite(storage)
-        if storage == "memory://":
-            from usermetadata.storage.memory import InMemoryStorage
-
-            return InMemoryStorage()
-        if scheme == "sqlite" and rest[:1] in ("", "/"):
-            return _open_sqlite(rest[1:] or ":memory:")
-        if scheme in ("postgresql", "postgres"):
-            from usermetadata.storage.postgres import PostgresStorage
-
-            return PostgresStorage(storage)
-        raise InvalidInputError(
-            f'storage: unsupported storage URL: {scheme}://; pass "memory://",'
-            ' "sqlite:///users.db", "sqlite:////absolute/path/users.db" or "postgresql://..."'
-        )
     if isinstance(storage, os.PathLike):
         return _open_sqlite(storage)
-    from usermetadata.storage import Storage
+    if not isinstance(storage, str):
+        return check_storage(storage)
+    if "://" in storage:
+        return _open_url(storage)
+    if _NO_PATH.search(storage):
+        raise InvalidInputError(
+            "storage: the text is neither a URL nor plainly a path; pass for example"
+            ' "sqlite:///users.db" or "postgresql://...", or pathlib.Path(...) for a file of this'
+            " name"
+        )
+    return _open_sqlite(storage)
 
-    if isinstance(storage, Storage) and not isinstance(storage, type):
-        return storage
+
+def check_storage(storage: object) -> Storage:
+    """Return the storage if it has what a storage must have.
+
+    Raises:
+        InvalidInputError: it is not a storage; or one of its methods is missing or wrong.
+    """
+    kind = type(storage).__name__
+    methods = {name: getattr(storage, name, None) for name in _METHODS}
+    missing = [name for name, method in methods.items() if not callable(method)]
+    if isinstance(storage, type):
+        raise InvalidInputError(
+            f"storage: {storage.__name__} is a class; pass an instance, {storage.__name__}(...)"
+        )
+    if {"read", "write"} <= set(missing):
+        raise InvalidInputError(
+            f'storage: {kind} is not a storage; pass for example SQLiteStorage("users.db")'
+        )
+    if missing:
+        raise InvalidInputError(
+            f"storage: {kind} has no method {' and no method '.join(missing)}; define it as"
+            " usermetadata.Storage describes it"
+        )
+    for name, method in methods.items():
+        if iscoroutinefunction(method):
+            raise InvalidInputError(
+                f"storage: {kind}.{name} is `async def`; make it a plain method, which the"
+                " `asyncio` functions call in a worker thread"
+            )
+    for name in ("reads_in_flight", "writes_in_flight"):
+        at_once = getattr(storage, name, 1)
+        if not isinstance(at_once, int) or at_once < 0:
+            raise InvalidInputError(f"storage: {kind}.{name} is not a number; make it 0 or more")
+    return cast("Storage", storage)
+
+
+_METHODS = ("read", "write", "for_app", "close")
+
+
+def _open_url(url: str) -> Storage:
+    scheme, _, rest = url.partition("://")
+    kind = scheme.lower().partition("+")[0]  # SQLAlchemy adds a driver: postgresql+psycopg
+    kind = "postgresql" if kind == "postgres" else kind
+    # A password may hold a question mark.
+    credentials, at, address = rest.rpartition("@")
+    place, _, query = address.partition("?")
+    place = f"{credentials}{at}{place}"
+    arguments, others = _arguments(kind, query)
+    if kind == "postgresql":
+        from usermetadata.storage.postgres import PostgresStorage
+
+        parameters = f"?{'&'.join(others)}" if others else ""
+        return PostgresStorage(f"postgresql://{place}{parameters}", **arguments)
+    if others and kind in _PARAMETERS:
+        raise InvalidInputError(
+            f'storage: a URL of {kind}:// has no parameter "{others[0].partition("=")[0]}"; known'
+            f" are {', '.join(_PARAMETERS[kind])}"
+        )
+    if kind == "memory" and not place:
+        from usermetadata.storage.memory import InMemoryStorage
+
+        return InMemoryStorage(**arguments)
+    if kind == "sqlite" and (place[:1] in ("", "/") or place == ":memory:"):
+        path = place.removeprefix("/") or ":memory:"
+        if path == ":memory:" or not _NO_PATH.search(path):
+            return _open_sqlite(path, **arguments)
     raise InvalidInputError(
-        f"storage: {type(storage).__name__} is not a storage, a URL or a path;"
-        ' pass "sqlite:///users.db"'
+        f'storage: unsupported storage URL: {scheme}://; pass "memory://",'
+        ' "sqlite:///users.db", "sqlite:////absolute/path/users.db" or "postgresql://..."'
     )
 
 
-def _open_sqlite(path: str | os.PathLike[str]) -> Storage:
+def _arguments(kind: str, query: str) -> tuple[dict[str, Any], list[str]]:
+    """Return the parameters that are arguments of the storage, and the others as they are."""
+    arguments: dict[str, Any] = {}
+    others: list[str] = []
+    for parameter in filter(None, query.split("&")):
+        name, _, value = parameter.partition("=")
+        convert = _PARAMETERS.get(kind, {}).get(name)
+        if convert is None:
+            others.append(parameter)
+            continue
+        from urllib.parse import unquote
+
+        try:
+            arguments[name] = convert(unquote(value))
+        except ValueError:
+            raise InvalidInputError(
+                f"storage: the URL's parameter {name} is not a number; pass for example {name}=30"
+            ) from None
+    return arguments, others
+
+
+def _open_sqlite(path: str | os.PathLike[str], **arguments: Any) -> Storage:
     from usermetadata.storage.sqlite import SQLiteStorage
 
-    return SQLiteStorage(path)
+    return SQLiteStorage(path, **arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import threading
 import time
 import weakref
@@ -256,9 +257,19 @@ def _configure(connection: Connection[Any]) -> None:
 def _parse(database: str) -> dict[str, Any]:
     try:
         database.encode()
-        return _DEFAULTS | conninfo.conninfo_to_dict(database) | _ENCODING
+        # SQLAlchemy's URLs name the driver.
+        url = re.sub(r"\A(postgres(?:ql)?)\+\w+://", r"\1://", database)
+        return _DEFAULTS | conninfo.conninfo_to_dict(url) | _ENCODING
     except (psycopg.ProgrammingError, UnicodeEncodeError):
-        # The driver's text may quote the password.
+        # The driver's text may quote the password, so the parameters are compared here.
+        known = {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
+        query = database.rpartition("@")[2].partition("?")[2] if "://" in database else ""
+        for name in (parameter.partition("=")[0] for parameter in query.split("&")):
+            if name.isidentifier() and name not in known:
+                raise InvalidInputError(
+                    f'database: libpq knows no parameter "{name}"; remove it from the URL, or pass'
+                    " it to PostgresStorage if it is one of its arguments"
+                ) from None
         raise InvalidInputError(
             'database: it cannot be parsed; pass "postgresql://user@host/name"'
         ) from None
