@@ -12,6 +12,7 @@ import uuid
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
 import psycopg
 from psycopg.sql import SQL, Identifier
@@ -84,6 +85,11 @@ class OwnServer:
 def server_url() -> str:
     """Return the URL of the server; the first call starts it."""
     return os.environ.get("USERMETADATA_TEST_POSTGRES") or OwnServer().url
+
+
+def with_parameters(url: str, **parameters: str) -> str:
+    """Return the URL with more parameters."""
+    return f"{url}{'&' if '?' in url else '?'}{urlencode(parameters)}"
 
 
 def stop_servers() -> None:

@@ -13,7 +13,9 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trio
 from conftest import FUNCTIONS, STORAGES
+from postgres_server import server_url, with_parameters
 
 import usermetadata
 import usermetadata.asyncio
@@ -379,6 +381,19 @@ def test_a_cancelled_caller_hurts_nobody() -> None:
     asyncio.run(main())
 
 
+def test_trio_is_refused_on_every_storage() -> None:
+    """The error names what works under trio: the blocking functions in a thread."""
+
+    async def main() -> Metadata:
+        for name, arguments in (("get_user_metadata", []), ("update_user_metadata", [{"n": 1}])):
+            with pytest.raises(UsageError, match=r"trio\.to_thread\.run_sync"):
+                await getattr(aio, name)("alice", *arguments)
+        update = functools.partial(syncio.update_user_metadata, "alice", {"n": 2})
+        return (await trio.to_thread.run_sync(update)).metadata
+
+    assert trio.run(main) == {"n": 2}
+
+
 # No lost update
 
 
@@ -484,3 +499,122 @@ def test_syncio_works_under_gevent(database: Path) -> None:
         check=False,
     )
     assert (finished.returncode, finished.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("storage", ["memory"], indirect=True)
+def test_an_override_is_refused_under_eventlet(database: Path) -> None:
+    """Greenlets share an event loop there; without an override they lose nothing."""
+    finished = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", EVENTLET, str(database)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+EVENTLET = """
+import eventlet
+eventlet.monkey_patch()
+import sys
+import usermetadata
+from usermetadata import UsageError, UserMetadataOverrideConfig, UserMetadataRecipe
+from usermetadata.syncio import get_user_metadata, modify_user_metadata
+
+def pause(metadata):
+    eventlet.sleep(0)  # another greenlet may run inside the lock
+    return {"n": metadata.get("n", 0) + 1}
+
+def work(number):
+    for _ in range(10):
+        modify_user_metadata("alice", pause)
+
+usermetadata.init(sys.argv[1])
+for greenlet in [eventlet.spawn(work, number) for number in range(8)]:
+    greenlet.wait()
+assert get_user_metadata("alice").metadata == {"n": 80}
+UserMetadataRecipe.reset()
+
+usermetadata.init(sys.argv[1], UserMetadataOverrideConfig(functions=lambda original: original))
+try:
+    get_user_metadata("alice")
+except UsageError as error:
+    assert "an override cannot be used under eventlet" in str(error)
+else:
+    raise AssertionError
+"""
+
+
+PATCHED_AFTER_INIT = """
+import os, sys
+_, url, patched = sys.argv
+
+def patch():
+    from gevent import monkey
+    monkey.patch_all()
+
+if patched == "first":
+    patch()
+import usermetadata
+from usermetadata import syncio
+usermetadata.init(url)
+syncio.update_user_metadata("alice", {"before": True})
+child = os.fork()
+if child == 0:
+    if patched == "in the worker":
+        patch()
+    import gevent
+
+    def pause(metadata):
+        gevent.sleep(0.001)  # another greenlet may run inside the lock
+        return {**metadata, "paused": metadata.get("paused", 0) + 1}
+
+    def work(number):
+        for n in range(5):
+            syncio.modify_user_metadata("bob", pause)
+            syncio.update_user_metadata("bob", {f"{number}:{n}": n})
+
+    workers = [gevent.spawn(work, number) for number in range(8)]
+    gevent.joinall(workers, timeout=60)
+    errors = {f"{type(worker.exception).__name__}: {worker.exception}" for worker in workers}
+    if errors == {"NoneType: None"}:
+        print(len(syncio.get_user_metadata("bob").metadata), flush=True)
+    else:
+        print(*errors, flush=True)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.parametrize("patched", ["first", "in the worker"])
+@pytest.mark.parametrize("kind", ["memory", "sqlite file", "postgres"])
+@pytest.mark.parametrize("storage", ["memory"], indirect=True)
+def test_gevent_may_patch_a_worker_after_init(
+    kind: str, patched: str, tmp_path: Path, schema: str
+) -> None:
+    """As with ``gunicorn --preload -k gevent``: greenlets lose nothing, also inside ``modify``.
+
+    psycopg must be imported after gevent has patched the process. Otherwise PostgreSQL is refused
+    at once, with what to do; nothing hangs.
+    """
+    url = {
+        "memory": "memory://",
+        "sqlite file": f"sqlite:///{tmp_path}/users.db",
+        "postgres": with_parameters(server_url(), schema=schema),
+    }[kind]
+    finished = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PATCHED_AFTER_INIT, url, patched],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    if (kind, patched) == ("postgres", "in the worker"):
+        assert finished.stdout.startswith(
+            "UsageError: PostgresStorage: psycopg was imported before"
+        )
+        assert "gunicorn.conf.py" in finished.stdout
+    else:
+        assert (finished.stdout, finished.stderr) == ("41\n", "")

@@ -14,6 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+from postgres_server import server_url, with_parameters
 
 from usermetadata import DamagedMetadataError, SQLiteStorage
 from usermetadata.changes import Merge
@@ -512,6 +513,81 @@ started.wait()
             command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
         )
         assert (finished.returncode, finished.stderr) == (0, "")
+
+
+AT_THE_END = """import asyncio, atexit, sys, threading
+import usermetadata
+import usermetadata.asyncio as aio
+from usermetadata import UserMetadataOverrideConfig, syncio
+
+def functions(original):
+    real = original.update_user_metadata
+    async def update_user_metadata(user_id, update, user_context):
+        await asyncio.sleep(0)
+        return await real(user_id, update, user_context)
+    original.update_user_metadata = update_user_metadata
+    return original
+
+def write(name):
+    syncio.update_user_metadata("alice", {f"syncio {name}": 1})
+    asyncio.run(aio.update_user_metadata("alice", {f"asyncio {name}": 1}))
+
+def write_last():
+    write("first handler")
+    print(", ".join(sorted(syncio.get_user_metadata("alice").metadata)))
+
+def write_when_ending():
+    ending.wait()
+    write("joined thread")
+
+def join():
+    ending.set()
+    thread.join(60)
+
+def write_after_main():
+    threading.main_thread().join()
+    write("thread after main")
+
+atexit.register(write_last)
+ending = threading.Event()
+thread = threading.Thread(target=write_when_ending, daemon=True)
+thread.start()
+atexit.register(join)
+_, url, override, used = sys.argv
+usermetadata.init(url, UserMetadataOverrideConfig(functions) if override == "override" else None)
+if used == "used before":
+    write("main")
+    threading.Thread(target=write_after_main).start()
+    atexit.register(write, "last handler")
+"""
+
+
+@pytest.mark.parametrize("used", ["used before", "not used before"])
+@pytest.mark.parametrize("override", ["override", "no override"])
+@pytest.mark.parametrize("kind", ["memory", "sqlite memory", "sqlite file", "postgres"])
+def test_writing_works_until_the_end(
+    kind: str, override: str, used: str, tmp_path: Path, schema: str
+) -> None:
+    """Calls by exit handlers, and by threads that outlive the main thread, are done as before.
+
+    Also by handlers that were registered before ``init``, with an override, through both facades,
+    and if the storage was not used before. An SQLite file is closed afterwards.
+    """
+    url = {
+        "memory": "memory://",
+        "sqlite memory": "sqlite://",
+        "sqlite file": f"sqlite:///{tmp_path}/users.db",
+        "postgres": with_parameters(server_url(), schema=schema),
+    }[kind]
+    written = ["first handler", "joined thread"]
+    if used == "used before":
+        written += ["last handler", "main", "thread after main"]
+    command = [sys.executable, "-W", "error", "-c", AT_THE_END, url, override, used]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (finished.returncode, finished.stderr) == (0, "")
+    expected = sorted(f"{facade} {who}" for who in written for facade in ("asyncio", "syncio"))
+    assert finished.stdout == f"{', '.join(expected)}\n"
+    assert os.listdir(tmp_path) == (["users.db"] if kind == "sqlite file" else [])
 
 
 def test_memory_is_each_processs_own() -> None:

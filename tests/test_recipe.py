@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from postgres_server import server_url
+from postgres_server import server_url, with_parameters
 
 import usermetadata
 import usermetadata.asyncio
@@ -184,15 +184,17 @@ def test_sqlalchemys_urls_are_known(schema: str) -> None:
     The others are libpq's. ``PostgresStorage`` takes the same URLs, without its own arguments.
     """
     url = server_url().replace("postgresql://", "postgresql+psycopg://")
-    joined = f"{url}{'&' if '?' in url else '?'}sslmode=prefer"
-    usermetadata.init(f"{joined}&schema={schema}&table=people&app_id=shop&max_connections=2")
+    joined = with_parameters(url, sslmode="prefer")
+    usermetadata.init(
+        with_parameters(joined, schema=schema, table="people", app_id="shop", max_connections="2")
+    )
     syncio.update_user_metadata("alice", {"n": 1})
     UserMetadataRecipe.reset()
     storage = PostgresStorage(joined, schema=schema, table="people", app_id="shop")
     with contextlib.closing(storage):
         assert storage.read(["alice"]) == {"alice": {"n": 1}}
     with pytest.raises(InvalidInputError, match='libpq knows no parameter "schema"'):
-        PostgresStorage(f"{joined}&schema={schema}")
+        PostgresStorage(with_parameters(joined, schema=schema))
 
 
 class Lacking:
@@ -207,11 +209,9 @@ class Lacking:
     def close(self) -> None: ...
 
 
-class Awaited(InMemoryStorage):
-    """A storage written for ``await``."""
-
-    async def write(self, changes: Any) -> Any:
-        return []
+async def awaited(*_: object) -> list[Any]:
+    """Write for ``await``."""
+    return []
 
 
 class Backwards(InMemoryStorage):
@@ -220,11 +220,17 @@ class Backwards(InMemoryStorage):
     writes_in_flight = -1
 
 
+Awaited = type("Awaited", (InMemoryStorage,), {"write": awaited})
+
+
 @pytest.mark.parametrize(
     ("storage", "message"),
     [
         (Lacking(), "Lacking has no method for_app; define it"),
-        (Awaited(), "Awaited.write is `async def`; make it a plain method"),
+        (
+            Awaited(),
+            "Awaited.write is `async def`; make it a plain method",
+        ),
         (Backwards(), "Backwards.writes_in_flight is not a number; make it 0 or more"),
         (InMemoryStorage, "InMemoryStorage is a class; pass an instance"),
         (sqlite3.Connection, "Connection is a class"),

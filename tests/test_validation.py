@@ -7,6 +7,7 @@ import datetime
 import decimal
 import enum
 import fractions
+import importlib
 import math
 import threading
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,6 @@ from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
-import wrapt
 from werkzeug.local import LocalProxy
 
 import usermetadata
@@ -67,12 +67,15 @@ def test_an_app_id_is_shorter() -> None:
 # Objects that claim a type
 
 
+ObjectProxy: Any = importlib.import_module("wrapt").ObjectProxy
+
+
 def proxy(value: Any) -> Any:
     """Return werkzeug's proxy of a value, as of something that belongs to a request."""
     return LocalProxy(lambda: value)
 
 
-@pytest.mark.parametrize("stand_in", [proxy, wrapt.ObjectProxy], ids=["werkzeug", "wrapt"])
+@pytest.mark.parametrize("stand_in", [proxy, ObjectProxy], ids=["werkzeug", "wrapt"])
 def test_a_proxy_is_stored_as_its_value(stand_in: Any) -> None:
     """A proxy of a JSON value is that value: as a user id, a key and a value, at any depth."""
     usermetadata.init("memory://")
@@ -94,15 +97,9 @@ class Mood(str, enum.Enum):  # noqa: UP042 - applications have these
     GOOD = "good"
 
 
-class Pretending:
-    """Claims to be of a type."""
-
-    def __init__(self, kind: type) -> None:
-        self.kind = kind
-
-    @property
-    def __class__(self) -> Any:
-        return self.kind
+def pretending(kind: type) -> Any:
+    """Return an object that claims to be of a type."""
+    return type("Pretending", (), {"__class__": property(lambda _: kind)})()
 
 
 class Raising(Mapping[str, Any]):
@@ -145,10 +142,10 @@ KINDS: list[type] = [str, int, float, bool, list, dict]
 CLAIMS: dict[str, Any] = {
     **{f"mock of {kind.__name__}": Mock(spec=kind) for kind in KINDS},
     **{f"magic mock of {kind.__name__}": MagicMock(spec=kind) for kind in KINDS[:4]},
-    **{f"pretending {kind.__name__}": Pretending(kind) for kind in [*KINDS, type(None)]},
-    **{f"proxy of {value}": proxy(value) for value in (None, Mood.GOOD, {1}, b"x", math.nan)},
+    **{f"pretending {kind.__name__}": pretending(kind) for kind in [*KINDS, type(None)]},
+    **{f"proxy of {value!r}": proxy(value) for value in (None, Mood.GOOD, {1}, b"x", math.nan)},
     "unbound proxy": LocalProxy(ContextVar[str]("outside of a request")),
-    "proxy of a date": wrapt.ObjectProxy(datetime.date.min),
+    "proxy of a date": ObjectProxy(datetime.date.min),
     "raising": Raising(),
     "lying": Lying(a=1),
     "growing": Growing(a=1),
@@ -167,7 +164,7 @@ def test_what_only_claims_a_type_is_refused_with_its_place(claim: str) -> None:
 
 def test_a_key_that_only_claims_to_be_text_is_refused() -> None:
     """The same holds for keys."""
-    for key in (proxy(1), proxy(Mood.GOOD), Pretending(str), Mock(spec=str)):
+    for key in (proxy(1), proxy(Mood.GOOD), pretending(str), Mock(spec=str)):
         with pytest.raises(InvalidInputError, match="a key in JSON is a str"):
             copy_metadata({"a": {key: 1}}, "update")
 
@@ -175,7 +172,7 @@ def test_a_key_that_only_claims_to_be_text_is_refused() -> None:
 def test_bulk_arguments_that_cannot_be_read_are_refused() -> None:
     """The same holds for the arguments of the bulk functions."""
     usermetadata.init("memory://")
-    bad: list[Any] = [Mock(spec=list), Pretending(list), 7, proxy(7)]
+    bad: list[Any] = [Mock(spec=list), pretending(list), 7, proxy(7)]
     for user_ids in bad:
         with pytest.raises(InvalidInputError, match="user_ids: "):
             syncio.get_bulk_user_metadata(user_ids)

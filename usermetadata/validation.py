@@ -190,7 +190,7 @@ def _copy(value: Any, depth: int) -> Any:  # noqa: PLR0911 - one case per type
     return _copy(plain, depth)
 
 
-def _plain(value: object) -> str | bool | int | float | None:
+def _plain(value: Any) -> str | bool | int | float | None:
     """Return the plain value of a subclass of a JSON type, or of what stands for such a value.
 
     ``None`` means that there is none: nothing is rounded, and nothing loses its unit.

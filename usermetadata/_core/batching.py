@@ -11,7 +11,6 @@ import asyncio
 import threading
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -25,6 +24,7 @@ from usermetadata.exceptions import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
+    from concurrent.futures import ThreadPoolExecutor
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -284,6 +284,7 @@ class LoopBatches(ForkHooks, Generic[A, R]):
     def __init__(self, execute: Callable[[list[A]], list[R]], at_once: int) -> None:
         self._execute = execute
         self._at_once = at_once
+        self._is_closed = False
         self._start()
         watch(self)
 
@@ -291,7 +292,7 @@ class LoopBatches(ForkHooks, Generic[A, R]):
         self._lock = threading.RLock()
         self._waiting: list[_LoopCall[A, R]] = []
         self._working = 0
-        self._workers = ThreadPoolExecutor(max(1, self._at_once), "usermetadata")
+        self._workers: ThreadPoolExecutor | None = None
 
     def submit(self, key: object, argument: A) -> asyncio.Future[R]:
         """Join the next batch of calls with the same key; it starts at once if none is running."""
@@ -301,16 +302,28 @@ class LoopBatches(ForkHooks, Generic[A, R]):
             self._waiting.append(call)
             if self._working < self._at_once:
                 try:
-                    self._workers.submit(self._work)
+                    self._start_worker()
                     self._working += 1
                 except RuntimeError:  # closed, or the interpreter is ending: no thread can start
                     self._working += 1
                     self._work()
         return call.future
 
+    def _start_worker(self) -> None:
+        if self._is_closed:
+            raise RuntimeError
+        if self._workers is None:
+            # At the interpreter's end even this import raises RuntimeError.
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._workers = ThreadPoolExecutor(max(1, self._at_once), "usermetadata")
+        self._workers.submit(self._work)
+
     def close(self) -> None:
         """Wait until the calls under way are executed, and end the workers."""
-        self._workers.shutdown()
+        self._is_closed = True
+        if self._workers is not None:
+            self._workers.shutdown()
 
     def after_fork_in_child(self) -> None:
         """The workers, and the loops that wait, are the parent's."""

@@ -33,8 +33,18 @@ def watch(owner: ForkHooks) -> None:
 
 
 def notice() -> None:
-    """Run the hooks now if C code has forked the process without telling Python, as uWSGI does."""
-    global _one_fork_at_a_time  # noqa: PLW0603 - a thread of the parent may have held it
+    """Run the hooks now if the process is another one, or its threads have become greenlets.
+
+    C code may have forked it without telling Python, as uWSGI does. gevent may have patched it
+    after ``init``, as a worker of gunicorn does with ``--preload``: locks that were made before
+    would let in other greenlets of their thread, or block them all.
+    """
+    global _one_fork_at_a_time, _make_lock  # noqa: PLW0603 - a thread of the parent may have held it
+    if threading.Lock is not _make_lock:
+        _make_lock = threading.Lock
+        _before()
+        _after_in_child()
+        _one_fork_at_a_time = threading.RLock()
     if os.getpid() != _process:
         with _noticing:
             if os.getpid() != _process:
@@ -49,6 +59,7 @@ _owners_lock = threading.RLock()
 _one_fork_at_a_time = threading.RLock()
 _hooked: list[ForkHooks] = []
 _process = os.getpid()
+_make_lock = threading.Lock
 _noticing = threading.Lock()
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import sys
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
+from usermetadata._core.greenlets import patched_by
 from usermetadata._core.reentry import FunctionError, called_inside, inside
 from usermetadata.codec import decode_metadata, encode_metadata
+from usermetadata.exceptions import UsageError
 
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
     from collections.abc import Awaitable, Callable, Sequence
     from typing import Self
 
@@ -84,7 +87,7 @@ class AsyncioRunner:
         """Read some users."""
         if inside.get():
             raise called_inside()
-        if self._reads_at_once and not _in_private_loop():
+        if _must_not_block() and self._reads_at_once:
             return await self._reads.submit(self._app_id, (self._storage, user_ids))
         return self._storage.read(user_ids)
 
@@ -93,7 +96,7 @@ class AsyncioRunner:
         if inside.get():
             raise called_inside()
         try:
-            if self._writes_at_once and not _in_private_loop():
+            if _must_not_block() and self._writes_at_once:
                 return await self._writes.submit(self._app_id, (self._storage, changes))
             return self._storage.write(changes)
         except FunctionError as failed:
@@ -144,43 +147,79 @@ class BlockingOverride:
 
 
 # The event loop that `wait_for` made for one call. Blocking it is safe: nothing else runs in it.
-_private_loop: ContextVar[object] = ContextVar("usermetadata_private_loop", default=None)
+_private_loop: ContextVar[AbstractEventLoop | None] = ContextVar("usermetadata_loop", default=None)
 
 
-def _in_private_loop() -> bool:
-    private = _private_loop.get()
-    if private is None:
-        return False
+def _must_not_block() -> bool:
+    """Tell whether the running event loop has other work than this call."""
     import asyncio
 
-    return private is asyncio.get_running_loop()
+    try:
+        return asyncio.get_running_loop() is not _private_loop.get()
+    except RuntimeError:
+        raise UsageError(
+            "usermetadata.asyncio: no asyncio event loop is running; under trio, call a function of"
+            " usermetadata.syncio with trio.to_thread.run_sync"
+        ) from None
 
 
 def wait_for(function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call an ``async`` function and wait for its result, also where an event loop is running.
 
-    The function runs in a new thread with a new event loop, because two event loops cannot run in
-    one thread. It sees the caller's context variables, as with ``asyncio``.
+    The function runs in a new event loop, with a copy of the caller's context variables. The loop
+    runs in this thread, or in another one if there is an event loop in this one already.
     """
     import asyncio
-    import contextvars
 
     async def main() -> T:
         _private_loop.set(asyncio.get_running_loop())
         return await function(*args, **kwargs)
 
     def run() -> T:
-        return asyncio.run(main())
+        # With a factory, the thread's current event loop, if it has one, stays as it is.
+        with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+            return runner.run(main())
 
-    in_context = contextvars.copy_context().run
-    gevent_monkey = sys.modules.get("gevent.monkey")
-    if gevent_monkey is not None and gevent_monkey.is_module_patched("threading"):
+    library = patched_by()
+    if library == "eventlet":
+        raise UsageError(
+            "usermetadata.syncio: an override cannot be used under eventlet, whose greenlets share"
+            " an event loop; use gevent or threads, or no override"
+        )
+    if library is None and not _is_loop_running():
+        return run()
+    in_context = copy_context().run
+    if library is not None:
         # There a thread is a greenlet, and all greenlets share the running loop of their real
         # thread. gevent's own pool has real threads, for which a greenlet waits.
         in_gevent: T = sys.modules["gevent"].get_hub().threadpool.apply(in_context, (run,))
         return in_gevent
 
-    from concurrent.futures import ThreadPoolExecutor
+    import threading
+    from concurrent.futures import Future
 
-    with ThreadPoolExecutor(1, thread_name_prefix="usermetadata") as executor:
-        return executor.submit(in_context, run).result()
+    outcome: Future[T] = Future()
+
+    def settle() -> None:
+        try:
+            outcome.set_result(run())
+        except BaseException as error:  # noqa: BLE001 - the caller raises it
+            outcome.set_exception(error)
+
+    # An executor would refuse to start a thread once the main thread has ended.
+    thread = threading.Thread(target=in_context, args=(settle,), name="usermetadata")
+    thread.start()
+    try:
+        return outcome.result()
+    finally:
+        thread.join()
+
+
+def _is_loop_running() -> bool:
+    import asyncio
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

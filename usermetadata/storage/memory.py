@@ -8,7 +8,7 @@ import threading
 from heapq import nsmallest
 from typing import TYPE_CHECKING, Any
 
-from usermetadata._core.forking import ForkHooks, watch
+from usermetadata._core.forking import ForkHooks, notice, watch
 from usermetadata.changes import apply_in_order
 from usermetadata.exceptions import UsageError
 from usermetadata.validation import check_app_id
@@ -77,6 +77,7 @@ class InMemoryStorage:
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order, all or none."""
+        notice()
         store, app_id = self._store, self._app_id
         with store.lock:
             rows = store.rows()

@@ -12,11 +12,12 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
-from psycopg import conninfo, errors
+from psycopg import conninfo, errors, waiting
 from psycopg.pq import TransactionStatus
 from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
 from usermetadata._core.forking import ForkHooks, notice, watch
+from usermetadata._core.greenlets import patched_by
 from usermetadata._core.postgres.outcomes import (
     UNDONE,
     before_commit,
@@ -80,13 +81,18 @@ class Connections(ForkHooks):
             )
         self._max_connections = max_connections
         self._timeout = timeout
-        self._lock = threading.Lock()
-        self._pool: ConnectionPool[Any] | None = None
-        self._close_pool: weakref.finalize[[], Connections] | None = None
-        self._in_use: set[Connection[Any]] = set()
         self._closed = False
         self._has_connected = False
+        self._start()
         watch(self)
+
+    def _start(self) -> None:
+        """Begin without a pool: in a new object, or in a new process."""
+        self._lock = threading.Lock()
+        self._in_use: set[Connection[Any]] = set()
+        self._pools: list[ConnectionPool[Any]] = []  # none or one
+        # Without close() the pool's threads would delay the end of the process.
+        self._at_end = weakref.finalize(self, _close_all, self._pools)
 
     def run_first(self, work: Callable[[Connection[Any]], object]) -> None:
         """Run the first work of all on a connection beside the pool; its error has a cause."""
@@ -132,25 +138,19 @@ class Connections(ForkHooks):
         """Close the pool, unless it is the caller's."""
         with self._lock:
             self._closed = True
-        if self._close_pool is not None:
-            self._close_pool()
+        self._at_end()
 
     def after_fork_in_child(self) -> None:
         """Leave the connections to the parent; others are opened when they are needed."""
-        pool = self._borrowed or self._pool
-        if pool is not None:
-            # Closing them would end the parent's sessions on the server.
-            _of_the_parent_process.append(pool)
-        if self._close_pool is not None:
-            self._close_pool.detach()
+        # Closing them would end the parent's sessions on the server.
+        _of_the_parent_process.extend([self._borrowed] if self._borrowed else self._pools)
+        self._at_end.detach()
         with open(os.devnull, "rb") as nothing:
             for connection in self._in_use:
                 # The code that uses it goes on in the child, and must not reach the server.
                 if not connection.closed:
                     os.dup2(nothing.fileno(), connection.fileno())
-        self._in_use = set()
-        self._lock = threading.Lock()
-        self._pool = None
+        self._start()
 
     @contextmanager
     def _connection(self) -> Generator[Connection[Any], None, None]:
@@ -181,7 +181,10 @@ class Connections(ForkHooks):
                     connection.autocommit = False
             except psycopg.Error:  # an interrupt has left it in the middle of a statement
                 connection.close()
-            pool.putconn(connection)
+            if pool.closed:
+                connection.close()
+            else:
+                pool.putconn(connection)
 
     def _take(self, pool: ConnectionPool[Any]) -> Connection[Any]:
         """Take a connection that is still open; the pool replaces those that are not."""
@@ -201,6 +204,8 @@ class Connections(ForkHooks):
                     " (max_connections), repeat the call, or check whether the server is up"
                 ) from error
             except PoolClosed as error:
+                if self._borrowed is None:  # the interpreter is ending
+                    return self._connect()
                 raise UsageError(
                     f"{self.name}: the pool is closed; pass one that is open"
                 ) from error
@@ -211,6 +216,7 @@ class Connections(ForkHooks):
 
     def _opened(self) -> ConnectionPool[Any]:
         notice()
+        _check_greenlets()
         with self._lock:
             if self._closed:
                 raise UsageError(f"{self.name}: this PostgresStorage is closed; make a new one")
@@ -220,19 +226,23 @@ class Connections(ForkHooks):
                         f"{self.name}: it belongs to the parent process; make one in each process"
                     )
                 return self._borrowed
-            if self._pool is None:
-                self._pool = ConnectionPool(
+            if not self._pools:
+                pool = ConnectionPool[Any](
                     min_size=0,
                     max_size=self._max_connections,
                     kwargs={**self._arguments, "autocommit": True},
                     configure=_configure,
                     reconnect_timeout=_RECONNECT_TIMEOUT,
                     name="usermetadata",
-                    open=True,
+                    open=False,
                 )
-                # Without close() the pool's threads would delay the end of the process.
-                self._close_pool = weakref.finalize(self, self._pool.close)
-            return self._pool
+                try:
+                    if self._at_end.alive:  # else the interpreter is ending
+                        pool.open()
+                except RuntimeError:  # then no thread can start
+                    pool.close()
+                self._pools.append(pool)
+            return self._pools[0]
 
     def _connect(self) -> Connection[Any]:
         """Open a connection beside the pool, which does not say why it has none."""
@@ -243,6 +253,23 @@ class Connections(ForkHooks):
 
 
 _of_the_parent_process: list[ConnectionPool[Any]] = []
+
+
+def _close_all(pools: list[ConnectionPool[Any]]) -> None:
+    for pool in pools:
+        pool.close()
+
+
+def _check_greenlets() -> None:
+    """Refuse to block all greenlets of the process in each query."""
+    library = patched_by()
+    # psycopg chooses how to wait when it is imported; gevent cannot patch what is written in C.
+    if library == "eventlet" or (library and waiting.wait is getattr(waiting, "wait_c", None)):
+        raise UsageError(
+            "PostgresStorage: psycopg was imported before gevent.monkey.patch_all(), or eventlet is"
+            " used, so each query would block all greenlets; call patch_all() before all imports,"
+            " with gunicorn in gunicorn.conf.py"
+        )
 
 
 def _configure(connection: Connection[Any]) -> None:

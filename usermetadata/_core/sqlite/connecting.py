@@ -82,6 +82,11 @@ class Connections(ForkHooks, ABC):
 class Connection(sqlite3.Connection):
     """A connection that a weak set can hold."""
 
+    def __del__(self) -> None:
+        """Close what was opened while the interpreter ended."""
+        with suppress(sqlite3.Error):  # it could not be opened
+            self.close()
+
 
 def connect(uri: str, timeout: float) -> sqlite3.Connection:
     """Open a connection for one thread at a time, with transactions only where they are begun."""
@@ -110,8 +115,9 @@ def close_at_end(
 
     def close() -> None:
         # At the exit a daemon thread may be using a connection. If it does so for longer, the
-        # operating system closes the file; if not, it does not get the lock any more.
+        # operating system closes the file. Later calls, by exit handlers, open the file again.
         if any(groups) and acquire(turn, _EXIT_TIMEOUT):
             close_all(*groups)
+            turn.release()
 
     return finalize(owner, close)

@@ -13,7 +13,6 @@ from usermetadata._core.sqlite.schema import check_table, has_table
 from usermetadata._core.sqlite.statements import write_together
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Sequence
 
     from usermetadata._core.sqlite.statements import Changes, Results
@@ -37,9 +36,6 @@ class SingleConnection(Connections):
         self._errors = (self._connection.Error, NoTable)
         self._is_prepared = self._is_checked = False
         super().__init__("the borrowed database" if borrowed else ":memory:", timeout)
-
-    def _start(self, *opened: list[sqlite3.Connection]) -> None:
-        super()._start([] if self._is_borrowed else [self._connection])
 
     def fetch(self, query: str, parameters: Sequence[object]) -> list[tuple[str, object]]:
         """Return the rows of a query."""
