@@ -368,12 +368,15 @@ def test_a_damaged_file(storage: SQLiteStorage, database: Path) -> None:
         works(later)
 
 
-def test_a_read_only_file() -> None:
-    """The error says what to permit."""
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+def test_a_read_only_file(mode: str) -> None:
+    """It can be read, and a write says what to permit; once that is permitted, it is written."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
         database = Path(folder, "users.db")
+        with contextlib.closing(SQLiteStorage(database)) as storage:
+            storage.write([("alice", Merge({"n": 1}))])
         with contextlib.closing(sqlite3.connect(database)) as connection:
-            connection.execute("CREATE TABLE t (x)")
+            connection.execute(f"PRAGMA journal_mode = {mode}")
         database.chmod(0o444)
         Path(folder).chmod(0o555)
         if os.geteuid() == 0:
@@ -381,11 +384,57 @@ def test_a_read_only_file() -> None:
             os.seteuid(65534)
             undo.callback(os.seteuid, 0)
         with contextlib.closing(SQLiteStorage(database)) as storage:
-            fails(storage, "readonly database; let this process write the file and its directory")
+            for _ in range(2):
+                assert storage.read(["alice"]) == {"alice": {"n": 1}}
+            with pytest.raises(StorageError, match="let this process write the file and its"):
+                storage.write([("alice", Merge({"n": 2}))])
+            assert storage.read_after("", 9) == {"alice": {"n": 1}}
             undo.close()
             database.chmod(0o644)
             Path(folder).chmod(0o755)
             works(storage)
+
+
+READ_AT_ONCE = """
+import resource, sys, threading
+from usermetadata import SQLiteStorage, StorageError
+
+storage = SQLiteStorage(sys.argv[1])
+storage.read(["alice"])
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), hard))
+barrier = threading.Barrier(150)
+
+def read():
+    barrier.wait()
+    try:
+        for _ in range(20):
+            assert storage.read(["alice"]) == {"alice": {"n": 1}}
+    except StorageError as error:
+        print(error)
+
+threads = [threading.Thread(target=read) for _ in range(150)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_many_threads_read_with_few_files(storage: SQLiteStorage, database: Path) -> None:
+    """The number of open files does not grow with the number of threads that read."""
+    storage.write([("alice", Merge({"n": 1}))])
+    command = [sys.executable, "-c", READ_AT_ONCE, str(database)]
+    done = subprocess.run([*command, "64"], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_too_few_files(storage: SQLiteStorage, database: Path) -> None:
+    """The error names the limit of open files."""
+    storage.write([("alice", Merge({"n": 1}))])
+    command = [sys.executable, "-c", READ_AT_ONCE, str(database), "8"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "this process has too many open files; close some, or raise the limit" in done.stdout
 
 
 def test_a_full_disk(storage: SQLiteStorage) -> None:
@@ -866,6 +915,19 @@ def test_a_lender_may_have_a_row_factory(borrowed: Database) -> None:
     borrowed.conn.row_factory = sqlite3.Row
     storage = SQLiteStorage(borrowed)
     works(storage)
+
+
+@pytest.mark.parametrize("factory", [bytes, bytearray, lambda text: text.upper()])
+def test_a_borrowed_database_may_have_a_text_factory(
+    borrowed: Database, factory: Callable[[bytes], object]
+) -> None:
+    """Metadata is read as text, and the caller's setting stays."""
+    borrowed.conn.text_factory = factory
+    storage = SQLiteStorage(borrowed)
+    storage.write([("alice", Merge({"n": "x"})), ("bob", Merge({}))])
+    assert storage.write([("alice", Merge({"m": 1}))]) == [{"n": "x", "m": 1}]
+    assert storage.read(["alice"]) == {"alice": {"n": "x", "m": 1}}
+    assert borrowed.conn.text_factory is factory
 
 
 def test_a_borrowed_database_that_was_closed(borrowed: Database) -> None:
