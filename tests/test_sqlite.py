@@ -215,7 +215,7 @@ def test_another_thread_is_waited_for_and_reported(storage: SQLiteStorage) -> No
     def change(metadata: Metadata) -> Metadata:
         thread = threading.Thread(target=write)
         thread.start()
-        thread.join()
+        thread.join(30)
         return {"n": 1}
 
     assert storage.write([("alice", Modify(change))]) == [{"n": 1}]
@@ -235,7 +235,7 @@ def test_an_interrupt_undoes_the_write(storage: SQLiteStorage) -> None:
     assert storage.write([("alice", Merge({"n": 2}))]) == [{"n": 2}]
 
 
-@pytest.mark.parametrize(("others", "times"), [(0, 500), (2, 80)], ids=["alone", "among threads"])
+@pytest.mark.parametrize(("others", "times"), [(0, 250), (2, 60)], ids=["alone", "among threads"])
 def test_real_interrupts_leave_nothing_locked(database: Path, others: int, times: int) -> None:
     """Control-C at many random moments leaves no lock behind and loses no acknowledged update."""
     program = """
