@@ -330,10 +330,13 @@ def test_reset_leaves_no_thread(storage: Gated) -> None:
     before = set(threading.enumerate())
 
     async def main() -> None:
+        await get_user_metadata("a")
         updates = [asyncio.create_task(update_user_metadata("a", {str(n): n})) for n in range(9)]
         await asyncio.sleep(0)
+        recipe = UserMetadataRecipe.get_instance()
         UserMetadataRecipe.reset()
         assert set(threading.enumerate()) <= before
+        assert recipe.storage is storage  # which the program may keep
         for task in updates:
             await task
 

@@ -277,6 +277,33 @@ print(len(syncio.get_user_metadata("alice").metadata))
     assert is_sound(database)
 
 
+def test_tasks_go_on_after_a_fork_that_python_is_not_told_of() -> None:
+    """Worker threads stay with the parent; the child's calls get new ones instead of waiting."""
+    program = """
+import asyncio, ctypes, os
+import usermetadata
+from usermetadata import InMemoryStorage
+from usermetadata.asyncio import get_user_metadata, update_user_metadata
+
+class InWorkers(InMemoryStorage):
+    reads_in_flight = writes_in_flight = 1
+
+async def visit(name):
+    async with asyncio.timeout(30):
+        await update_user_metadata("alice", {name: True})
+        return list((await get_user_metadata("alice")).metadata)
+
+usermetadata.init(InWorkers())
+asyncio.run(visit("before"))
+child = ctypes.PyDLL(None).fork()
+if child == 0:
+    os._exit(asyncio.run(visit("child")) != ["before", "child"])
+assert os.waitpid(child, 0)[1] == 0
+print(asyncio.run(visit("parent")))
+"""
+    assert finish(start(program)) == "['before', 'parent']\n"
+
+
 def test_an_open_file_does_not_cross_a_fork_that_python_is_not_told_of(database: Path) -> None:
     """SQLite would damage the file: the child is refused and told why, the parent goes on."""
     program = """
