@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -502,6 +503,34 @@ def test_the_recipe_may_be_used_without_init() -> None:
     assert recipe.recipe_id == "usermetadata"
     result = asyncio.run(_get(recipe.recipe_implementation))
     assert result.metadata == {"n": 1}
+
+
+def test_threads_that_begin_together_share_the_implementation() -> None:
+    """So their calls keep one order, and ``reset`` completes all of them."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(20):
+            recipe = UserMetadataRecipe(InMemoryStorage())
+            together = threading.Barrier(8)
+            found: list[RecipeInterface] = []
+
+            def look(
+                recipe: UserMetadataRecipe = recipe,
+                together: threading.Barrier = together,
+                found: list[RecipeInterface] = found,
+            ) -> None:
+                together.wait(30)
+                found.append(recipe.recipe_implementation)
+
+            threads = [threading.Thread(target=look) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert found == [recipe.recipe_implementation] * 8
+    finally:
+        sys.setswitchinterval(interval)
 
 
 async def _get(functions: RecipeInterface) -> MetadataResult:

@@ -596,6 +596,34 @@ def test_a_commit_without_effect_is_not_acknowledged(borrowed: Database, databas
     assert storage.write([("alice", Merge({"m": 2}))]) == [{"n": 1, "m": 2}]
 
 
+def test_a_file_whose_commit_has_no_effect_is_not_acknowledged(
+    database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither does it where a program puts an authorizer on every connection that it opens."""
+    connect = sqlite3.connect
+
+    def authorize(action: int, operation: str | None, *_: object) -> int:
+        is_suppressed = action == sqlite3.SQLITE_TRANSACTION and operation == "COMMIT"
+        return sqlite3.SQLITE_IGNORE if is_suppressed else sqlite3.SQLITE_OK
+
+    def connect_with_authorizer(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(*arguments, **options)
+        connection.set_authorizer(authorize)
+        return connection
+
+    with contextlib.closing(SQLiteStorage(database)) as storage:
+        storage.write([("alice", Replace({"n": 1}))])
+    monkeypatch.setattr(sqlite3, "connect", connect_with_authorizer)
+    with (
+        contextlib.closing(SQLiteStorage(database)) as storage,
+        pytest.raises(OutcomeUnknownError, match="a transaction is still open after COMMIT"),
+    ):
+        storage.write([("alice", Replace({"n": 2}))])
+    monkeypatch.undo()
+    with contextlib.closing(SQLiteStorage(database)) as storage:
+        assert storage.write([("alice", Merge({"m": 2}))]) == [{"n": 1, "m": 2}]
+
+
 @pytest.mark.parametrize("commit", [True, False], ids=["commit", "rollback"])
 def test_metadata_joins_the_callers_transaction(borrowed: Database, *, commit: bool) -> None:
     """Metadata and the caller's rows are committed, or rolled back, together."""
