@@ -28,6 +28,25 @@ if TYPE_CHECKING:
 class TestEveryStorage(StorageConformance):
     """All storages keep all promises; ``conftest.storage`` is each in turn."""
 
+    def test_apps_are_apart_in_calls_for_many_users(self, storage: Storage) -> None:
+        """Neither a read nor a write of several users finds those of another app."""
+        everybody = ["alice", "bob", "carol"]
+        shop = storage.for_app("shop")
+        storage.write([(user, Replace({"public": user})) for user in ("alice", "bob")])
+        shop.write([(user, Replace({"shop": user})) for user in ("bob", "carol")])
+        of_public = {user: {"public": user} for user in ("alice", "bob")}
+        of_shop = {user: {"shop": user} for user in ("bob", "carol")}
+        assert storage.read(everybody) == of_public
+        assert shop.read(everybody) == of_shop
+        merged = [(user, Merge({"n": 1})) for user in everybody]
+        assert shop.write(merged) == [{**of_shop.get(user, {}), "n": 1} for user in everybody]
+        seen: list[Metadata | None] = []
+        shop.write([(user, seen.append) for user in everybody])
+        assert seen == [{**of_shop.get(user, {}), "n": 1} for user in everybody]
+        assert shop.read(everybody) == {}
+        shop.write([(user, Clear()) for user in everybody])
+        assert storage.read(everybody) == of_public
+
 
 class AbsentIsEmpty(InMemoryStorage):
     """Returns ``{}`` for a user without a row."""

@@ -656,6 +656,27 @@ def test_a_failed_write_leaves_the_callers_transaction(borrowed: Database) -> No
     assert borrowed.table("orders").count == 2
 
 
+@pytest.mark.parametrize("inside", [True, False], ids=["in a transaction", "outside"])
+def test_a_write_that_the_database_refuses_is_undone_whole(
+    borrowed: Database, *, inside: bool
+) -> None:
+    """Also if some of its rows were stored before; the caller's own rows stay."""
+    storage = SQLiteStorage(borrowed)
+    storage.write([("alice", Replace({"n": 1}))])
+    borrowed.execute(
+        "CREATE TRIGGER refuse BEFORE INSERT ON user_metadata WHEN new.user_id = 'bob'"
+        " BEGIN SELECT raise(ABORT, 'no room for bob'); END"
+    )
+    with borrowed.atomic() if inside else contextlib.nullcontext():
+        borrowed.table("orders").insert({"id": 1})
+        with pytest.raises(StorageError, match="no room for bob"):
+            storage.write([(user, Replace({"n": 2})) for user in ("alice", "bob", "carol")])
+        assert storage.read(["alice", "bob", "carol"]) == {"alice": {"n": 1}}
+        storage.write([("carol", Replace({"n": 3}))])
+    assert storage.read(["alice", "bob", "carol"]) == {"alice": {"n": 1}, "carol": {"n": 3}}
+    assert borrowed.table("orders").count == 1
+
+
 def test_a_borrowed_database_stays_open(borrowed: Database) -> None:
     """Closing the storage is not closing the caller's database."""
     storage = SQLiteStorage(borrowed)
