@@ -465,6 +465,63 @@ assert os.waitpid(children[0], 0)[1] == 0
     assert finish(start(READING + program, database)) == "{'alice': {'n': 1}}\n"
 
 
+def test_a_storage_that_is_dropped_after_a_fork_closes_its_file(database: Path) -> None:
+    """A fork keeps no storage alive, neither in the parent nor in the child."""
+    program = """
+import gc, os, sys
+from usermetadata import SQLiteStorage
+from usermetadata.changes import Merge
+
+storage = SQLiteStorage(sys.argv[1])
+storage.write([("alice", Merge({}))])
+child = os.fork()
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+storage.write([("alice", Merge({"n": 1}))])
+opened = os.listdir(os.path.dirname(sys.argv[1]))
+del storage
+gc.collect()
+closed = os.listdir(os.path.dirname(sys.argv[1]))
+if child == 0:
+    os._exit((len(opened), len(closed)) != (3, 1))
+print(len(opened), len(closed))
+"""
+    assert finish(start(program, database)) == "3 1\n"
+
+
+def test_a_fork_while_storages_are_made() -> None:
+    """A child makes storages of its own, whatever another thread was doing at the fork."""
+    program = """
+import os, signal, sys, threading
+from usermetadata import InMemoryStorage
+
+sys.setswitchinterval(1e-6)
+stop = threading.Event()
+
+def make():
+    while not stop.is_set():
+        InMemoryStorage()
+
+thread = threading.Thread(target=make)
+thread.start()
+failed = []
+for _ in range(50):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        InMemoryStorage()
+        os._exit(0)
+    failed.append(os.waitpid(child, 0)[1])
+    if failed[-1]:
+        break
+stop.set()
+thread.join()
+print(sum(failed))
+"""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program]
+    assert subprocess.check_output(command, text=True, timeout=60) == "0\n"
+
+
 def test_a_fork_does_not_wait_for_who_keeps_an_error(database: Path) -> None:
     """The traceback of a failed read knows its connection, which is no longer in use."""
     with contextlib.closing(SQLiteStorage(database, timeout=60)) as storage:
