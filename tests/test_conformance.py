@@ -36,6 +36,7 @@ class TestEveryStorage(StorageConformance):
         shop.write([(user, Replace({"shop": user})) for user in ("bob", "carol")])
         of_public = {user: {"public": user} for user in ("alice", "bob")}
         of_shop = {user: {"shop": user} for user in ("bob", "carol")}
+        storage.write([("Alice", Replace({"other": True}))])
         assert storage.read(everybody) == of_public
         assert shop.read(everybody) == of_shop
         merged = [(user, Merge({"n": 1})) for user in everybody]

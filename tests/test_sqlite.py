@@ -79,7 +79,9 @@ def test_a_relative_path_is_meant_where_it_was_given(
 def test_the_file_outlives_the_storage(storage: SQLiteStorage, database: Path) -> None:
     """What was written is there for the next storage of the same path."""
     storage.write([("alice", Merge({"n": 1}))])
+    storage.read(["alice"])
     storage.close()
+    assert os.listdir(database.parent) == [database.name]
     with contextlib.closing(SQLiteStorage(database)) as later:
         assert later.read(["alice"]) == {"alice": {"n": 1}}
 
@@ -707,6 +709,30 @@ def test_a_lender_may_have_a_row_factory(borrowed: Database) -> None:
     borrowed.conn.row_factory = sqlite3.Row
     storage = SQLiteStorage(borrowed)
     works(storage)
+    # sqlite-utils, which looks at the schema at first, needs rows that are like tuples.
+    borrowed.conn.row_factory = lambda _, row: {"row": row}
+    works(storage)
+    assert storage.write([("alice", Merge({"m": 1}))]) == [{"works": True, "m": 1}]
+
+
+def test_a_transaction_that_refuses_a_savepoint(borrowed: Database) -> None:
+    """The error is SQLite's own, and the caller's transaction goes on."""
+    storage = SQLiteStorage(borrowed)
+    storage.write([("alice", Merge({"n": 1}))])
+    borrowed.begin()
+    borrowed.table("orders").insert({"id": 1})
+
+    def authorize(action: int, *_: object) -> int:
+        is_refused = action == sqlite3.SQLITE_SAVEPOINT
+        return sqlite3.SQLITE_DENY if is_refused else sqlite3.SQLITE_OK
+
+    borrowed.conn.set_authorizer(authorize)
+    with pytest.raises(StorageError, match="not authorized"):
+        storage.write([("alice", Merge({"n": 2}))])
+    borrowed.conn.set_authorizer(None)
+    borrowed.commit()
+    assert borrowed.table("orders").count == 1
+    assert storage.read(["alice"]) == {"alice": {"n": 1}}
 
 
 def test_a_borrowed_database_that_was_closed(borrowed: Database) -> None:
