@@ -288,6 +288,17 @@ def test_a_cores_users_are_copied(shell: Shell, schema: str) -> None:
     users = {f"user {n:05}": {"n": n} for n in range(1200)}
     with closing(PostgresStorage(url)) as core:
         core.write([(user, Merge(users[user])) for user in users])
+    with closing(SQLiteStorage(shell.database)) as storage:
+        storage.write([])
+    with closing(sqlite3.connect(shell.database)) as connection:
+        connection.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON user_metadata WHEN new.user_id > 'user 01100'"
+            " BEGIN SELECT raise(ABORT, 'full'); END"
+        )
+    assert "Go on with --after 'user 00999'" in shell.run("import-supertokens", url, code=1)
+    assert list(read_all(shell.database)) == list(users)[:1000]
+    with closing(sqlite3.connect(shell.database)) as connection:
+        connection.execute("DROP TRIGGER full")
     shell.run("import-supertokens", url)
     assert read_all(shell.database) == users
     with closing(SQLiteStorage(shell.database)) as storage:
@@ -296,6 +307,7 @@ def test_a_cores_users_are_copied(shell: Shell, schema: str) -> None:
     assert list(read_all(shell.database)) == list(users)[1000:]
     error = shell.run("import-supertokens", url, "--table", "other", code=1)
     assert "has no table 'other', or no users in it; check --schema, --table" in error
+    shell.run("set", "user 00000", '{"old": true}')
     shell.run("import-supertokens", server_url(), "--schema", schema)
     assert read_all(shell.database) == users
     with closing(PostgresStorage(url, table="other")) as other:

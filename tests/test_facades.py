@@ -284,7 +284,7 @@ def test_an_update_is_read_when_the_coroutine_starts() -> None:
 
     async def main() -> None:
         metadata = [{"n": [0]} for _ in range(3)]
-        calls = [
+        calls: list[asyncio.Task[Any]] = [
             asyncio.create_task(aio.update_user_metadata("alice", metadata[0])),
             asyncio.create_task(aio.set_user_metadata("bob", metadata[1])),
             asyncio.create_task(aio.update_bulk_user_metadata({"carol": metadata[2]})),

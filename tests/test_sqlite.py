@@ -546,6 +546,36 @@ def test_a_dropped_table(storage: SQLiteStorage, database: Path) -> None:
     works(storage)
 
 
+@pytest.mark.parametrize("kind", ["a file", "borrowed"])
+def test_what_a_change_raises_is_not_the_databases(
+    storage: SQLiteStorage, borrowed: Database, kind: str
+) -> None:
+    """A function may use another database; its error arrives as it is, whatever it looks like."""
+    error = sqlite3.OperationalError("database is locked")
+
+    def fail(metadata: Metadata) -> Metadata:
+        raise error
+
+    used = storage if kind == "a file" else SQLiteStorage(borrowed)
+    with pytest.raises(sqlite3.OperationalError) as caught:
+        used.write([("alice", Modify(fail))])
+    assert caught.value is error
+    works(used)
+
+
+def test_columns_of_an_application_are_kept(storage: SQLiteStorage, database: Path) -> None:
+    """What an application has added to the table, or refers to it, outlives updates."""
+    storage.write([("alice", Merge({"n": 1}))])
+    with contextlib.closing(sqlite3.connect(database)) as other, other:
+        other.execute("ALTER TABLE user_metadata ADD COLUMN note TEXT")
+        other.execute("UPDATE user_metadata SET note = 'mine'")
+    storage.write([("alice", Merge({"n": 2})), ("bob", Merge({}))])
+    storage.write([("alice", Replace({"n": 3}))])
+    with contextlib.closing(sqlite3.connect(database)) as other:
+        rows = other.execute("SELECT user_id, note FROM user_metadata ORDER BY user_id").fetchall()
+    assert rows == [("alice", "mine"), ("bob", None)]
+
+
 # A borrowed database.
 
 
@@ -577,6 +607,21 @@ def test_reads_of_a_borrowed_database_are_one_statement(borrowed: Database) -> N
     assert storage.read(["alice"]) == {"alice": {"n": 1}}
     borrowed.conn.set_trace_callback(None)
     assert len(statements) == 1
+
+
+def test_a_table_that_its_lender_drops(borrowed: Database) -> None:
+    """It is created again after the error, as in a file."""
+    storage = SQLiteStorage(borrowed)
+    calls: list[Callable[[], object]] = [
+        lambda: storage.read(["alice"]),
+        lambda: storage.write([("alice", Merge({"n": 1}))]),
+    ]
+    for call in calls:
+        works(storage)
+        borrowed.table("user_metadata").drop()
+        with pytest.raises(StorageError, match="no such table"):
+            call()
+    works(storage)
 
 
 def test_a_commit_without_effect_is_not_acknowledged(borrowed: Database, database: Path) -> None:
