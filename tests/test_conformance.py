@@ -48,6 +48,14 @@ class TestEveryStorage(StorageConformance):
         shop.write([(user, Clear()) for user in everybody])
         assert storage.read(everybody) == of_public
 
+    def test_a_storage_may_be_closed_before_its_first_call(self, storage: Storage) -> None:
+        """It is closed then like any other, and opens nothing any more."""
+        storage.close()
+        with pytest.raises(UsageError, match="closed"):
+            storage.read(["alice"])
+        with pytest.raises(UsageError, match="closed"):
+            storage.write([("alice", Merge({}))])
+
 
 class AbsentIsEmpty(InMemoryStorage):
     """Returns ``{}`` for a user without a row."""
