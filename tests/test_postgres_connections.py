@@ -408,6 +408,25 @@ def test_a_failover_loses_nothing() -> None:
         assert len(storage.read(["alice"])["alice"]) > 80
 
 
+@pytest.mark.parametrize("state", ["08006", "57P02"], ids=["connection failure", "crash"])
+def test_what_says_that_the_connection_was_lost_leaves_it_open(
+    open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any], state: str
+) -> None:
+    """A pooler may answer in place of a server that it has lost; the write may have been done."""
+    storage = open_storage()
+    storage.write([("alice", Merge({"n": 1}))])
+    direct.execute(
+        f"CREATE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS"
+        f" $$ BEGIN RAISE EXCEPTION 'lost' USING ERRCODE = '{state}'; END $$"
+    )
+    direct.execute(
+        "CREATE TRIGGER losing BEFORE INSERT ON user_metadata FOR EACH ROW EXECUTE FUNCTION lose()"
+    )
+    with pytest.raises(OutcomeUnknownError, match="lost"):
+        storage.write([("alice", Merge({"n": 2}))])
+    assert storage.read(["alice"]) == {"alice": {"n": 1}}
+
+
 def test_a_read_only_server_says_so(
     open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
 ) -> None:

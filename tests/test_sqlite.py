@@ -225,6 +225,52 @@ def test_another_thread_is_waited_for_and_reported(storage: SQLiteStorage) -> No
     assert storage.write([("alice", Merge({"n": 3}))]) == [{"n": 3}]
 
 
+@pytest.mark.parametrize("path", ["users.db", ":memory:"])
+def test_closing_completes_the_write_under_way(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``close`` waits for another thread's write; the write's own thread is refused."""
+    monkeypatch.chdir(tmp_path)
+    storage = SQLiteStorage(path)
+    closing = threading.Thread(target=storage.close)
+
+    def change(metadata: Metadata) -> Metadata:
+        with pytest.raises(UsageError, match="a write inside a write"):
+            storage.close()
+        closing.start()
+        closing.join(0.1)
+        assert closing.is_alive()
+        return {"n": 1}
+
+    assert storage.write([("alice", Modify(change))]) == [{"n": 1}]
+    closing.join()
+    with pytest.raises(UsageError, match="closed"):
+        storage.read(["alice"])
+
+
+def test_closing_in_the_middle_of_a_read(
+    storage: SQLiteStorage, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The read is completed, and its connection is closed then: no log is left behind."""
+    storage.write([("alice", Merge({"n": 1}))])
+    connect: Any = sqlite3.connect
+
+    class Reading(sqlite3.Connection):
+        def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+            cursor = super().execute(sql, *parameters)
+            if sql.startswith("SELECT user_id"):
+                storage.close()
+            return cursor
+
+    def connect_reading(path: str, **options: Any) -> sqlite3.Connection:
+        connection: sqlite3.Connection = connect(path, **options | {"factory": Reading})
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", connect_reading)
+    assert storage.read(["alice"]) == {"alice": {"n": 1}}
+    assert os.listdir(database.parent) == [database.name]
+
+
 def test_an_interrupt_undoes_the_write(storage: SQLiteStorage) -> None:
     """Control-C in the middle of a write leaves nothing half done and nothing locked."""
 
