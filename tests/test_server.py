@@ -483,6 +483,18 @@ def test_requests_are_logged_without_metadata(
     assert lines == [f"PUT '{METADATA}': 200", f"GET '{METADATA}': 200"]
 
 
+def test_its_end_leaves_no_thread(database: Path) -> None:
+    """The lifespan's end completes the calls under way, and with them the worker threads."""
+    before = set(threading.enumerate())
+    with contextlib.closing(SQLiteStorage(database)) as storage:
+        app = create_app(storage)
+        with served(app) as client:
+            update(client, "alice", {"n": 1})
+            assert client.request("GET", f"{METADATA}?userId=alice").json["metadata"] == {"n": 1}
+        assert set(threading.enumerate()) <= before
+        assert app.routes  # the application itself is still there
+
+
 def test_it_may_be_part_of_an_application(usermetadata_storage: InMemoryStorage) -> None:
     """Mounted below a path of an ASGI application, it works as by itself."""
     app = Starlette(routes=[Mount("/core", create_app(usermetadata_storage))])

@@ -717,6 +717,21 @@ def test_a_file_whose_commit_has_no_effect_is_not_acknowledged(
         assert storage.write([("alice", Merge({"m": 2}))]) == [{"n": 1, "m": 2}]
 
 
+def test_an_error_of_the_disk_under_a_borrowed_database(borrowed: Database) -> None:
+    """Of a COMMIT that failed there it is unknown what is stored, too, and work goes on."""
+    borrowed.enable_wal()
+    storage = SQLiteStorage(borrowed)
+    storage.write([("alice", Merge({"n": 1}))])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OutcomeUnknownError, match="whether the write was stored is unknown"):
+            storage.write([("alice", Merge({"text": "x" * 200_000}))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    works(storage)
+
+
 @pytest.mark.parametrize("commit", [True, False], ids=["commit", "rollback"])
 def test_metadata_joins_the_callers_transaction(borrowed: Database, *, commit: bool) -> None:
     """Metadata and the caller's rows are committed, or rolled back, together."""
