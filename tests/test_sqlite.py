@@ -828,8 +828,8 @@ def test_a_transaction_that_refuses_a_savepoint(borrowed: Database) -> None:
     borrowed.begin()
     borrowed.table("orders").insert({"id": 1})
 
-    def authorize(action: int, *_: object) -> int:
-        is_refused = action == sqlite3.SQLITE_SAVEPOINT
+    def authorize(action: int, operation: str | None, *_: object) -> int:
+        is_refused = action == sqlite3.SQLITE_SAVEPOINT and operation == "BEGIN"
         return sqlite3.SQLITE_DENY if is_refused else sqlite3.SQLITE_OK
 
     borrowed.conn.set_authorizer(authorize)
