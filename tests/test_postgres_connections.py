@@ -19,6 +19,7 @@ import pytest
 from postgres_proxy import Pooler, Proxy
 from postgres_server import OwnServer, empty_schema, server_url, waiting_for_locks
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.sql import SQL, Literal
 from psycopg_pool import ConnectionPool
 from test_processes import WORK
 
@@ -415,10 +416,11 @@ def test_what_says_that_the_connection_was_lost_leaves_it_open(
     """A pooler may answer in place of a server that it has lost; the write may have been done."""
     storage = open_storage()
     storage.write([("alice", Merge({"n": 1}))])
-    direct.execute(
-        f"CREATE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS"
-        f" $$ BEGIN RAISE EXCEPTION 'lost' USING ERRCODE = '{state}'; END $$"
+    function = SQL(
+        "CREATE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE EXCEPTION 'lost' USING ERRCODE = {}; END $$"
     )
+    direct.execute(function.format(Literal(state)))
     direct.execute(
         "CREATE TRIGGER losing BEFORE INSERT ON user_metadata FOR EACH ROW EXECUTE FUNCTION lose()"
     )
