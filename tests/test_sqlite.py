@@ -251,6 +251,23 @@ def test_closing_completes_the_write_under_way(
         storage.read(["alice"])
 
 
+@pytest.mark.parametrize("path", ["users.db", ":memory:"])
+def test_a_refused_close_closes_nothing(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After ``close`` inside a change, which is refused, the storage works as before."""
+    monkeypatch.chdir(tmp_path)
+    with contextlib.closing(SQLiteStorage(path)) as storage:
+
+        def change(metadata: Metadata) -> Metadata:
+            with pytest.raises(UsageError, match="a write inside a write"):
+                storage.close()
+            return {"n": 1}
+
+        storage.write([("alice", Modify(change))])
+        works(storage)
+
+
 def test_closing_in_the_middle_of_a_read(
     storage: SQLiteStorage, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1067,14 +1084,13 @@ def test_a_borrowed_database_knows_its_thread(borrowed: Database) -> None:
     assert "check_same_thread=False" in str(errors[0])
 
 
-def test_a_lender_may_have_a_row_factory(borrowed: Database) -> None:
+def test_a_borrowed_database_may_have_a_row_factory(borrowed: Database) -> None:
     """The caller's row factory does not matter."""
     borrowed.conn.row_factory = sqlite3.Row
     storage = SQLiteStorage(borrowed)
     works(storage)
-    # sqlite-utils, which looks at the schema at first, needs rows that are like tuples.
     borrowed.conn.row_factory = lambda _, row: {"row": row}
-    works(storage)
+    works(SQLiteStorage(borrowed))
     assert storage.write([("alice", Merge({"m": 1}))]) == [{"works": True, "m": 1}]
 
 

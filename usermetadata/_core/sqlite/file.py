@@ -139,10 +139,10 @@ class FileConnections(Connections):
 
     def close(self) -> None:
         """Close all connections; a write or read under way is completed."""
-        with self._opening:
-            self._closed = True
-        self._close_idle_readers()
         with self.batches.exclusive():
+            with self._opening:
+                self._closed = True
+            self._close_idle_readers()
             close_all(self._writers)
 
     def before_fork(self) -> None:

@@ -50,9 +50,7 @@ class SingleConnection(Connections):
             if self._closed:
                 raise closed(self.name)
             with self._in_use():
-                cursor = self._connection.cursor()
-                cursor.row_factory = None  # the caller may have set one
-                return cursor.execute(query, parameters).fetchall()
+                return self._connection.execute(query, parameters).fetchall()
 
     def _write_together(self, calls: Sequence[Changes]) -> list[Results]:
         if self._closed:
@@ -72,17 +70,17 @@ class SingleConnection(Connections):
 
     @contextmanager
     def _in_use(self) -> Generator[None, None, None]:
-        """Let text be ``str``, whatever the caller has set, and translate errors."""
+        """Get rows as tuples of ``str``, whatever the caller has set, and translate errors."""
         connection = self._connection
-        text_factory = connection.text_factory
+        row_factory, text_factory = connection.row_factory, connection.text_factory
         try:
-            connection.text_factory = str
+            connection.row_factory, connection.text_factory = None, str
             yield
         except self._errors as error:
             self._is_prepared = self._is_checked = False
             raise translate(error, self.name) from error
         finally:
-            connection.text_factory = text_factory
+            connection.row_factory, connection.text_factory = row_factory, text_factory
 
     def close(self) -> None:
         """Close the connection, unless it is the caller's."""

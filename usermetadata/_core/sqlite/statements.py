@@ -53,7 +53,7 @@ def write_together(
     """Apply the changes of some calls in one transaction, or in the one that is open.
 
     Args:
-        connection: a connection without another user.
+        connection: a connection without another user, whose rows are tuples of ``str``.
         calls: the changes of each call, in order.
         name: the name of the database, for error messages.
         create: the database of the connection, if it has no table yet.
@@ -71,7 +71,6 @@ def write_together(
     begin, commit, undo = _JOINED if joins else _OWN
     begun = False
     cursor = connection.cursor()
-    cursor.row_factory = None  # the owner of the connection may have set one
     try:
         cursor.execute(begin)
         begun = True
