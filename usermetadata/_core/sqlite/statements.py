@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from functools import partial
 from typing import TYPE_CHECKING
 
+from usermetadata._core import forking
 from usermetadata._core.rows import decode_row
 from usermetadata._core.sqlite.errors import inherited, not_stored, still_open, unknown_if_io_error
 from usermetadata._core.sqlite.schema import create_table
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     Changes = Sequence[tuple[Key, Change]]
     Results = list[Metadata | None]
 
-_READ_ONE = "SELECT user_id, user_metadata FROM user_metadata WHERE app_id = ? AND user_id = ?"
-_READ_MANY = (
+READ_ONE = "SELECT user_id, user_metadata FROM user_metadata WHERE app_id = ? AND user_id = ?"
+READ_MANY = (
     "SELECT user_id, user_metadata FROM user_metadata"
     " WHERE app_id = ? AND user_id IN (SELECT value FROM json_each(?))"
 )
@@ -43,13 +43,6 @@ _STORE = (
 _REMOVE = "DELETE FROM user_metadata WHERE app_id = ? AND user_id = ?"
 
 
-def reading(app_id: str, user_ids: Sequence[str]) -> tuple[str, tuple[str, str]]:
-    """Return the query for the rows of some users, and its parameters."""
-    if len(user_ids) == 1:
-        return _READ_ONE, (app_id, user_ids[0])
-    return _READ_MANY, (app_id, json.dumps(user_ids))
-
-
 def write_together(
     connection: sqlite3.Connection,
     calls: Sequence[Changes],
@@ -60,7 +53,7 @@ def write_together(
     """Apply the changes of some calls in one transaction, or in the one that is open.
 
     Args:
-        connection: a connection without another user.
+        connection: a connection without another user, whose rows are tuples of ``str``.
         calls: the changes of each call, in order.
         name: the name of the database, for error messages.
         create: the database of the connection, if it has no table yet.
@@ -73,12 +66,11 @@ def write_together(
         StorageError: the database did not store what it was given, or it was not committed.
         sqlite3.Error: a statement failed.
     """
-    process = os.getpid()
+    process = forking.process
     joins = connection.in_transaction
     begin, commit, undo = _JOINED if joins else _OWN
     begun = False
     cursor = connection.cursor()
-    cursor.row_factory = None  # the owner of the connection may have set one
     try:
         cursor.execute(begin)
         begun = True
@@ -89,7 +81,7 @@ def write_together(
         else:
             together = iter(_write(cursor, [change for each in calls for change in each], name))
             results = [[next(together) for _ in each] for each in calls]
-        if os.getpid() != process:  # a change has forked: the parent has the transaction
+        if forking.process != process:  # a change has forked: the parent has the transaction
             raise inherited(name)
         try:
             cursor.execute(commit)
@@ -101,7 +93,7 @@ def write_together(
             raise still_open(name)
     except BaseException:
         # SQLite has undone some transactions itself, for example on a full disk.
-        if os.getpid() == process and connection.in_transaction and (begun or not joins):
+        if forking.process == process and connection.in_transaction and (begun or not joins):
             for statement in undo:
                 cursor.execute(statement)
         raise
@@ -143,7 +135,7 @@ def _write(cursor: sqlite3.Cursor, changes: Changes, name: str) -> Results:
 
 def _read(cursor: sqlite3.Cursor, keys: list[Key]) -> dict[Key, str]:
     if len(keys) == 1:
-        row = cursor.execute(_READ_ONE, keys[0]).fetchone()
+        row = cursor.execute(READ_ONE, keys[0]).fetchone()
         return {keys[0]: row[1]} if row else {}
     by_app: dict[str, list[str]] = {}
     for app_id, user_id in keys:
@@ -151,7 +143,7 @@ def _read(cursor: sqlite3.Cursor, keys: list[Key]) -> dict[Key, str]:
     return {
         (app_id, user_id): text
         for app_id, user_ids in by_app.items()
-        for user_id, text in cursor.execute(*reading(app_id, user_ids)).fetchall()
+        for user_id, text in cursor.execute(READ_MANY, (app_id, json.dumps(user_ids))).fetchall()
     }
 
 
