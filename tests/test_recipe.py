@@ -649,9 +649,18 @@ def test_a_wrong_override_is_refused() -> None:
     """The error says what to pass or to return; nothing is initialised."""
     with pytest.raises(InvalidInputError, match=r"UserMetadataOverrideConfig\(functions=\.\.\.\)"):
         usermetadata.init("memory://", cast("Any", Shouting))
-    forgetful = UserMetadataOverrideConfig(functions=lambda original: cast("Any", None))
-    with pytest.raises(InvalidInputError, match="functions returned NoneType"):
-        usermetadata.init("memory://", forgetful)
+
+    async def functions(original: RecipeInterface) -> RecipeInterface:
+        return original
+
+    wrong: dict[Any, str] = {
+        (lambda original: None): "functions returned NoneType, not a RecipeInterface",
+        functions: "functions returned coroutine, .* make it a plain function",
+        Shouting(cast("Any", None)): "functions: Shouting cannot be called",
+    }
+    for each, message in wrong.items():
+        with pytest.raises(InvalidInputError, match=f"override: {message}"):
+            usermetadata.init("memory://", UserMetadataOverrideConfig(functions=each))
     usermetadata.init("memory://")
 
 

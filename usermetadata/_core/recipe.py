@@ -117,7 +117,7 @@ class UserMetadataRecipe:
             self.blocking_implementation = BlockingFunctions(BlockingRunner(storage))
         else:
             original = self._asyncio_functions()
-            self._implementation = _complete(override.functions(original), original)
+            self._implementation = _overridden(override.functions, original)
             self.blocking_implementation = cast(
                 "BlockingFunctions", BlockingOverride(self._implementation)
             )
@@ -206,12 +206,24 @@ class UserMetadataRecipe:
         return AsyncioFunctions(self._runner)
 
 
-def _complete(overridden: RecipeInterface, original: RecipeInterface) -> RecipeInterface:
-    """Use the original's functions where the override has none."""
+def _overridden(
+    functions: Callable[[RecipeInterface], RecipeInterface], original: RecipeInterface
+) -> RecipeInterface:
+    """Return the override's functions, and the original's where it has none."""
+    from collections.abc import Coroutine
+
+    if not callable(functions):
+        raise InvalidInputError(
+            f"override: functions: {type(functions).__name__} cannot be called; pass a function"
+            " that takes the original and returns a RecipeInterface"
+        )
+    overridden = functions(original)
+    if isinstance(overridden, Coroutine):
+        overridden.close()  # else Python warns that it was never awaited
     if not isinstance(overridden, RecipeInterface):
         raise InvalidInputError(
-            f"override: functions returned {type(overridden).__name__}, not a RecipeInterface:"
-            " return the original, or an instance of a subclass"
+            f"override: functions returned {type(overridden).__name__}, not a RecipeInterface; make"
+            " it a plain function that returns the original, or an instance of a subclass"
         )
     for name in (
         "set_user_metadata",
