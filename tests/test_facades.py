@@ -525,11 +525,13 @@ assert len(metadata) == 80, metadata
 """
 
 
+@pytest.mark.parametrize("kind", ["sqlite file", "postgres"])
 @pytest.mark.parametrize("storage", ["memory"], indirect=True)
-def test_syncio_works_under_gevent(database: Path) -> None:
+def test_syncio_works_under_gevent(kind: str, database: Path, schema: str) -> None:
     """Greenlets in a process that gevent has patched lose nothing, with and without an override."""
+    postgres = with_parameters(server_url(), schema=schema)
     finished = subprocess.run(
-        [sys.executable, "-c", GEVENT, str(database)],
+        [sys.executable, "-c", GEVENT, postgres if kind == "postgres" else str(database)],
         capture_output=True,
         text=True,
         timeout=120,

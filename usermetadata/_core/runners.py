@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import sys
 from contextvars import ContextVar, copy_context
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
-from usermetadata._core.greenlets import patched_by
+from usermetadata._core.greenlets import call_here, patched_by, run_in_real_thread
 from usermetadata._core.reentry import FunctionError, called_inside, inside
 from usermetadata.codec import decode_metadata, encode_metadata
 from usermetadata.exceptions import UsageError
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import ParamSpec
 
+    from usermetadata._core.greenlets import Call
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
     from usermetadata.interfaces import RecipeInterface
@@ -89,7 +89,7 @@ class AsyncioRunner:
             raise called_inside()
         if _must_not_block() and self._reads_at_once:
             return await self._reads.submit(self._app_id, (self._storage, user_ids))
-        return self._storage.read(user_ids)
+        return _call.get()(self._storage.read, user_ids)
 
     async def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Change some users; writes take effect in the order of the calls."""
@@ -98,7 +98,7 @@ class AsyncioRunner:
         try:
             if _must_not_block() and self._writes_at_once:
                 return await self._writes.submit(self._app_id, (self._storage, changes))
-            return self._storage.write(changes)
+            return _call.get()(self._storage.write, changes)
         except FunctionError as failed:
             error = failed.error
         raise error
@@ -148,6 +148,8 @@ class BlockingOverride:
 
 # The event loop that `wait_for` made for one call. Blocking it is safe: nothing else runs in it.
 _private_loop: ContextVar[AbstractEventLoop | None] = ContextVar("usermetadata_loop", default=None)
+# How the storage is called there.
+_call: ContextVar[Call] = ContextVar("usermetadata_call", default=call_here)
 
 
 def _must_not_block() -> bool:
@@ -171,14 +173,15 @@ def wait_for(function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwa
     """
     import asyncio
 
-    async def main() -> T:
+    async def main(call: Call) -> T:
         _private_loop.set(asyncio.get_running_loop())
+        _call.set(call)
         return await function(*args, **kwargs)
 
-    def run() -> T:
+    def run(call: Call = call_here) -> T:
         # With a factory, the thread's current event loop, if it has one, stays as it is.
         with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
-            return runner.run(main())
+            return runner.run(main(call))
 
     library = patched_by()
     if library == "eventlet":
@@ -191,9 +194,8 @@ def wait_for(function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwa
     in_context = copy_context().run
     if library is not None:
         # There a thread is a greenlet, and all greenlets share the running loop of their real
-        # thread. gevent's own pool has real threads, for which a greenlet waits.
-        in_gevent: T = sys.modules["gevent"].get_hub().threadpool.apply(in_context, (run,))
-        return in_gevent
+        # thread.
+        return run_in_real_thread(partial(in_context, run))
 
     import threading
     from concurrent.futures import Future
