@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import selectors
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 class UncommittedError(psycopg.OperationalError):
     """The connection was lost before COMMIT was sent, or COMMIT was answered with ROLLBACK."""
+
+
+NOT_STORED = "usermetadata: not stored: "
+"""Begins the text of an error that a statement raises; the user's id follows, as JSON."""
 
 
 class UnsettledError(psycopg.OperationalError):
@@ -104,14 +109,17 @@ def translate(error: psycopg.Error, name: str, *, is_write: bool) -> Exception:
         is_write: whether the work may have written.
     """
     text = f"{name}: {first_line(error)}"
+    _, is_not_stored, rest = (error.diag.message_primary or str(error)).partition(NOT_STORED)
+    if is_not_stored:
+        user_id, _ = json.JSONDecoder().raw_decode(rest)
+        return StorageError(
+            f"{name}: the database did not store, or remove, the metadata of user {user_id!r},"
+            " without an error: a trigger or a row-level policy on the table is the likely cause;"
+            " nothing was written; except this table from it, or name another"
+        )
     if isinstance(error, errors.ForeignKeyViolation):
         return InvalidInputError(
             f"{text}; pass the app_id of an app of the SuperTokens core whose table this is"
-        )
-    if isinstance(error, errors.UndefinedColumn):
-        return StorageError(
-            f"{text}: its table is another program's, or that of a SuperTokens core before 6.0;"
-            " name another table"
         )
     if isinstance(error, _IN_THE_WAY):
         return StorageBusyError(f"{text}: nothing was done, so the call may be repeated")
@@ -124,6 +132,11 @@ def translate(error: psycopg.Error, name: str, *, is_write: bool) -> Exception:
     if isinstance(error, errors.AdminShutdown) or is_lost(error):
         return StorageUnavailableError(
             f"{text}; nothing was done; check the server and repeat the call"
+        )
+    if isinstance(error, errors.FeatureNotSupported):
+        text += (
+            ": a rule on the table, or a view in its place, is the likely cause; nothing was"
+            " written; drop the rule, or name another table"
         )
     return StorageError(text)
 
