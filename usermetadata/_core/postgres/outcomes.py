@@ -130,6 +130,11 @@ def translate(error: psycopg.Error, name: str, *, is_write: bool) -> Exception:
             f"{text}; the write was done whole or not at all: read to find out"
         )
     if isinstance(error, errors.AdminShutdown) or is_lost(error):
+        if isinstance(error, UncommittedError) or "statement pooling mode" in text:
+            text += (
+                ": behind a pooler, its statement mode is the likely cause: set pool_mode to"
+                " transaction"
+            )
         return StorageUnavailableError(
             f"{text}; nothing was done; check the server and repeat the call"
         )

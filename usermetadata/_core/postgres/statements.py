@@ -33,7 +33,7 @@ CREATE TABLE IF NOT EXISTS {table} (
 """
 # Where the table is, or would be created, and what it is like. It is a core's if app_id refers to
 # the core's apps. The search_path of a session that several clients share may be another client's.
-_DESCRIBE = """
+_DESCRIBE = """/*NO LOAD BALANCE*/
 SELECT
     coalesce((SELECT nspname FROM pg_namespace WHERE oid = relnamespace), current_schema()),
     (SELECT setting = reset_val FROM pg_settings WHERE name = 'search_path'),
@@ -67,14 +67,15 @@ _Column = tuple[str, bool, int, bool]
 # Two sessions that create a table at once fail, even with IF NOT EXISTS.
 _LOCK_CREATION = "SELECT pg_advisory_xact_lock(hashtext('usermetadata'))"
 
-READ_ONE = """
+# The comment keeps pgpool-II from sending a query to a standby, which may not have the last update.
+READ_ONE = """/*NO LOAD BALANCE*/
 SELECT user_id, user_metadata FROM {table} WHERE app_id = %(app_id)s AND user_id = %(user_id)s
 """
-READ_MANY = """
+READ_MANY = """/*NO LOAD BALANCE*/
 SELECT user_id, user_metadata FROM {table}
 WHERE app_id = %(app_id)s AND user_id IN (SELECT json_array_elements_text(%(user_ids)s::json))
 """
-READ_AFTER = """
+READ_AFTER = """/*NO LOAD BALANCE*/
 SELECT user_id, user_metadata FROM {table}
 WHERE app_id = %(app_id)s AND user_id > %(user_id)s ORDER BY user_id LIMIT %(limit)s
 """
