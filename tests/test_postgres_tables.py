@@ -234,6 +234,25 @@ def test_many_that_clear_one_user_are_not_refused(storage: PostgresStorage) -> N
             assert storage.read(["alice", "bob"]) == {}
 
 
+@pytest.mark.parametrize("changes", WRITES, ids=IDS)
+def test_what_is_refused_at_the_commit_is_not_acknowledged(
+    storage: PostgresStorage, direct: psycopg.Connection[Any], changes: list[tuple[str, Change]]
+) -> None:
+    """A deferred constraint fails after all statements were answered; the call raises."""
+    direct.execute("""
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN
+                IF NEW.user_id = 'bob' OR OLD.user_id = 'bob' THEN RAISE 'not bob'; END IF;
+                RETURN NULL;
+            END $$;
+        CREATE CONSTRAINT TRIGGER refuse AFTER INSERT OR UPDATE OR DELETE ON user_metadata
+            DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse();
+    """)
+    with pytest.raises(StorageError):
+        storage.write(changes)
+    assert rows(direct) == {"alice": {"n": 1}, "bob": {"n": 1}}
+
+
 # Rules and policies.
 
 
