@@ -239,6 +239,17 @@ def test_a_function_is_called_again_where_nothing_was_committed(
     assert rows(direct) == {"alice": {"n": 2}}
 
 
+@pytest.mark.usefixtures("table")
+def test_a_transaction_that_has_ended_holds_no_rows(
+    storage: PostgresStorage, pooler: BeginningPooler, direct: psycopg.Connection[Any]
+) -> None:
+    """A function's result is stored only while its rows are held; otherwise it is called again."""
+    pooler.ends = 2
+    assert storage.write([("alice", Modify(count))]) == [{"n": 2}]
+    assert pooler.ends == 0
+    assert rows(direct) == {"alice": {"n": 2}}
+
+
 @pytest.mark.parametrize(
     "fates", [["begin"], ["begin", "begin"], ["begin", "abort"], ["begin", "lose"]]
 )
@@ -574,6 +585,7 @@ def test_reads_behind_pgpool_see_the_last_update(server: OwnServer) -> None:
                 backend_clustering_mode="streaming_replication",
                 backend_weight0=0,
                 backend_hostname1=options["host"],
+                backend_port1=5432,
                 backend_weight1=1,
                 sr_check_user="postgres",
                 sr_check_period=0,
@@ -581,6 +593,7 @@ def test_reads_behind_pgpool_see_the_last_update(server: OwnServer) -> None:
         ) as pooler,
         contextlib.closing(PostgresStorage(pooler.url, schema=schema)) as storage,
         psycopg.connect(standby, autocommit=True) as replica,
+        psycopg.connect(pooler.url, autocommit=True) as other,
     ):
         direct.write([("alice", Merge({"n": 0}))])
         found = "SELECT to_regclass(%s) IS NOT NULL"
@@ -595,6 +608,9 @@ def test_reads_behind_pgpool_see_the_last_update(server: OwnServer) -> None:
                 expected = {"alice": {"n": n}, "bob": {"n": n + 1}}
                 assert storage.read(["alice"]) == {"alice": {"n": n}}
                 assert storage.read(["alice", "bob"]) == storage.read_after("", 9) == expected
+            # Another program's queries do go to the standby.
+            query = SQL("SELECT user_metadata FROM {}").format(Identifier(schema, "user_metadata"))
+            assert ('{"n":7}',) not in other.execute(query).fetchall()
             # A table that is created now is unknown to the standby.
             with contextlib.closing(
                 PostgresStorage(pooler.url, schema=schema, table="another")

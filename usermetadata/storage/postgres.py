@@ -301,7 +301,8 @@ class PostgresStorage:
             raise UncommittedError
         with connection.pipeline():
             stored = self._execute(connection, STORE, rows=_rows(texts.items()))
-            self._execute(connection, REMOVE, user_ids=_dump(gone))
+            if gone:
+                self._execute(connection, REMOVE, user_ids=_dump(gone))
             committed = connection.execute("COMMIT")
         check_committed(committed)
         last = {user_id: position for position, (user_id, _) in enumerate(changes)}
