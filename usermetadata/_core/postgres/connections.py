@@ -20,6 +20,7 @@ from usermetadata._core.forking import ForkHooks, notice, watch
 from usermetadata._core.postgres.outcomes import (
     UNDONE,
     before_commit,
+    check_replicated,
     first_line,
     is_gone,
     is_lost,
@@ -113,9 +114,10 @@ class Connections(ForkHooks):
         attempt = 1
         while True:
             try:
-                with self._connection() as connection:
+                with self._connection() as connection, _notices(connection) as notices:
                     result = work(connection)
                     settle(connection)
+                    check_replicated(notices)
                     return result
             except psycopg.Error as error:
                 if os.getpid() != process:
@@ -242,6 +244,21 @@ class Connections(ForkHooks):
             return psycopg.connect(**self._arguments, autocommit=True)
         except psycopg.Error as error:
             raise StorageUnavailableError(f"{self.name}: {first_line(error)}") from error
+
+
+@contextmanager
+def _notices(connection: Connection[Any]) -> Generator[list[str | None], None, None]:
+    """Collect the names of the server's functions that note something beside its answers."""
+    functions: list[str | None] = []
+
+    def note(notice: errors.Diagnostic) -> None:
+        functions.append(notice.source_function)  # it cannot be read later
+
+    connection.add_notice_handler(note)
+    try:
+        yield functions
+    finally:
+        connection.remove_notice_handler(note)
 
 
 def _close(pool: ConnectionPool[Any]) -> None:

@@ -20,7 +20,7 @@ from usermetadata.exceptions import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Collection, Generator
 
     from psycopg import Connection
 
@@ -89,6 +89,19 @@ def settle(connection: Connection[Any]) -> None:
         raise UnsettledError(f"the COMMIT of an open transaction was answered with {answer}")
     if connection.pgconn.transaction_status != TransactionStatus.IDLE:
         raise UnsettledError("a transaction is still open after COMMIT")
+
+
+def check_replicated(notices: Collection[str | None]) -> None:
+    """Check that a commit did not stop to wait for its synchronous standby, which is no error.
+
+    Args:
+        notices: the names of the server's functions that noted something; their texts may be
+            translated.
+    """
+    if "SyncRepWaitForLSN" in notices:
+        raise UnsettledError(
+            "the wait for a synchronous standby was cancelled; it may miss the write"
+        )
 
 
 def is_lost(error: psycopg.Error) -> bool:
