@@ -112,11 +112,21 @@ class Connections(ForkHooks):
         """
         process = os.getpid()
         attempt = 1
+        notices: list[str | None] = []
+
+        def note(notice: errors.Diagnostic) -> None:
+            notices.append(notice.source_function)  # it cannot be read later
+
         while True:
             try:
-                with self._connection() as connection, _notices(connection) as notices:
-                    result = work(connection)
-                    settle(connection)
+                with self._connection() as connection:
+                    notices.clear()
+                    connection.add_notice_handler(note)
+                    try:
+                        result = work(connection)
+                        settle(connection)
+                    finally:
+                        connection.remove_notice_handler(note)
                     check_replicated(notices)
                     return result
             except psycopg.Error as error:
@@ -244,21 +254,6 @@ class Connections(ForkHooks):
             return psycopg.connect(**self._arguments, autocommit=True)
         except psycopg.Error as error:
             raise StorageUnavailableError(f"{self.name}: {first_line(error)}") from error
-
-
-@contextmanager
-def _notices(connection: Connection[Any]) -> Generator[list[str | None], None, None]:
-    """Collect the names of the server's functions that note something beside its answers."""
-    functions: list[str | None] = []
-
-    def note(notice: errors.Diagnostic) -> None:
-        functions.append(notice.source_function)  # it cannot be read later
-
-    connection.add_notice_handler(note)
-    try:
-        yield functions
-    finally:
-        connection.remove_notice_handler(note)
 
 
 def _close(pool: ConnectionPool[Any]) -> None:
