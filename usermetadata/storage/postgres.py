@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from contextlib import nullcontext
@@ -38,6 +37,7 @@ except ImportError as error:
         "PostgresStorage needs psycopg; pip install 'usermetadata[postgres]'"
     ) from error
 
+from usermetadata._core.apps import OfOneApp
 from usermetadata._core.rows import decode_row
 from usermetadata.changes import Clear, Merge, Replace, apply_in_order
 from usermetadata.codec import encode_metadata
@@ -47,11 +47,10 @@ from usermetadata.exceptions import (
     OutcomeUnknownError,
     StorageError,
 )
-from usermetadata.validation import check_app_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from typing import LiteralString, Self
+    from typing import LiteralString
 
     from psycopg import Connection
     from psycopg_pool import ConnectionPool
@@ -68,7 +67,7 @@ _NAME = re.compile("[^\0\ud800-\udfff]+\\Z")
 _NO_ROW = "{ \t }"
 
 
-class PostgresStorage:
+class PostgresStorage(OfOneApp):
     """Keeps metadata in a table of a PostgreSQL database, which many machines may share.
 
     ``Merge``, ``Replace`` and ``Clear`` of any number of users are one statement. Other changes
@@ -110,7 +109,7 @@ class PostgresStorage:
         max_connections: int = 10,
         timeout: float = 30.0,
     ) -> None:
-        self._app_id = check_app_id(app_id)
+        super().__init__(app_id)
         if not isinstance(timeout, (int, float)) or not _MIN_TIMEOUT <= timeout <= _MAX_TIMEOUT:
             raise InvalidInputError(
                 f"timeout: {timeout!r} is not a number of seconds, {_MIN_TIMEOUT} or more;"
@@ -171,12 +170,6 @@ class PostgresStorage:
         else:
             return self._decoded(changes, results)
         raise error
-
-    def for_app(self, app_id: str) -> Self:
-        """Return the same storage for another app."""
-        other = copy.copy(self)
-        other._app_id = check_app_id(app_id)
-        return other
 
     def close(self) -> None:
         """Close the connections that the storage opened itself."""
