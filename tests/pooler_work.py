@@ -1,4 +1,4 @@
-"""Every function that writes, called by threads and by tasks; also run as a process of its own."""
+"""Every function that writes, called by threads and by tasks; also run as a separate process."""
 
 from __future__ import annotations
 

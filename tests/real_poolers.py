@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class RealPooler:
-    """A pooler's process; it listens on a free port of its own.
+    """A pooler's process; it listens on a free port.
 
     Args:
         server: the server.
@@ -60,7 +60,7 @@ class RealPooler:
     def start(self) -> None:
         """Start, and return as soon as it accepts connections."""
         with open(self._log, "ab") as log:
-            # A group of its own: a kill is for its children as well.
+            # A new group: a kill ends its children as well.
             self._process = subprocess.Popen(
                 self.command(self._program, self._configuration),
                 stdout=log,
@@ -93,7 +93,7 @@ class RealPooler:
 
 
 class Pgpool(RealPooler):
-    """pgpool-II; in raw mode, with its defaults, unless told otherwise."""
+    """pgpool-II; in raw mode, with its defaults, by default."""
 
     program, package = "pgpool", "pgpool2"
 
@@ -121,7 +121,7 @@ class Pgpool(RealPooler):
 
 
 class Pgbouncer(RealPooler):
-    """pgbouncer; in session mode, its default, unless told otherwise."""
+    """pgbouncer; in session mode, its default, by default."""
 
     program, package = "pgbouncer", "pgbouncer"
 

@@ -325,14 +325,14 @@ def test_passwords_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
         usermetadata.init("postgresql://me:open sesame@[host/")
     with pytest.raises(UserMetadataError) as unknown:
         usermetadata.init("mysql://me:open sesame@host/")
-    told = [repr(storage), caplog.text]
+    shown = [repr(storage), caplog.text]
     for caught in (unavailable, unreadable, unknown):
         error: BaseException | None = caught.value
         while error is not None:
-            told.append(str(error))
+            shown.append(str(error))
             error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    assert "FATAL" in told[2]
-    assert "sesame" not in "".join(told)
+    assert "FATAL" in shown[2]
+    assert "sesame" not in "".join(shown)
 
 
 # Servers that stop.

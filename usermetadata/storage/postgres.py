@@ -222,8 +222,8 @@ class PostgresStorage(OfOneApp):
                 for user_id, text in cursor.fetchall():
                     texts[by_user[user_id][0]] = text
         except DataError:
-            # The server's JSON refuses U+0000 in a value and a damaged row; Python's may not. Of a
-            # row that was not removed, nobody knows why while the rows are not held.
+            # The server's JSON refuses U+0000 in a value and a damaged row; Python's may not. Why a
+            # row was not removed is unknown until the rows are held.
             with before_commit():
                 connection.rollback()  # of a transaction that a pooler has left open
             return self._apply_holding(connection, changes)

@@ -1,4 +1,4 @@
-"""The PostgreSQL storage's connections: a pool of its own, or one that is borrowed."""
+"""The PostgreSQL storage's connections: a pool that it opens, or a borrowed one."""
 
 from __future__ import annotations
 
