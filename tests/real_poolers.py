@@ -93,7 +93,7 @@ class RealPooler:
 
 
 class Pgpool(RealPooler):
-    """pgpool-II; in raw mode, with its defaults, by default."""
+    """pgpool-II; in raw mode, with its defaults, unless set otherwise."""
 
     program, package = "pgpool", "pgpool2"
 
@@ -121,7 +121,7 @@ class Pgpool(RealPooler):
 
 
 class Pgbouncer(RealPooler):
-    """pgbouncer; in session mode, its default, by default."""
+    """pgbouncer; in session mode unless set otherwise."""
 
     program, package = "pgbouncer", "pgbouncer"
 
