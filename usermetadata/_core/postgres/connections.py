@@ -1,7 +1,8 @@
-"""The PostgreSQL storage's connections: a pool of its own, or one that is borrowed."""
+"""The PostgreSQL storage's connections: a pool that it opens, or a borrowed one."""
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import re
@@ -21,6 +22,7 @@ from usermetadata._core.greenlets import patched_by
 from usermetadata._core.postgres.outcomes import (
     UNDONE,
     before_commit,
+    check_replicated,
     first_line,
     is_gone,
     is_lost,
@@ -46,6 +48,8 @@ _ATTEMPTS = 10
 _LONGEST_PAUSE = 0.5  # seconds between two of them
 # A pool without a server retries ever more rarely, unless it gives up and is asked again.
 _RECONNECT_TIMEOUT, _ASK_AGAIN = 1.0, 2.0  # seconds
+_POOL = "usermetadata"  # its threads have names that begin with it
+_TIME_TO_STOP = 5.0  # seconds
 
 
 # Defaults for libpq, so that it notices a server that is gone; the URL overrides them.
@@ -92,7 +96,7 @@ class Connections(ForkHooks):
         self._in_use: set[Connection[Any]] = set()
         self._pools: list[ConnectionPool[Any]] = []  # none or one
         # Without close() the pool's threads would delay the end of the process.
-        self._at_end = weakref.finalize(self, _close_all, self._pools)
+        self._at_end = weakref.finalize(self, _close, self._pools)
 
     def run_first(self, work: Callable[[Connection[Any]], object]) -> None:
         """Run the first work of all on a connection beside the pool; its error has a cause."""
@@ -115,11 +119,22 @@ class Connections(ForkHooks):
         """
         process = os.getpid()
         attempt = 1
+        notices: list[str | None] = []
+
+        def note(notice: errors.Diagnostic) -> None:
+            notices.append(notice.source_function)  # it cannot be read later
+
         while True:
             try:
                 with self._connection() as connection:
-                    result = work(connection)
-                    settle(connection)
+                    notices.clear()
+                    connection.add_notice_handler(note)
+                    try:
+                        result = work(connection)
+                        settle(connection)
+                    finally:
+                        connection.remove_notice_handler(note)
+                    check_replicated(notices)
                     return result
             except psycopg.Error as error:
                 if os.getpid() != process:
@@ -233,7 +248,7 @@ class Connections(ForkHooks):
                     kwargs={**self._arguments, "autocommit": True},
                     configure=_configure,
                     reconnect_timeout=_RECONNECT_TIMEOUT,
-                    name="usermetadata",
+                    name=_POOL,
                     open=False,
                 )
                 try:
@@ -252,12 +267,22 @@ class Connections(ForkHooks):
             raise StorageUnavailableError(f"{self.name}: {first_line(error)}") from error
 
 
-_of_the_parent_process: list[ConnectionPool[Any]] = []
-
-
-def _close_all(pools: list[ConnectionPool[Any]]) -> None:
+def _close(pools: list[ConnectionPool[Any]]) -> None:
+    """Close pools, without waiting for connections that a pooler does not let through."""
     for pool in pools:
-        pool.close()
+        stats = pool.get_stats()
+        is_connecting = stats["pool_size"] > stats["pool_available"]
+        pool.close(timeout=0 if is_connecting else _TIME_TO_STOP)
+
+
+def _is_worth_logging(record: logging.LogRecord) -> bool:
+    # A thread that was not waited for ends by itself.
+    return not (record.msg.startswith("couldn't stop thread") and _POOL in str(record.args))
+
+
+logging.getLogger("psycopg.pool").addFilter(_is_worth_logging)
+
+_of_the_parent_process: list[ConnectionPool[Any]] = []
 
 
 def _check_greenlets() -> None:
