@@ -130,8 +130,8 @@ def test_init_refuses_what_it_does_not_know(storage: Any) -> None:
         ("sqlite:///users.db?timeout=-1", "timeout: -1.0 is not a number of seconds"),
         ("sqlite:///users.db?synchronous=off", "synchronous: 'OFF' is neither"),
         ("sqlite:///users.db?app_id=", "app_id: is empty"),
-        ("sqlite:///file:users.db", "unsupported storage URL: sqlite://"),
-        ("sqlite:///users.db\n", "unsupported storage URL: sqlite://"),
+        ("sqlite:///file:users.db", "the text is neither a URL nor plainly a path"),
+        ("sqlite:///users.db\n", "the text is neither a URL nor plainly a path"),
         ("memory://?timeout=5", 'a URL of memory:// has no parameter "timeout"'),
         ("memory:", "the text is neither a URL nor plainly a path"),
         ("sqlite:users.db", "the text is neither a URL nor plainly a path"),
@@ -155,6 +155,13 @@ def test_what_is_no_url_makes_no_file(
         usermetadata.init(url)
     assert "secret" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["sqlite:///users.db", "file:users.db?mode=ro", "memory:"])
+def test_the_storages_class_takes_no_urls(text: str) -> None:
+    """``SQLiteStorage`` takes a path; a text that looks like a URL is refused there as well."""
+    with pytest.raises(InvalidInputError, match="the text is neither a URL nor plainly a path"):
+        SQLiteStorage(text)
 
 
 def test_a_path_may_have_any_name(tmp_path: Path) -> None:

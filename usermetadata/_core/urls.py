@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,8 +27,6 @@ _PARAMETERS: dict[str, dict[str, Callable[[str], object]]] = {
         "timeout": float,
     },
 }
-# A URL with too few slashes, SQLite's "file:...", libpq's "host=...", or a parameter.
-_NO_PATH = re.compile(r"\A\w[\w+.-]+:|\A\s*\w+\s*=|\?|\A\s|\s\Z")
 
 
 def open_storage(storage: Storage | str | os.PathLike[str]) -> Storage:
@@ -42,15 +39,7 @@ def open_storage(storage: Storage | str | os.PathLike[str]) -> Storage:
         return _open_sqlite(storage)
     if not isinstance(storage, str):
         return check_storage(storage)
-    if "://" in storage:
-        return _open_url(storage)
-    if _NO_PATH.search(storage):
-        raise InvalidInputError(
-            "storage: the text is neither a URL nor plainly a path; pass for example"
-            ' "sqlite:///users.db" or "postgresql://...", or pathlib.Path(...) for a file of this'
-            " name"
-        )
-    return _open_sqlite(storage)
+    return _open_url(storage) if "://" in storage else _open_sqlite(storage)
 
 
 def check_storage(storage: object) -> Storage:
@@ -115,9 +104,7 @@ def _open_url(url: str) -> Storage:
 
         return InMemoryStorage(**arguments)
     if kind == "sqlite" and (place[:1] in ("", "/") or place == ":memory:"):
-        path = place.removeprefix("/") or ":memory:"
-        if path == ":memory:" or not _NO_PATH.search(path):
-            return _open_sqlite(path, **arguments)
+        return _open_sqlite(place.removeprefix("/") or ":memory:", **arguments)
     raise InvalidInputError(
         f'storage: unsupported storage URL: {scheme}://; pass "memory://",'
         ' "sqlite:///users.db", "sqlite:////absolute/path/users.db" or "postgresql://..."'

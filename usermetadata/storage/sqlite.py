@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import TYPE_CHECKING, Literal
 
 from sqlite_utils import Database
@@ -134,7 +135,17 @@ class SQLiteStorage(OfOneApp):
         }
 
 
+# A URL, SQLite's "file:...", libpq's "host=...", or a parameter.
+_NO_PATH = re.compile(r"\w[\w+.-]+:|\s*\w+\s*=|.*\?|\s|.*\s\Z", re.DOTALL)
+
+
 def _check_path(path: str | os.PathLike[str]) -> str:
+    if isinstance(path, str) and _NO_PATH.match(path):
+        raise InvalidInputError(
+            "database: the text is neither a URL nor plainly a path; pass for example"
+            ' "users.db", to init also "sqlite:///users.db" or "postgresql://...", or'
+            " pathlib.Path(...) for a file of this name"
+        )
     text = os.fsdecode(path)
     if not text or "\0" in text:
         raise InvalidInputError(f'database: {text!r} cannot be a path; name a file, or ":memory:"')
