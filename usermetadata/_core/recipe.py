@@ -56,14 +56,16 @@ def init(
 
     Args:
         storage: a storage; or a URL, ``memory://``, ``postgresql://...`` or ``sqlite:///users.db``
-            (four slashes before an absolute path); or the path of an SQLite file. ``None`` means
-            the URL or path in the environment variable ``USERMETADATA_URL``, and
-            ``sqlite:///usermetadata.db`` if that is not set.
+            (four slashes before an absolute path), with arguments of the storage as parameters,
+            ``?timeout=5``; or the path of an SQLite file. ``None`` means the URL or path in the
+            environment variable ``USERMETADATA_URL``, and ``sqlite:///usermetadata.db`` if that is
+            not set.
         override: replaces or wraps the functions, for both facades.
 
     Raises:
         UsageError: ``init`` was called before, and ``UserMetadataRecipe.reset()`` not since.
-        InvalidInputError: ``storage`` or ``override`` is none of the above.
+        InvalidInputError: ``storage`` or ``override`` is none of the above, or a method of the
+            storage is missing or wrong.
 
     Example:
         >>> init("memory://")
