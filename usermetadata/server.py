@@ -21,7 +21,8 @@ try:
     from starlette.routing import Route
 except ImportError as error:
     raise ImportError(
-        "usermetadata.server needs Starlette and uvicorn; pip install 'usermetadata[server]'"
+        "usermetadata.server needs Starlette and uvicorn;"
+        " pip install 'starlette>=0.40' 'uvicorn>=0.30' 'httptools>=0.6'"
     ) from error
 
 from usermetadata._core.asyncio_functions import AsyncioFunctions

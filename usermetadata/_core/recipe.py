@@ -58,7 +58,7 @@ def init(
         storage: a storage; or a URL, ``memory://``, ``postgresql://...`` or ``sqlite:///users.db``
             (four slashes before an absolute path); or the path of an SQLite file. ``None`` means
             the URL or path in the environment variable ``USERMETADATA_URL``, and
-            ``sqlite:///usermetadata.db`` if that is not set.
+            ``sqlite:///users.db`` if that is not set.
         override: replaces or wraps the functions, for both facades.
 
     Raises:

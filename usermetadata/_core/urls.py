@@ -10,7 +10,7 @@ from usermetadata.exceptions import InvalidInputError
 if TYPE_CHECKING:
     from usermetadata.storage import Storage
 
-DEFAULT_URL = "sqlite:///usermetadata.db"
+DEFAULT_URL = "sqlite:///users.db"
 
 
 def open_storage(storage: Storage | str | os.PathLike[str]) -> Storage:

@@ -69,7 +69,9 @@ def serve(  # noqa: PLR0913, PLR0917 - they are options
     try:
         import uvicorn
     except ImportError as error:
-        raise ImportError("serve needs uvicorn; pip install 'usermetadata[server]'") from error
+        raise ImportError(
+            "serve needs uvicorn; pip install 'uvicorn>=0.30' 'httptools>=0.6'"
+        ) from error
 
     keys = [key.strip() for key in api_keys]
     app = create_app(storage, api_keys=keys, max_body_size=max_body_size)

@@ -33,7 +33,7 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        "PostgresStorage needs psycopg; pip install 'usermetadata[postgres]'"
+        "PostgresStorage needs psycopg; pip install 'psycopg[binary,pool]>=3.2'"
     ) from error
 
 from usermetadata._core.rows import decode_row
