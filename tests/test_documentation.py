@@ -118,8 +118,7 @@ def test_the_readme_shows_it_by_line_40() -> None:
     ],
 )
 def test_a_missing_package_is_named_with_a_command(module: str, missing: str, extra: str) -> None:
-    """The command installs what the extra does; it works without a checkout and without an index
-    that has this library."""
+    """The command installs what the extra does, also where no index has this library."""
     program = f"""
 import sys
 import tomllib

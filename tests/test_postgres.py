@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
@@ -469,6 +470,27 @@ def test_bad_arguments_are_refused(make: Callable[[], object], message: str) -> 
     """Bad arguments raise before anything is opened; the message says what to pass."""
     with pytest.raises(InvalidInputError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE user_metadata SET user_metadata = '{\"ssn\": sesame'",
+        "ALTER TABLE user_metadata ADD CHECK (user_metadata NOT LIKE '%ssn%sesame%') NOT VALID",
+        "ALTER TABLE user_metadata ALTER user_metadata TYPE varchar(9)",
+    ],
+    ids=["damaged", "constraint", "type"],
+)
+def test_an_error_quotes_no_metadata(
+    postgres: PostgresStorage, direct: psycopg.Connection[Any], statement: str
+) -> None:
+    """Neither a message nor a traceback quotes a row; the server's own texts do."""
+    postgres.write([("alice", Merge({"n": 1}))])
+    direct.execute(statement)
+    for change in (Merge({"ssn": "sesame"}), Modify(lambda _: {"ssn": "sesame"})):
+        with pytest.raises(StorageError) as caught:
+            postgres.write([("alice", change)])
+        assert "sesame" not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize("module", ["psycopg", "psycopg_pool"])

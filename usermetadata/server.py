@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import re
 from contextlib import asynccontextmanager
@@ -26,6 +25,7 @@ except ImportError as error:
     ) from error
 
 from usermetadata._core.asyncio_functions import AsyncioFunctions
+from usermetadata._core.parsing import parse_json
 from usermetadata._core.runners import AsyncioRunner
 from usermetadata.codec import encode_metadata
 from usermetadata.exceptions import (
@@ -197,7 +197,9 @@ class _Server:
             if len(body) > self._max_body_size:
                 raise _Refusal(413, f"The body has more than {self._max_body_size} bytes")
         try:
-            parsed = json.loads(body.decode(), parse_constant=_refuse)
+            parsed = parse_json(body.decode(), "body")
+        except InvalidInputError:
+            raise
         except (ValueError, RecursionError):
             parsed = None
         if not isinstance(parsed, dict):
@@ -260,7 +262,3 @@ def _field(body: dict[str, Any], name: str, kind: type[T]) -> T:
     if not isinstance(value, kind):
         raise _Refusal(400, f"Field name '{name}' is invalid in JSON input")
     return value
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")

@@ -215,11 +215,13 @@ class PostgresStorage:
                     for user_id, text in cursor.fetchall():
                         texts[by_user[user_id][0]] = text
         except DataError:
-            # The server's JSON refuses U+0000 in a value and a damaged row; Python's may not.
-            with before_commit():
-                connection.rollback()  # of a transaction that a pooler has left open
-            return self._apply_holding(connection, changes)
-        return texts
+            pass  # its text quotes the row: what follows must not have it as its context
+        else:
+            return texts
+        # The server's JSON refuses U+0000 in a value and a damaged row; Python's may not.
+        with before_commit():
+            connection.rollback()  # of a transaction that a pooler has left open
+        return self._apply_holding(connection, changes)
 
     def _decoded(
         self,

@@ -103,7 +103,9 @@ def translate(error: psycopg.Error, name: str, *, is_write: bool) -> Exception:
         name: the name of the database.
         is_write: whether the work may have written.
     """
-    text = f"{name}: {first_line(error)}"
+    # The further lines quote rows, also in a traceback.
+    error.args = (first_line(error),)
+    text = f"{name}: {error}"
     if isinstance(error, errors.ForeignKeyViolation):
         return InvalidInputError(
             f"{text}; pass the app_id of an app of the SuperTokens core whose table this is"

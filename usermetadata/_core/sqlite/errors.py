@@ -6,7 +6,6 @@ import os
 
 from usermetadata._core.batching import busy
 from usermetadata.exceptions import (
-    DamagedMetadataError,
     OutcomeUnknownError,
     StorageError,
     UsageError,
@@ -33,8 +32,6 @@ def translate(error: Exception, name: str) -> StorageError:
     message = str(error)
     if message.startswith("database ") and message.endswith("is locked"):
         return busy(name)
-    if message.startswith("Could not decode to UTF-8"):
-        return DamagedMetadataError(f"{name}: a row is damaged: {message}")
     directory = os.path.dirname(name)
     if "unable to open" in message and not os.path.isdir(directory):
         return StorageError(f"{name}: the directory {directory} does not exist; create it")

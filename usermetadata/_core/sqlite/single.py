@@ -10,7 +10,7 @@ from sqlite_utils.db import NoTable
 from usermetadata._core.sqlite.connecting import Connections, connect
 from usermetadata._core.sqlite.errors import closed, translate
 from usermetadata._core.sqlite.schema import check_table, has_table
-from usermetadata._core.sqlite.statements import write_together
+from usermetadata._core.sqlite.statements import fetch, write_together
 
 if TYPE_CHECKING:
     import sqlite3
@@ -51,7 +51,7 @@ class SingleConnection(Connections):
             try:
                 cursor = self._connection.cursor()
                 cursor.row_factory = None  # the caller may have set one
-                return cursor.execute(query, parameters).fetchall()
+                return fetch(cursor, query, parameters)
             except self._errors as error:
                 self._is_prepared = False
                 raise translate(error, self.name) from error

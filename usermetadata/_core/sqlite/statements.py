@@ -43,6 +43,33 @@ _STORE = (
 _REMOVE = "DELETE FROM user_metadata WHERE app_id = ? AND user_id = ?"
 
 
+def fetch(
+    cursor: sqlite3.Cursor, query: str, parameters: Sequence[object]
+) -> list[tuple[str, object]]:
+    """Return the rows of a query, with bytes in place of text that is not UTF-8.
+
+    The driver's error quotes that text, and does not say whose it is.
+    """
+    connection = cursor.connection
+    try:
+        return cursor.execute(query, parameters).fetchall()
+    except connection.Error as error:
+        if not str(error).startswith("Could not decode to UTF-8"):
+            raise
+    before, connection.text_factory = connection.text_factory, _text_or_bytes
+    try:
+        return cursor.execute(query, parameters).fetchall()
+    finally:
+        connection.text_factory = before
+
+
+def _text_or_bytes(value: bytes) -> str | bytes:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
 def reading(app_id: str, user_ids: Sequence[str]) -> tuple[str, tuple[str, str]]:
     """Return the query for the rows of some users, and its parameters."""
     if len(user_ids) == 1:
@@ -141,17 +168,17 @@ def _write(cursor: sqlite3.Cursor, changes: Changes, name: str) -> Results:
     return results
 
 
-def _read(cursor: sqlite3.Cursor, keys: list[Key]) -> dict[Key, str]:
+def _read(cursor: sqlite3.Cursor, keys: list[Key]) -> dict[Key, object]:
     if len(keys) == 1:
-        row = cursor.execute(_READ_ONE, keys[0]).fetchone()
-        return {keys[0]: row[1]} if row else {}
+        rows = fetch(cursor, _READ_ONE, keys[0])
+        return {keys[0]: rows[0][1]} if rows else {}
     by_app: dict[str, list[str]] = {}
     for app_id, user_id in keys:
         by_app.setdefault(app_id, []).append(user_id)
     return {
         (app_id, user_id): text
         for app_id, user_ids in by_app.items()
-        for user_id, text in cursor.execute(*reading(app_id, user_ids)).fetchall()
+        for user_id, text in fetch(cursor, *reading(app_id, user_ids))
     }
 
 
