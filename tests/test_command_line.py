@@ -109,7 +109,7 @@ def test_the_functions_are_commands(shell: Shell) -> None:
         (
             ["serve", "--host", "0.0.0.0"],
             2,
-            "'0.0.0.0' can be reached from elsewhere: give",
+            "'0.0.0.0' can be reached from elsewhere: set USERMETADATA_API_KEYS",
         ),
         (["serve", "--host", "example.com"], 2, "'example.com' can be reached from elsewhere"),
         (["serve", "--storage", "/missing/users.db"], 1, "the directory /missing does not exist"),
