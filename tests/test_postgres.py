@@ -34,6 +34,7 @@ from usermetadata.changes import Clear, Merge, Modify, Replace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
+    from typing import LiteralString
 
     from usermetadata.changes import Change
 
@@ -482,7 +483,7 @@ def test_bad_arguments_are_refused(make: Callable[[], object], message: str) -> 
     ids=["damaged", "constraint", "type"],
 )
 def test_an_error_quotes_no_metadata(
-    postgres: PostgresStorage, direct: psycopg.Connection[Any], statement: str
+    postgres: PostgresStorage, direct: psycopg.Connection[Any], statement: LiteralString
 ) -> None:
     """Neither a message nor a traceback quotes a row; the server's own texts do."""
     postgres.write([("alice", Merge({"n": 1}))])

@@ -792,6 +792,35 @@ def test_half_sent_requests_do_not_keep_others_out() -> None:
         assert len(served.log) < 10
 
 
+@pytest.mark.parametrize("before", ["", NO_HTTPTOOLS], ids=["httptools", "h11"])
+def test_bad_requests_do_not_flood_the_log(before: str) -> None:
+    """What a client without a key sends causes few lines, and no traceback."""
+    requests = [
+        b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET http://localhost/hello HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"CONNECT localhost:1 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /%ff%00 HTTP/1.1\r\nHost: \xff\r\n\r\n",
+        b"GET /hello HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+        b"PUT / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n",
+        b"PUT / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1, 2\r\n\r\n",
+        b"PUT /recipe/user/metadata HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n",
+    ]
+    with serve_command(before=before) as served:
+        for request in requests * 10:
+            with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
+                send_all(connection, request)
+                connection.shutdown(socket.SHUT_WR)
+                receive_all(connection)
+        client = Client(f"http://127.0.0.1:{served.port}")
+        with contextlib.closing(client.connection):
+            assert client.request("GET", "/hello").error == (200, "Hello")
+        assert "Traceback" not in "".join(served.log)
+        assert len(served.log) < 30
+
+
 PATHS = ["/", "/hello", "/apiversion", METADATA, f"{METADATA}/remove", f"{METADATA}/bulk"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

@@ -6,6 +6,7 @@ arrive, nor the number of connections before it accepts one too many.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -56,6 +57,23 @@ def limited(max_connections: int, timeout: float) -> type[asyncio.Protocol]:
     return type("LimitedProtocol", (_LimitedProtocol,), limits)
 
 
+class OncePerSecond(logging.Filter):
+    """Drops a warning that was logged within the last second: clients can cause uvicorn's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether to log the record."""
+        if record.levelno != logging.WARNING:
+            return True
+        is_new = record.created - self._last.get(record.msg, 0.0) >= 1
+        if is_new:
+            self._last[record.msg] = record.created
+        return is_new
+
+
 class _LimitedProtocol(HTTPProtocol):
     max_connections: int
     request_timeout: float
@@ -95,6 +113,12 @@ class _LimitedProtocol(HTTPProtocol):
                 self._head += len(part)
                 if self._head > MAX_HEAD:
                     self._refuse()
+
+    def send_400_response(self, msg: str) -> None:
+        super().send_400_response(msg)
+        if self.cycle:  # the application must not answer as well: h11 raises an error then
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

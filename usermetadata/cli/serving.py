@@ -89,7 +89,7 @@ def serve(  # noqa: PLR0913, PLR0917 - they are options
         raise ImportError(
             "serve needs uvicorn; pip install 'uvicorn>=0.30' 'httptools>=0.6'"
         ) from error
-    from usermetadata.cli.connections import MAX_HEAD, limited, most_connections
+    from usermetadata.cli.connections import MAX_HEAD, OncePerSecond, limited, most_connections
 
     keys = [key.strip() for key in api_keys]
     app = create_app(
@@ -102,6 +102,7 @@ def serve(  # noqa: PLR0913, PLR0917 - they are options
     storage.read([])  # an error of the storage is shown before the first request
     logging.basicConfig(format="%(levelname)s:     %(message)s")
     logging.getLogger("usermetadata").setLevel(log_level.upper())
+    logging.getLogger("uvicorn.error").addFilter(OncePerSecond())
     # uvicorn sends itself this signal again when it has stopped; then the storage is closed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
