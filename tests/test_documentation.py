@@ -140,6 +140,16 @@ def test_no_page_installs_from_an_index() -> None:
         assert "pip install 'usermetadata" not in page.read_text(encoding="utf-8"), page.name
 
 
+def test_no_page_shows_a_key_in_a_command() -> None:
+    """Commands take keys from the environment: arguments are in the list of processes."""
+    for page in PAGES:
+        for block in re.findall(
+            r"```console\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL
+        ):
+            assert "--api-key" not in block, page.name
+            assert not re.search(r"://\w+:[^@\s]+@", block), page.name
+
+
 def test_one_file_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the quickstart, ``init()`` and the command line find what it has stored."""
     monkeypatch.delenv("USERMETADATA_URL", raising=False)

@@ -479,8 +479,14 @@ def test_bad_arguments_are_refused(make: Callable[[], object], message: str) -> 
         "UPDATE user_metadata SET user_metadata = '{\"ssn\": sesame'",
         "ALTER TABLE user_metadata ADD CHECK (user_metadata NOT LIKE '%ssn%sesame%') NOT VALID",
         "ALTER TABLE user_metadata ALTER user_metadata TYPE varchar(9)",
+        """
+        CREATE FUNCTION cast_it() RETURNS trigger LANGUAGE plpgsql AS
+        'BEGIN PERFORM NEW.user_metadata::int; RETURN NEW; END';
+        CREATE TRIGGER cast_it BEFORE UPDATE ON user_metadata
+        FOR EACH ROW WHEN (NEW.user_metadata LIKE '%sesame%') EXECUTE FUNCTION cast_it()
+        """,
     ],
-    ids=["damaged", "constraint", "type"],
+    ids=["damaged", "constraint", "type", "trigger"],
 )
 def test_an_error_quotes_no_metadata(
     postgres: PostgresStorage, direct: psycopg.Connection[Any], statement: LiteralString

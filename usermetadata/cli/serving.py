@@ -37,7 +37,8 @@ class _Keys(click.types.StringParamType):
     type=_Keys(),
     envvar="USERMETADATA_API_KEYS",
     show_envvar=True,
-    help="A key that clients must send. Repeatable; in the variable, separated by commas.",
+    help="A key that clients must send. Repeatable; in the variable, separated by commas."
+    " Prefer the variable: other users can see options in the list of processes.",
 )
 @click.option(
     "--max-body-size", type=click.IntRange(0), default=2**20, show_default=True, help="In bytes."

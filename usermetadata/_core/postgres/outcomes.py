@@ -145,5 +145,6 @@ def is_gone(connection: Connection[Any]) -> bool:
 
 
 def first_line(error: psycopg.Error) -> str:
-    """Return the first line of the driver's text."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Return the first line of the driver's text, without the value that it may quote."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line.partition('"')[0].rstrip(": ") if isinstance(error, psycopg.DataError) else line
