@@ -524,6 +524,9 @@ def test_sqlite_utils_has_the_merge_as_a_function(shell: Shell) -> None:
     [row] = json.loads(subprocess.check_output(command))
     assert json.loads(row["merged"]) == {"text": "é\u2028", "new": 1}
     assert row["first"] == '{"a":1}'
+    changed = query.replace('"new": 1', '"new": 1e-999')  # a float would change it
+    finished = subprocess.run([*command[:-1], changed], capture_output=True, check=False)
+    assert finished.returncode == 1
 
 
 @pytest.mark.parametrize("kind", STORAGES)

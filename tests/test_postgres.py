@@ -167,7 +167,9 @@ def test_a_number_that_only_postgres_can_read(
     """The merge is done and raises ``OutcomeUnknownError``, so callers do not repeat it."""
     postgres.write([])
     direct.execute("""INSERT INTO user_metadata VALUES ('public', 'alice', '{"n": 1e999}')""")
-    with pytest.raises(OutcomeUnknownError, match=r"'alice'.* is damaged: 1e999.*write was done"):
+    with pytest.raises(
+        OutcomeUnknownError, match=r"'alice'.* is damaged: a number is.*write was done"
+    ):
         postgres.write([("bob", Merge({"n": 1})), ("alice", Merge({"m": 1}))])
     assert postgres.read(["bob"]) == {"bob": {"n": 1}}
     with pytest.raises(DamagedMetadataError, match="'alice'"):

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
+    from usermetadata import Storage
+
 METADATA = "/recipe/user/metadata"
 KEY = "a key of at least twenty characters"
 
@@ -430,18 +432,21 @@ def test_rows_of_other_programs_are_answered(database: Path) -> None:
             assert update(client, "a", {"n": 1})["metadata"] == {"x": "\ud800", "n": 1}
 
 
+@pytest.mark.parametrize("text", ['{"ssn"', '{"ssn":"\udcff"}'], ids=["not JSON", "not UTF-8"])
 def test_a_damaged_row_is_the_servers_fault(
-    database: Path, caplog: pytest.LogCaptureFixture
+    database: Path, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
-    """A damaged row gets 500 until it is set or cleared; the log names the user."""
+    """A damaged row gets 500 until it is set or cleared; the log names the user, and no more."""
+    row = text.encode(errors="surrogateescape").hex()
     with contextlib.closing(SQLiteStorage(database)) as storage:
         storage.write([("a", Merge({}))])
         with contextlib.closing(sqlite3.connect(database)) as connection:
-            connection.execute("UPDATE user_metadata SET user_metadata = 'x'")
+            connection.execute(f"UPDATE user_metadata SET user_metadata = CAST(x'{row}' AS TEXT)")
             connection.commit()
         with served(create_app(storage)) as client:
             answer = client.request("POST", f"{METADATA}/bulk", {"userIds": ["b", "a"]})
             assert "the metadata of user 'a' in app 'public' is damaged" in caplog.text
+            assert "ssn" not in caplog.text
             damaged = "The stored row is damaged; the server's log names the user."
             assert answer.error == (500, damaged)
             assert client.request("POST", f"{METADATA}/remove", {"userId": "a"}).status == 200
@@ -489,15 +494,15 @@ def test_concurrent_requests_lose_nothing(database: Path) -> None:
 # Limits.
 
 
-def test_metadata_has_a_largest_size(usermetadata_storage: InMemoryStorage) -> None:
+def test_metadata_has_a_largest_size(storage: Storage) -> None:
     """An update whose result is larger gets 413 and stores nothing; at the limit it is stored."""
     most = len('{"a":"","b":1}') + 1000
-    with served(create_app(usermetadata_storage, max_metadata_size=most)) as client:
+    with served(create_app(storage, max_metadata_size=most)) as client:
         update(client, "alice", {"a": "x" * 1000, "b": 1})
         body = {"userId": "alice", "metadataUpdate": {"b": 10}}
         refused = (413, f"The user's metadata would have more than {most} bytes")
         assert client.request("PUT", METADATA, body).error == refused
-        assert usermetadata_storage.read(["alice"])["alice"] == {"a": "x" * 1000, "b": 1}
+        assert storage.read(["alice"])["alice"] == {"a": "x" * 1000, "b": 1}
         assert update(client, "alice", {"a": None})["metadata"] == {"b": 1}
 
 
