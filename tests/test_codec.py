@@ -206,6 +206,7 @@ def test_long_integers_follow_pythons_limit() -> None:
         ('"a"', "it holds a string, not an object"),
         ("1", "it holds a number, not an object"),
         ("true", "it holds a boolean, not an object"),
+        ('{"a": -1e999}', "-1e999 is too large for a float"),
         ('{"a":' * 100_000, "it nests deeper than 200 levels"),
     ],
     ids=lambda text: str(text)[:20],
@@ -214,6 +215,25 @@ def test_what_is_not_an_object_cannot_be_decoded(text: str, message: str) -> Non
     """Text that is not a JSON object is a ``ValueError`` that says why."""
     with pytest.raises(ValueError, match=message):
         decode_metadata(text)
+
+
+def test_a_caller_without_stack_is_not_told_of_damage() -> None:
+    """Where the stack has no room left for decoding it is ``RecursionError``: the text is sound."""
+    brackets, nested = "[" * 300, "[" * 150 + "1.5" + "]" * 150
+    text = f'{{"brackets":"{brackets}","nested":{nested}}}'
+
+    def deeper() -> int:
+        try:
+            failed = deeper()
+        except RecursionError:
+            failed = 0
+        try:
+            decode_metadata(text)
+        except RecursionError:
+            failed += 1
+        return failed
+
+    assert deeper() > 0
 
 
 def test_a_lone_surrogate_of_another_program_survives() -> None:

@@ -28,6 +28,34 @@ if TYPE_CHECKING:
 class TestEveryStorage(StorageConformance):
     """All storages keep all promises; ``conftest.storage`` yields each in turn."""
 
+    def test_apps_are_apart_in_calls_for_many_users(self, storage: Storage) -> None:
+        """Neither a read nor a write of several users finds those of another app."""
+        everybody = ["alice", "bob", "carol"]
+        shop = storage.for_app("shop")
+        storage.write([(user, Replace({"public": user})) for user in ("alice", "bob")])
+        shop.write([(user, Replace({"shop": user})) for user in ("bob", "carol")])
+        of_public = {user: {"public": user} for user in ("alice", "bob")}
+        of_shop = {user: {"shop": user} for user in ("bob", "carol")}
+        storage.write([("Alice", Replace({"other": True}))])
+        assert storage.read(everybody) == of_public
+        assert shop.read(everybody) == of_shop
+        merged = [(user, Merge({"n": 1})) for user in everybody]
+        assert shop.write(merged) == [{**of_shop.get(user, {}), "n": 1} for user in everybody]
+        seen: list[Metadata | None] = []
+        shop.write([(user, seen.append) for user in everybody])
+        assert seen == [{**of_shop.get(user, {}), "n": 1} for user in everybody]
+        assert shop.read(everybody) == {}
+        shop.write([(user, Clear()) for user in everybody])
+        assert storage.read(everybody) == of_public
+
+    def test_a_storage_may_be_closed_before_its_first_call(self, storage: Storage) -> None:
+        """It is closed then like any other, and opens nothing any more."""
+        storage.close()
+        with pytest.raises(UsageError, match="closed"):
+            storage.read(["alice"])
+        with pytest.raises(UsageError, match="closed"):
+            storage.write([("alice", Merge({}))])
+
 
 class AbsentIsEmpty(InMemoryStorage):
     """Returns ``{}`` for a user without a row."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
 import inspect
 import re
@@ -184,11 +185,41 @@ def test_the_function_cannot_call_the_library(facade: Any) -> None:
         with pytest.raises(UsageError, match="and write the rest after") as writing:
             syncio.update_user_metadata("alice", {"inner": 1})
         errors.extend([reading.value, writing.value])
+        for coroutine in (
+            aio.get_user_metadata("alice"),
+            aio.update_user_metadata("alice", {"inner": 1}),
+        ):
+            with pytest.raises(UsageError, match="read what the function needs before") as awaiting:
+                coroutine.send(None)
+            errors.append(awaiting.value)
         return {"outer": 1}
 
     assert facade.modify_user_metadata("alice", call).metadata == {"outer": 1}
-    assert len(errors) == 2
+    assert len(errors) == 4
     assert facade.update_user_metadata("alice", {"n": 1}).metadata == {"outer": 1, "n": 1}
+
+
+def test_what_the_function_started_may_call_the_library_later(facade: Any) -> None:
+    """A thread that has the function's context variables is refused only while it runs."""
+    returned = threading.Event()
+    found: list[Metadata] = []
+    threads: list[threading.Thread] = []
+
+    def call(metadata: Metadata) -> Metadata:
+        in_context = contextvars.copy_context().run
+
+        def later() -> None:
+            assert returned.wait(30)
+            found.append(in_context(syncio.get_user_metadata, "alice").metadata)
+
+        threads.append(threading.Thread(target=later))
+        threads[0].start()
+        return {"n": 1}
+
+    facade.modify_user_metadata("alice", call)
+    returned.set()
+    threads[0].join()
+    assert found == [{"n": 1}]
 
 
 # Bad input: refused before anything is written, the same on every storage
@@ -252,14 +283,20 @@ def test_an_update_is_read_when_the_coroutine_starts() -> None:
     """Changing the dict while the call is under way changes nothing stored."""
 
     async def main() -> None:
-        update = {"n": 0}
-        call = asyncio.create_task(aio.update_user_metadata("alice", update))
-        await asyncio.sleep(0)  # the first step of the task
-        update["n"] = 99
-        assert (await call).metadata == {"n": 0}
+        metadata = [{"n": [0]} for _ in range(3)]
+        calls: list[asyncio.Task[Any]] = [
+            asyncio.create_task(aio.update_user_metadata("alice", metadata[0])),
+            asyncio.create_task(aio.set_user_metadata("bob", metadata[1])),
+            asyncio.create_task(aio.update_bulk_user_metadata({"carol": metadata[2]})),
+        ]
+        await asyncio.sleep(0)  # the first step of the tasks
+        for each in metadata:
+            each["n"][0] = 99
+        await asyncio.gather(*calls)
 
     asyncio.run(main())
-    assert syncio.get_user_metadata("alice").metadata == {"n": 0}
+    found = syncio.get_bulk_user_metadata(["alice", "bob", "carol"])
+    assert [result.metadata for result in found.values()] == [{"n": [0]}] * 3
 
 
 # Threads and event loops

@@ -176,6 +176,31 @@ def test_a_failing_call_fails_alone(storage: Gated) -> None:
     asyncio.run(main())
 
 
+class Interrupted(BaseException):
+    """What is no ``Exception``, as the time limits of some task queues."""
+
+
+def test_an_interrupted_call_fails_alone(storage: Gated) -> None:
+    """What interrupts one function is raised by its own call; the others of its batch succeed."""
+
+    def interrupt(metadata: Metadata) -> Metadata:
+        raise Interrupted
+
+    async def main() -> None:
+        async with asyncio.timeout(60):
+            results = await behind_another(
+                storage,
+                update_user_metadata("alice", {"a": 1}),
+                modify_user_metadata("alice", interrupt),
+                update_user_metadata("alice", {"b": 1}),
+            )
+            assert isinstance(results.pop(1), Interrupted)
+            assert [result.metadata for result in results] == [{"a": 1}, {"a": 1, "b": 1}]
+            assert (await get_user_metadata("alice")).metadata == {"a": 1, "b": 1}
+
+    asyncio.run(main())
+
+
 def test_bad_input_never_joins_a_batch(storage: Gated) -> None:
     """It raises before the storage is called."""
 
@@ -294,7 +319,8 @@ def test_a_loop_that_is_closed_is_not_missed(storage: Gated) -> None:
     storage.open.set()
 
     async def later() -> None:
-        assert (await update_user_metadata("alice", {"m": 1})).metadata["m"] == 1
+        async with asyncio.timeout(60):
+            assert (await update_user_metadata("alice", {"m": 1})).metadata["m"] == 1
 
     asyncio.run(later())
 
@@ -304,10 +330,13 @@ def test_reset_leaves_no_thread(storage: Gated) -> None:
     before = set(threading.enumerate())
 
     async def main() -> None:
+        await get_user_metadata("a")
         updates = [asyncio.create_task(update_user_metadata("a", {str(n): n})) for n in range(9)]
         await asyncio.sleep(0)
+        recipe = UserMetadataRecipe.get_instance()
         UserMetadataRecipe.reset()
         assert set(threading.enumerate()) <= before
+        assert recipe.storage is storage  # which the program may keep
         for task in updates:
             await task
 

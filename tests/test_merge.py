@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given
-from strategies import metadata
+from strategies import mergeable
 
 from usermetadata import merge_metadata
 
@@ -22,7 +22,7 @@ def test_every_vector_holds(vector: dict[str, Any]) -> None:
     assert merge_metadata(vector["old"], vector["update"]) == vector["merged"]
 
 
-@given(metadata, metadata)
+@given(mergeable, mergeable)
 def test_the_merge_changes_neither_argument(old: dict[str, Any], update: dict[str, Any]) -> None:
     """The merge is pure."""
     before = copy.deepcopy((old, update))
@@ -30,25 +30,34 @@ def test_the_merge_changes_neither_argument(old: dict[str, Any], update: dict[st
     assert (old, update) == before
 
 
-@given(metadata, metadata)
+@given(mergeable, mergeable)
 def test_merging_twice_is_merging_once(old: dict[str, Any], update: dict[str, Any]) -> None:
     """The merge is idempotent: a repeated update is harmless."""
     once = merge_metadata(old, update)
     assert merge_metadata(once, update) == once
 
 
-@given(metadata, metadata)
+@given(mergeable, mergeable)
 def test_what_the_update_does_not_name_is_untouched(
     old: dict[str, Any], update: dict[str, Any]
 ) -> None:
-    """Properties that are not in the update stay: the same objects, in the same order."""
+    """Properties that are not in the update stay: the same objects."""
     merged = merge_metadata(old, update)
     kept = [name for name in old if name not in update and old[name] is not None]
     assert [name for name in merged if name not in update] == kept
     assert all(merged[name] is old[name] for name in kept)
 
 
-@given(metadata, metadata)
+@given(mergeable, mergeable)
+def test_properties_keep_their_places(old: dict[str, Any], update: dict[str, Any]) -> None:
+    """The properties that were there come first, in their order; then the new ones in theirs."""
+    merged = merge_metadata(old, update)
+    assert list(merged) == [name for name in {**old, **update} if name in merged]
+    was_there = [name in old for name in merged]
+    assert was_there == sorted(was_there, reverse=True)
+
+
+@given(mergeable, mergeable)
 def test_what_the_update_names_is_the_updates(old: dict[str, Any], update: dict[str, Any]) -> None:
     """Properties of the update are in the result unchanged, or removed if they are ``None``."""
     merged = merge_metadata(old, update)
@@ -57,7 +66,7 @@ def test_what_the_update_names_is_the_updates(old: dict[str, Any], update: dict[
     assert None not in merged.values()
 
 
-@given(metadata, metadata, metadata)
+@given(mergeable, mergeable, mergeable)
 def test_two_updates_are_their_composition(
     old: dict[str, Any], first: dict[str, Any], second: dict[str, Any]
 ) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
@@ -63,7 +63,8 @@ def postgres(schema: str) -> Generator[PostgresStorage, None, None]:
 class Core:
     """Uses the table as a SuperTokens core does."""
 
-    def __init__(self, schema: str) -> None:
+    def __init__(self, schema: str, app_id: str = "public") -> None:
+        self._app_id = app_id
         self._connection = psycopg.connect(server_url(), options=f"-c search_path={schema}")
 
     def update(self, user_id: str, update: dict[str, Any], meanwhile: Any = None) -> None:
@@ -71,29 +72,30 @@ class Core:
         locked = False
         while not locked:
             [locked] = self._query(
-                "SELECT pg_try_advisory_xact_lock(hashtext(%s))", f"public~{user_id}"
+                "SELECT pg_try_advisory_xact_lock(hashtext(%s))", f"{self._app_id}~{user_id}"
             ) or [False]
             if not locked:
                 self._connection.rollback()
         row = self._query(
-            "SELECT user_metadata FROM user_metadata WHERE app_id = 'public' AND user_id = %s",
+            "SELECT user_metadata FROM user_metadata WHERE app_id = %s AND user_id = %s",
+            self._app_id,
             user_id,
         )
         if meanwhile:
             meanwhile()
         merged = usermetadata.merge_metadata(json.loads(row[0]) if row else {}, update)
         self._connection.execute(
-            "INSERT INTO user_metadata (app_id, user_id, user_metadata) VALUES ('public', %s, %s)"
+            "INSERT INTO user_metadata (app_id, user_id, user_metadata) VALUES (%s, %s, %s)"
             " ON CONFLICT (app_id, user_id) DO UPDATE SET user_metadata = excluded.user_metadata",
-            [user_id, json.dumps(merged)],
+            [self._app_id, user_id, json.dumps(merged)],
         )
         self._connection.commit()
 
     def close(self) -> None:
         self._connection.close()
 
-    def _query(self, query: Any, parameter: str) -> tuple[Any, ...] | None:
-        return self._connection.execute(query, [parameter]).fetchone()
+    def _query(self, query: Any, *parameters: str) -> tuple[Any, ...] | None:
+        return self._connection.execute(query, parameters).fetchone()
 
 
 # The table.
@@ -349,6 +351,25 @@ def test_a_write_waits_for_the_core(
     core.update("alice", {"core": 1}, meanwhile)
     threads[0].join()
     assert postgres.read(["alice"]) == {"alice": expected}
+
+
+def test_a_write_waits_for_the_core_of_its_app(
+    core: Core, schema: str, direct: psycopg.Connection[Any], postgres: PostgresStorage
+) -> None:
+    """A core locks a user of one app; its other apps' users of the same id are not held up."""
+    direct.execute("INSERT INTO apps VALUES ('shop')")
+    shop = postgres.for_app("shop")
+
+    def meanwhile() -> None:
+        assert postgres.write([("alice", Merge({"public": 1}))]) == [{"public": 1}]
+        waiting.append(executor.submit(shop.write, [("alice", Merge({"ours": 1}))]))
+        waiting_for_locks(1)
+
+    waiting: list[Future[Any]] = []
+    with ThreadPoolExecutor(1) as executor, contextlib.closing(Core(schema, "shop")) as other:
+        other.update("alice", {"core": 1}, meanwhile)
+        assert waiting[0].result(60) == [{"core": 1, "ours": 1}]
+    assert postgres.read(["alice"]) == {"alice": {"public": 1}}
 
 
 def test_a_clear_waits_for_the_core(core: Core, postgres: PostgresStorage) -> None:

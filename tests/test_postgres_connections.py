@@ -19,6 +19,7 @@ import pytest
 from postgres_proxy import Pooler, Proxy
 from postgres_server import OwnServer, empty_schema, server_url, waiting_for_locks
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.sql import SQL, Literal
 from psycopg_pool import ConnectionPool
 from test_processes import WORK
 
@@ -408,6 +409,26 @@ def test_a_failover_loses_nothing() -> None:
         assert len(storage.read(["alice"])["alice"]) > 80
 
 
+@pytest.mark.parametrize("state", ["08006", "57P02"], ids=["connection failure", "crash"])
+def test_what_says_that_the_connection_was_lost_leaves_it_open(
+    open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any], state: str
+) -> None:
+    """A pooler may answer in place of a server that it has lost; the write may have been done."""
+    storage = open_storage()
+    storage.write([("alice", Merge({"n": 1}))])
+    function = SQL(
+        "CREATE FUNCTION lose() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN RAISE EXCEPTION 'lost' USING ERRCODE = {}; END $$"
+    )
+    direct.execute(function.format(Literal(state)))
+    direct.execute(
+        "CREATE TRIGGER losing BEFORE INSERT ON user_metadata FOR EACH ROW EXECUTE FUNCTION lose()"
+    )
+    with pytest.raises(OutcomeUnknownError, match="lost"):
+        storage.write([("alice", Merge({"n": 2}))])
+    assert storage.read(["alice"]) == {"alice": {"n": 1}}
+
+
 def test_a_read_only_server_says_so(
     open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
 ) -> None:
@@ -465,6 +486,8 @@ def test_writes_of_many_kinds_do_not_deadlock(
         for n in range(100):
             kinds: list[Change] = [Clear(), Merge({"n": n}), Replace({"n": n})]
             choice = random.Random(1000 * thread + n)
+            if n % 2:  # all of one kind are one statement
+                kinds = [choice.choice(kinds)]
             storage.write([(user, choice.choice(kinds)) for user in choice.sample(users, 10)])
 
     deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"

@@ -61,15 +61,15 @@ for n in range(int(sys.argv[3])):
 
 
 def test_processes_lose_no_update(database: Path) -> None:
-    """8 processes that create the file together and update one user 500 times each lose nothing."""
-    processes = [start(UPDATE, database, number, 500) for number in range(8)]
+    """8 processes that create the file together and update one user 200 times each lose nothing."""
+    processes = [start(UPDATE, database, number, 200) for number in range(8)]
     for process in processes:
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
     for process in processes:
         finish(process)
-    expected = {f"{number}:{n}": n for number in range(8) for n in range(500)}
+    expected = {f"{number}:{n}": n for number in range(8) for n in range(200)}
     assert read(database, "alice") == expected
     assert is_sound(database)
 
@@ -127,7 +127,10 @@ for line in sys.stdin:
 
 
 def test_what_was_acknowledged_survives_kill_9(database: Path, tmp_path: Path) -> None:
-    """60 writers, 3 at a time, are killed at random moments; no acknowledged update is missing."""
+    """60 writers, 3 at a time, are killed at random moments; no acknowledged update is missing.
+
+    On a slow machine there are more of them, until enough updates were acknowledged.
+    """
     acknowledged = tmp_path / "acknowledged"
     acknowledged.mkdir()
     nursery = start(NURSERY, database, acknowledged)
@@ -139,8 +142,14 @@ def test_what_was_acknowledged_survives_kill_9(database: Path, tmp_path: Path) -
         nursery.stdin.flush()
         return int(nursery.stdout.readline())
 
-    for batch in range(20):
-        for writer in [ask(f"user {batch} {number}") for number in range(3)]:
+    def is_enough() -> bool:
+        return sum(log.stat().st_size for log in acknowledged.iterdir()) > 1000
+
+    batches = 0
+    while batches < 20 or not is_enough():
+        batches += 1
+        assert batches < 500
+        for writer in [ask(f"user {batches} {number}") for number in range(3)]:
             # Not to wait for an event: kills happen at random moments, from the first opening on.
             threading.Event().wait(random.uniform(0, 0.05))
             os.kill(writer, signal.SIGKILL)
@@ -149,7 +158,7 @@ def test_what_was_acknowledged_survives_kill_9(database: Path, tmp_path: Path) -
     finish(nursery)
 
     with contextlib.closing(SQLiteStorage(database)) as storage:
-        for batch in range(20):
+        for batch in range(1, batches + 1):
             for number in range(3):
                 user_id = f"user {batch} {number}"
                 log = acknowledged / user_id
@@ -157,7 +166,6 @@ def test_what_was_acknowledged_survives_kill_9(database: Path, tmp_path: Path) -
                 stored = storage.read([user_id]).get(user_id, {})
                 # The last update may be stored but not acknowledged.
                 assert list(stored.values()) in (list(range(count)), list(range(count + 1)))
-    assert sum(len(log.read_text()) for log in acknowledged.iterdir()) > 1000
 
 
 WORK = """
@@ -275,6 +283,36 @@ print(len(syncio.get_user_metadata("alice").metadata))
 """
     assert finish(start(WORK + program, database)) == "200\n"
     assert is_sound(database)
+
+
+def test_tasks_go_on_after_a_fork_that_python_is_not_told_of() -> None:
+    """Worker threads stay with the parent; the child's calls get new ones instead of waiting."""
+    program = """
+import asyncio, ctypes, os
+import usermetadata
+from usermetadata import InMemoryStorage
+from usermetadata.asyncio import get_user_metadata, update_user_metadata
+
+class InWorkers(InMemoryStorage):
+    reads_in_flight = writes_in_flight = 1
+
+async def visit(name):
+    async with asyncio.timeout(30):
+        await update_user_metadata("alice", {name: True})
+        return list((await get_user_metadata("alice")).metadata)
+
+usermetadata.init(InWorkers())
+asyncio.run(visit("before"))
+child = ctypes.PyDLL(None).fork()
+if child == 0:
+    try:
+        os._exit(asyncio.run(visit("child")) != ["before", "child"])
+    except TimeoutError:
+        os._exit(1)
+assert os.waitpid(child, 0)[1] == 0
+print(asyncio.run(visit("parent")))
+"""
+    assert finish(start(program)) == "['before', 'parent']\n"
 
 
 def test_an_open_file_does_not_cross_a_fork_that_python_is_not_told_of(database: Path) -> None:
@@ -427,17 +465,74 @@ assert os.waitpid(children[0], 0)[1] == 0
     assert finish(start(READING + program, database)) == "{'alice': {'n': 1}}\n"
 
 
+def test_a_storage_that_is_dropped_after_a_fork_closes_its_file(database: Path) -> None:
+    """A fork keeps no storage alive, neither in the parent nor in the child."""
+    program = """
+import gc, os, sys
+from usermetadata import SQLiteStorage
+from usermetadata.changes import Merge
+
+storage = SQLiteStorage(sys.argv[1])
+storage.write([("alice", Merge({}))])
+child = os.fork()
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+storage.write([("alice", Merge({"n": 1}))])
+opened = os.listdir(os.path.dirname(sys.argv[1]))
+del storage
+gc.collect()
+closed = os.listdir(os.path.dirname(sys.argv[1]))
+if child == 0:
+    os._exit((len(opened), len(closed)) != (3, 1))
+print(len(opened), len(closed))
+"""
+    assert finish(start(program, database)) == "3 1\n"
+
+
+def test_a_fork_while_storages_are_made() -> None:
+    """A child makes storages of its own, whatever another thread was doing at the fork."""
+    program = """
+import os, signal, sys, threading
+from usermetadata import InMemoryStorage
+
+sys.setswitchinterval(1e-6)
+stop = threading.Event()
+
+def make():
+    while not stop.is_set():
+        InMemoryStorage()
+
+thread = threading.Thread(target=make)
+thread.start()
+failed = []
+for _ in range(50):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        InMemoryStorage()
+        os._exit(0)
+    failed.append(os.waitpid(child, 0)[1])
+    if failed[-1]:
+        break
+stop.set()
+thread.join()
+print(sum(failed))
+"""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program]
+    assert subprocess.check_output(command, text=True, timeout=60) == "0\n"
+
+
 def test_a_fork_does_not_wait_for_who_keeps_an_error(database: Path) -> None:
     """A fork does not wait for a connection that only a kept traceback refers to."""
-    with contextlib.closing(SQLiteStorage(database, timeout=60)) as storage:
+    with contextlib.closing(SQLiteStorage(database, timeout=20)) as storage:
         storage.write([("alice", Merge({}))])
         with contextlib.closing(sqlite3.connect(database)) as other, other:
-            other.execute("UPDATE user_metadata SET user_metadata = '['")
+            other.execute("UPDATE user_metadata SET user_metadata = CAST(x'7bff7d' AS TEXT)")
         with pytest.raises(DamagedMetadataError) as kept:
             storage.read(["alice"])
         begin = time.monotonic()
         subprocess.run([sys.executable, "-c", ""], check=True, preexec_fn=int)
-        assert time.monotonic() - begin < 50
+        assert time.monotonic() - begin < 15
     assert kept.value.__traceback__ is not None
 
 
@@ -507,7 +602,7 @@ for function in (
 started.wait()
 """
     command = [sys.executable, "-c", program, url]
-    for _ in range(5):
+    for _ in range(3):
         finished = subprocess.run(
             command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -80,9 +81,14 @@ def test_the_environment_names_the_default(tmp_path: Path, monkeypatch: pytest.M
     assert keeps_metadata_in(tmp_path / "other.db")
 
 
-def test_the_last_default_is_a_file_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_set", [False, True], ids=["unset", "empty"])
+def test_the_last_default_is_a_file_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_set: bool
+) -> None:
     """Without argument and variable it is ``users.db`` in the working directory."""
-    monkeypatch.delenv("USERMETADATA_URL", raising=False)
+    monkeypatch.setenv("USERMETADATA_URL", "")
+    if not is_set:
+        monkeypatch.delenv("USERMETADATA_URL")
     monkeypatch.chdir(tmp_path)
     usermetadata.init()
     assert keeps_metadata_in(tmp_path / "users.db")
@@ -215,6 +221,30 @@ def test_functions_that_an_override_lacks_are_the_originals(facade: Any) -> None
     assert facade.get_bulk_user_metadata(["alice"])["alice"].metadata == {"n": 1}
 
 
+def test_an_override_class_may_have_the_newer_functions(facade: Any) -> None:
+    """Those that a class has are used, beside the originals of those that it lacks."""
+    called: list[str] = []
+
+    class Noting(Shouting):
+        async def set_user_metadata(
+            self, user_id: str, metadata: Any, user_context: dict[str, Any]
+        ) -> MetadataResult:
+            called.append("set")
+            return await self.original.set_user_metadata(user_id, metadata, user_context)
+
+        async def get_bulk_user_metadata(
+            self, user_ids: Any, user_context: dict[str, Any]
+        ) -> dict[str, MetadataResult]:
+            called.append("get bulk")
+            return await self.original.get_bulk_user_metadata(user_ids, user_context)
+
+    usermetadata.init("memory://", UserMetadataOverrideConfig(functions=Noting))
+    assert facade.set_user_metadata("alice", {"n": 1}).metadata == {"n": 1}
+    facade.update_bulk_user_metadata({"alice": {"m": 1}})
+    assert facade.get_bulk_user_metadata(["alice"])["alice"].metadata == {"n": 1, "m": 1}
+    assert called == ["set", "get bulk"]
+
+
 def test_every_function_passes_through_overrides(facade: Any) -> None:
     """The newer functions can be overridden like the first three, ``user_context`` last."""
     called: list[str] = []
@@ -311,6 +341,92 @@ def test_an_override_may_use_syncio() -> None:
     assert syncio.get_user_metadata("calls").metadata == {"n": 2}
 
 
+def test_a_function_is_called_in_the_thread_of_its_override(database: Path) -> None:
+    """What an override binds to its thread is there in a function given to ``syncio``'s modify."""
+    threads: list[int] = []
+
+    class Binding(Shouting):
+        async def modify_user_metadata(
+            self, user_id: str, function: Any, user_context: dict[str, Any]
+        ) -> MetadataResult:
+            threads.append(threading.get_ident())
+            return await self.original.modify_user_metadata(user_id, function, user_context)
+
+    def function(metadata: dict[str, Any]) -> dict[str, Any]:
+        threads.append(threading.get_ident())
+        return metadata
+
+    usermetadata.init(database, UserMetadataOverrideConfig(functions=Binding))
+    syncio.modify_user_metadata("alice", function)
+    assert threads[0] == threads[1] != threading.get_ident()
+
+
+class Held(InMemoryStorage):
+    """Lets a write wait until it may go on."""
+
+    reads_in_flight = writes_in_flight = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered = threading.Event()
+        self.go_on = threading.Event()
+
+    def write(self, changes: Any) -> Any:
+        self.entered.set()
+        assert self.go_on.wait(30)
+        return super().write(changes)
+
+
+def test_an_override_of_syncio_may_run_a_loop_of_its_own() -> None:
+    """The functions of ``asyncio`` do not block that loop either, in whichever thread it is."""
+    storage = Held()
+
+    async def update() -> None:
+        task = asyncio.create_task(usermetadata.asyncio.set_user_metadata("bob", {"n": 1}))
+        while not storage.entered.is_set():
+            await asyncio.sleep(0)
+        storage.go_on.set()
+        await task
+
+    class Running(Shouting):
+        async def get_user_metadata(
+            self, user_id: str, user_context: dict[str, Any]
+        ) -> MetadataResult:
+            await asyncio.to_thread(asyncio.run, update())
+            return await self.original.get_user_metadata(user_id, user_context)
+
+    usermetadata.init(storage, UserMetadataOverrideConfig(functions=Running))
+    assert syncio.get_user_metadata("alice").metadata == {}
+    assert storage.read(["bob"]) == {"bob": {"n": 1}}
+
+
+def test_reset_lets_an_override_finish_its_call(database: Path) -> None:
+    """A call that its override holds up is completed after ``reset``, on a storage left open."""
+
+    async def main() -> None:
+        go_on = asyncio.Event()
+
+        class Waiting(Shouting):
+            async def clear_user_metadata(
+                self, user_id: str, user_context: dict[str, Any]
+            ) -> ClearUserMetadataResult:
+                await go_on.wait()
+                return await self.original.clear_user_metadata(user_id, user_context)
+
+        usermetadata.init(storage, UserMetadataOverrideConfig(functions=Waiting))
+        await usermetadata.asyncio.set_user_metadata("alice", {"n": 1})
+        call = asyncio.create_task(usermetadata.asyncio.clear_user_metadata("alice"))
+        await asyncio.sleep(0)
+        UserMetadataRecipe.reset()
+        go_on.set()
+        async with asyncio.timeout(60):
+            await call
+
+    with contextlib.closing(SQLiteStorage(database)) as storage:
+        asyncio.run(main())
+        assert storage.read(["alice"]) == {}
+
+
 def test_an_override_sees_the_callers_context_variables(facade: Any) -> None:
     """An override has the caller's context variables, for example a web framework's."""
     request = contextvars.ContextVar("request", default="none")
@@ -387,6 +503,34 @@ def test_the_recipe_may_be_used_without_init() -> None:
     assert recipe.recipe_id == "usermetadata"
     result = asyncio.run(_get(recipe.recipe_implementation))
     assert result.metadata == {"n": 1}
+
+
+def test_threads_that_begin_together_share_the_implementation() -> None:
+    """So their calls keep one order, and ``reset`` completes all of them."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(20):
+            recipe = UserMetadataRecipe(InMemoryStorage())
+            together = threading.Barrier(8)
+            found: list[RecipeInterface] = []
+
+            def look(
+                recipe: UserMetadataRecipe = recipe,
+                together: threading.Barrier = together,
+                found: list[RecipeInterface] = found,
+            ) -> None:
+                together.wait(30)
+                found.append(recipe.recipe_implementation)
+
+            threads = [threading.Thread(target=look) for _ in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert found == [recipe.recipe_implementation] * 8
+    finally:
+        sys.setswitchinterval(interval)
 
 
 async def _get(functions: RecipeInterface) -> MetadataResult:

@@ -27,10 +27,12 @@ from usermetadata.changes import Merge
 from usermetadata.server import VERSIONS, create_app
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
     from pathlib import Path
 
     from usermetadata import Storage
+    from usermetadata.changes import Change
+    from usermetadata.codec import Metadata
 
 METADATA = "/recipe/user/metadata"
 KEY = "a key of at least twenty characters"
@@ -333,6 +335,66 @@ def test_apps_do_not_wait_for_each_others_writers(database: Path) -> None:
         assert {each.result() for each in written} == {"OK"}
 
 
+class Held(InMemoryStorage):
+    """Lets its first write wait until it may go on, and notes the size of each."""
+
+    reads_in_flight = writes_in_flight = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[int] = []
+        self.entered = threading.Event()
+        self.go_on = threading.Event()
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        self.writes.append(len(changes))
+        self.entered.set()
+        assert self.go_on.wait(60)
+        return super().write(changes)
+
+
+def test_requests_that_wait_share_a_write_with_those_of_their_app(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What gathers behind a write is written together, and each app's rows are its own."""
+    storage = Held()
+    parsed = threading.Semaphore(0)
+    loads = json.loads
+
+    def parse(*arguments: Any, **options: Any) -> Any:
+        parsed.release()
+        return loads(*arguments, **options)
+
+    with (
+        served(create_app(storage)) as client,
+        ThreadPoolExecutor(9) as executor,
+        contextlib.ExitStack() as stack,
+    ):
+        host = f"http://{client.connection.host}:{client.connection.port}"
+
+        def write(number: int, app: str) -> Any:
+            own = Client(host)
+            with contextlib.closing(own.connection):
+                body = {"userId": "alice", "metadataUpdate": {f"{app}{number}": number}}
+                return own.request("PUT", f"{app}{METADATA}", body).status
+
+        stack.callback(storage.go_on.set)
+        first = executor.submit(write, 0, "")
+        assert storage.entered.wait(60)
+        with monkeypatch.context() as patch:
+            patch.setattr("usermetadata._core.parsing.json.loads", parse)
+            waiting = [executor.submit(write, n, app) for n in range(4) for app in ("", "/appid-a")]
+            for _ in waiting:
+                assert parsed.acquire(timeout=60)
+        client.request("GET", "/hello")  # after it the last of them has joined its batch
+        storage.go_on.set()
+        assert {each.result(60) for each in (first, *waiting)} == {200}
+    assert storage.writes == [1, 4, 4]
+    assert storage.read(["alice"]) == {"alice": {str(n): n for n in range(4)}}
+    of_the_app = storage.for_app("a").read(["alice"])
+    assert of_the_app == {"alice": {f"/appid-a{n}": n for n in range(4)}}
+
+
 def test_the_key_comes_first(closed: Client) -> None:
     """The key is checked first, then the version, the method and the fields."""
     headers = {"cdi-version": "9.9"}
@@ -462,6 +524,18 @@ def test_requests_are_logged_without_metadata(
     client.request("GET", f"{METADATA}?userId=alice")
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [f"PUT '{METADATA}': 200", f"GET '{METADATA}': 200"]
+
+
+def test_its_end_leaves_no_thread(database: Path) -> None:
+    """The lifespan's end completes the calls under way, and with them the worker threads."""
+    before = set(threading.enumerate())
+    with contextlib.closing(SQLiteStorage(database)) as storage:
+        app = create_app(storage)
+        with served(app) as client:
+            update(client, "alice", {"n": 1})
+            assert client.request("GET", f"{METADATA}?userId=alice").json["metadata"] == {"n": 1}
+        assert set(threading.enumerate()) <= before
+        assert app.routes  # the application itself is still there
 
 
 def test_it_may_be_part_of_an_application(usermetadata_storage: InMemoryStorage) -> None:
@@ -829,8 +903,10 @@ def test_bad_requests_do_not_flood_the_log(before: str) -> None:
 PATHS = ["/", "/hello", "/apiversion", METADATA, f"{METADATA}/remove", f"{METADATA}/bulk"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda children: st.lists(children) | st.dictionaries(st.text(), children),
-    max_leaves=8,
+    lambda children: (
+        st.lists(children, max_size=3) | st.dictionaries(st.text(), children, max_size=3)
+    ),
+    max_leaves=5,
 )
 FIELDS = st.fixed_dictionaries(
     {}, optional={"userId": JSON, "metadataUpdate": JSON, "userIds": JSON | st.lists(st.text())}
@@ -838,7 +914,7 @@ FIELDS = st.fixed_dictionaries(
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"]),

@@ -91,6 +91,11 @@ class AnyCalls(RuleBasedStateMachine):
             {user_id: self.model[user_id] for user_id in updates},
         )
 
+    @rule(facade=facades, user_id=user_ids)
+    def get(self, facade: Any, user_id: str) -> None:
+        """Read one user."""
+        same(facade.get_user_metadata(user_id).metadata, self.model.get(user_id, {}))
+
     @rule(facade=facades, users=st.lists(user_ids))
     def get_bulk(self, facade: Any, users: list[str]) -> None:
         """Read several users."""
@@ -106,9 +111,10 @@ class AnyCalls(RuleBasedStateMachine):
         everybody = ["alice", "Alice", "é", "\U0010ffff", "other"]
         rows = self.storage.read(everybody)
         same({user: rows[user] for user in everybody if user in rows}, self.rows())
-        for user_id in everybody:
-            for facade in FACADES.values():
-                same(facade.get_user_metadata(user_id).metadata, self.model.get(user_id, {}))
+        for facade in FACADES.values():
+            found = facade.get_bulk_user_metadata(everybody)
+            for user_id in everybody:
+                same(found[user_id].metadata, self.model.get(user_id, {}))
 
     def rows(self) -> dict[str, Metadata]:
         """Return the model in a fixed order."""

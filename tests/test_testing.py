@@ -111,7 +111,9 @@ def test_the_sdk_finds_the_server_in_every_test(pytester: pytest.Pytester) -> No
             assert get_user_metadata("alice").metadata == {"turn": turn}
         """
     )
-    pytester.runpytest_subprocess().assert_outcomes(passed=2)
+    # Hypothesis would be imported at the end, which takes as long as all the rest.
+    ran = pytester.runpytest_subprocess("-p", "no:hypothesispytest")
+    ran.assert_outcomes(passed=2)
 
 
 def test_the_suite_finds_a_faulty_storage(pytester: pytest.Pytester) -> None:

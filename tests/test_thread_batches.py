@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import signal
 import sqlite3
 import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +20,7 @@ from usermetadata import (
     OutcomeUnknownError,
     SQLiteStorage,
     StorageBusyError,
+    StorageUnavailableError,
     UsageError,
 )
 from usermetadata._core.batching import ThreadBatches
@@ -51,10 +54,18 @@ class Threads:
 
         self.futures.append(self.executor.submit(work))
         deadline = time.monotonic() + 60
-        while not (started and self._has_stopped(started[0])):
+        while not started:
             assert time.monotonic() < deadline
             time.sleep(0)
+        self.wait_for(started[0])
         return self.futures[-1]
+
+    def wait_for(self, thread: int) -> None:
+        """Return when the call of that thread is executed or waits."""
+        deadline = time.monotonic() + 60
+        while not self._has_stopped(thread):
+            assert time.monotonic() < deadline
+            time.sleep(0)
 
     def _has_stopped(self, thread: int) -> bool:
         """Tell whether the thread sleeps until another wakes it, or executes a batch."""
@@ -244,7 +255,15 @@ def test_a_batch_that_fails_is_taken_apart() -> None:
     assert gated.batches == [[0], [1, 2, 3], [1], [2], [3]]
 
 
-@pytest.mark.parametrize("error", [StorageBusyError("busy"), OutcomeUnknownError("in doubt")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        StorageBusyError("busy"),
+        StorageUnavailableError("gone"),
+        OutcomeUnknownError("in doubt"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_some_errors_are_shared(error: Exception) -> None:
     """After these errors no call is repeated: it would wait again, or be done twice."""
     gated = Gated(error, timeout=60)
@@ -262,6 +281,75 @@ def test_an_interrupt_is_for_the_thread_that_executes() -> None:
     assert isinstance(futures[1].exception(60), KeyboardInterrupt)
     assert [future.result(60) for future in (futures[0], *futures[2:])] == [0, 2, 4]
     assert gated.batches[:2] == [[0], [1, 2, 4]]
+
+
+class Interrupted(BaseException):
+    """What a signal handler raises."""
+
+
+def test_a_call_that_was_interrupted_is_not_executed_later() -> None:
+    """A call that an interrupt takes from its queue is undone for ever, and the others go on."""
+    gated = Gated(None, timeout=60)
+    first = gated.call(0)
+    main = threading.get_ident()
+
+    def interrupt() -> None:
+        Threads(lambda _: False).wait_for(main)
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    def handler(*_: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        interrupter = threading.Thread(target=interrupt)
+        interrupter.start()
+        with pytest.raises(Interrupted):
+            gated.calls.call(2)
+        interrupter.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    later = gated.call(4)
+    gated.permits.release(9)
+    assert [future.result(60) for future in first + later] == [0, 4]
+    assert gated.batches == [[0], [4]]
+
+
+def test_who_waits_is_woken_and_does_not_look_now_and_then() -> None:
+    """When a batch is done its calls return at once, and one of those that wait begins."""
+    begin = time.monotonic()
+    for _ in range(20):
+        gated = Gated(None, timeout=60)
+        futures = gated.call(0, 2, 4)
+        gated.permits.release(9)
+        assert [future.result(60) for future in futures] == [0, 2, 4]
+        gated.threads.executor.shutdown()
+    assert time.monotonic() - begin < 5
+
+
+def test_a_call_that_must_be_alone_is_in_no_batch() -> None:
+    """Neither with calls that wait, nor executed by another thread; it takes its turn with them."""
+    for _ in range(10):
+        gated = Gated(None, timeout=60)
+        futures = gated.call(0, 2, 4)
+        futures.append(gated.threads.start(partial(gated.calls.call, 6, alone=True)))
+        gated.permits.release(9)
+        assert [future.result(60) for future in futures] == [0, 2, 4, 6]
+        assert [0] in gated.batches
+        assert [6] in gated.batches
+        gated.threads.executor.shutdown()
+
+
+def test_a_call_that_must_be_alone_waits_no_longer_than_the_timeout() -> None:
+    """A function that had no turn in time is not called, not even by another thread."""
+    gated = Gated(None, timeout=0.1)
+    first = gated.call(0)
+    with pytest.raises(StorageBusyError):
+        gated.calls.call(2, alone=True)
+    gated.permits.release(9)
+    assert first[0].result(60) == 0
+    assert gated.calls.call(4) == 4
+    assert gated.batches == [[0], [4]]
 
 
 def test_a_call_inside_a_batch_is_refused() -> None:

@@ -19,6 +19,7 @@ from usermetadata.validation import check_app_id, check_user_id
         ("", "user_id: is empty"),
         ("a" * 256, "user_id: has 256 characters; 255 are allowed"),
         ("a\0", "user_id: holds U\\+0000"),
+        ("é\0", "user_id: holds U\\+0000"),
         ("\ud800", "user_id: holds a lone surrogate"),
     ],
 )

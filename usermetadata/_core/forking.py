@@ -35,20 +35,22 @@ def watch(owner: ForkHooks) -> None:
 def notice() -> None:
     """Run the hooks now if C code has forked the process without telling Python, as uWSGI does."""
     global _one_fork_at_a_time  # noqa: PLW0603 - a thread of the parent may have held it
-    if os.getpid() != _process:
+    if os.getpid() != process:
         with _noticing:
-            if os.getpid() != _process:
+            if os.getpid() != process:
                 _one_fork_at_a_time = threading.RLock()
                 _one_fork_at_a_time.acquire()
                 _hooked[:] = _owners
                 _after_in_child()
 
 
+process = os.getpid()
+"""The number of this process, for all that does not ask the operating system."""
+
 _owners: WeakSet[ForkHooks] = WeakSet()
 _owners_lock = threading.RLock()
 _one_fork_at_a_time = threading.RLock()
 _hooked: list[ForkHooks] = []
-_process = os.getpid()
 _noticing = threading.Lock()
 
 
@@ -71,7 +73,7 @@ def _after_in_parent() -> None:
 
 
 def _after_in_child() -> None:
-    global _owners_lock, _process  # noqa: PLW0603 - a thread of the parent may have held it
+    global _owners_lock, process  # noqa: PLW0603 - a thread of the parent may have held it
     _owners_lock = threading.RLock()
     try:
         with ExitStack() as hooks:
@@ -80,7 +82,7 @@ def _after_in_child() -> None:
             for owner in _hooked:
                 hooks.callback(owner.after_fork_in_child)
     finally:
-        _process = os.getpid()
+        process = os.getpid()
 
 
 if hasattr(os, "register_at_fork"):

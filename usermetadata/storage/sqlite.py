@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +13,7 @@ from usermetadata._core.forking import notice
 from usermetadata._core.rows import decode_row
 from usermetadata._core.sqlite.file import FileConnections
 from usermetadata._core.sqlite.single import SingleConnection
-from usermetadata._core.sqlite.statements import READ_AFTER, ChangeError, reading
+from usermetadata._core.sqlite.statements import READ_AFTER, READ_MANY, READ_ONE, ChangeError
 from usermetadata.changes import Clear, Merge, Replace
 from usermetadata.exceptions import InvalidInputError
 from usermetadata.validation import check_app_id
@@ -101,7 +102,9 @@ class SQLiteStorage:
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         """Return the metadata of those users that have a row, in one query."""
-        return self._read(*reading(self._app_id, user_ids))
+        if len(user_ids) == 1:
+            return self._read(READ_ONE, (self._app_id, user_ids[0]))
+        return self._read(READ_MANY, (self._app_id, json.dumps(user_ids)))
 
     def read_after(self, user_id: str, limit: int) -> dict[str, Metadata]:
         """Return the metadata of the next users, in the order of their code points."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sqlite3
 
 from usermetadata._core.batching import busy
 from usermetadata.exceptions import (
@@ -32,11 +34,30 @@ def translate(error: Exception, name: str) -> StorageError:
     message = str(error)
     if message.startswith("database ") and message.endswith("is locked"):
         return busy(name)
+    if _no_descriptor_is_left():
+        return StorageError(
+            f"{name}: {message}: this process has too many open files; close some, or raise the"
+            " limit (ulimit -n)"
+        )
     directory = os.path.dirname(name)
     if "unable to open" in message and not os.path.isdir(directory):
         return StorageError(f"{name}: the directory {directory} does not exist; create it")
     advice = next((advice for sign, advice in _ADVICE if sign in message), "")
     return StorageError(f"{name}: {message}{advice}")
+
+
+def _no_descriptor_is_left() -> bool:
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return False
+
+
+def is_read_only(error: StorageError) -> bool:
+    """Tell whether the file cannot be opened for writing, so that reading may still work."""
+    code = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 
 
 def unknown_if_io_error(error: Exception, name: str) -> None:

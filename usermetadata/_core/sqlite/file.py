@@ -6,7 +6,7 @@ import os
 import sqlite3
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -15,10 +15,10 @@ from sqlite_utils.db import NoTable
 
 from usermetadata._core.forking import notice
 from usermetadata._core.sqlite.connecting import Connections, close_all, connect
-from usermetadata._core.sqlite.errors import closed, inherited, moved, translate
+from usermetadata._core.sqlite.errors import closed, inherited, is_read_only, moved, translate
 from usermetadata._core.sqlite.schema import check_table, has_table
 from usermetadata._core.sqlite.statements import fetch, write_together
-from usermetadata.exceptions import OutcomeUnknownError, StorageBusyError
+from usermetadata.exceptions import OutcomeUnknownError, StorageBusyError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from usermetadata._core.sqlite.statements import Changes, Results
 
 _LOOK_EVERY = 0.1  # seconds
+_MOST_READERS = 8  # each takes two or three file descriptors
 
 
 class FileConnections(Connections):
@@ -59,8 +60,8 @@ class FileConnections(Connections):
     def fetch(self, query: str, parameters: Sequence[object]) -> list[tuple[str, object]]:
         """Return the rows of a query, without waiting for the writer."""
         notice()
-        if self._reopen or not self._writers:
-            self.batches.call(())  # it opens the writer
+        if (self._reopen or not self._writers) and not self._open_for_reading():
+            return self._fetch_read_only(query, parameters)
         if time.monotonic() > self._look_again:
             self._check_file()
         reader = None
@@ -71,7 +72,7 @@ class FileConnections(Connections):
                 reader = self._idle_readers.pop()
             except IndexError:
                 reader = self._open_reader()
-            return fetch(reader.cursor(), query, parameters)
+            return fetch(reader, query, parameters)
         except sqlite3.Error as error:
             self._reopen = True
             if reader is not None:
@@ -83,6 +84,31 @@ class FileConnections(Connections):
                 self._idle_readers.append(reader)
             if self._closed or self._is_forking or self._generation != generation:
                 self._close_idle_readers()
+
+    def _open_for_reading(self) -> bool:
+        """Open the writer, which creates the file; ``False`` if the file may not be written."""
+        try:
+            self.batches.call(())
+        except StorageError as error:
+            if is_read_only(error) and os.path.isfile(self.name):
+                return False
+            raise
+        return True
+
+    def _fetch_read_only(
+        self, query: str, parameters: Sequence[object]
+    ) -> list[tuple[str, object]]:
+        """Return the rows of a query from a file or directory that this process may not write."""
+        mode = "ro"
+        if not os.path.exists(f"{self.name}-wal"):
+            # Without a log nothing writes. SQLite would want to create one.
+            mode = "ro&immutable=1"
+        try:
+            # Only for this query: another process may begin to write.
+            with closing(self._connect(mode)) as reader:
+                return fetch(reader, query, parameters)
+        except sqlite3.Error as error:
+            raise translate(error, self.name) from error
 
     def _write_together(self, calls: Sequence[Changes]) -> list[Results]:
         if self._closed:
@@ -106,10 +132,10 @@ class FileConnections(Connections):
 
     def close(self) -> None:
         """Close all connections; a write or read under way is completed."""
-        with self._opening:
-            self._closed = True
-        self._close_idle_readers()
         with self.batches.exclusive():
+            with self._opening:
+                self._closed = True
+            self._close_idle_readers()
             close_all(self._writers)
 
     def before_fork(self) -> None:
@@ -164,18 +190,14 @@ class FileConnections(Connections):
             else:
                 write_together(writer, [()], self.name, create=database)
             self._writers.append(writer)
-            if self._file is None:
-                found = os.stat(self.name)
-                self._file = found.st_dev, found.st_ino
         except BaseException:
             writer.close()
             raise
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self, mode: str = "rwc") -> sqlite3.Connection:
         """Open the file, which is created only once."""
-        mode = "rwc"
         if self._file is not None:
-            mode = "rw"
+            mode = mode.replace("rwc", "rw")
             self._check_file()
         path = self.name.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
         return connect(f"file:{path}?mode={mode}", self._timeout)
@@ -191,7 +213,9 @@ class FileConnections(Connections):
                 found = os.stat(self.name)
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise moved(self.name) from error
-            if self._file != (found.st_dev, found.st_ino):
+            file = found.st_dev, found.st_ino
+            self._file = self._file or file
+            if self._file != file:
                 raise moved(self.name)
         self._look_again = time.monotonic() + _LOOK_EVERY
 
@@ -208,12 +232,23 @@ class FileConnections(Connections):
                 time.sleep(0.01)
 
     def _open_reader(self) -> sqlite3.Connection:
-        with self._opening:
-            if self._closed:
-                raise closed(self.name)
-            reader = self._connect()
-            self._readers.add(reader)
-            return reader
+        deadline = time.monotonic() + self._timeout
+        while True:
+            with self._opening:
+                if self._closed:
+                    raise closed(self.name)
+                if len(self._readers) < _MOST_READERS:
+                    reader = self._connect()
+                    self._readers.add(reader)
+                    return reader
+            if time.monotonic() > deadline:
+                raise StorageBusyError(
+                    f"{self.name}: timed out waiting for one of {_MOST_READERS} connections that"
+                    " read; repeat the call, or allow a longer timeout"
+                )
+            time.sleep(0.001)
+            with suppress(IndexError):
+                return self._idle_readers.pop()
 
     def _close_reader(self, reader: sqlite3.Connection) -> None:
         reader.close()

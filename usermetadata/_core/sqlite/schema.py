@@ -60,7 +60,6 @@ def check_table(database: Database, name: str) -> None:
         StorageError: it cannot as it is; the message says what to change.
     """
     cursor = database.conn.cursor()
-    cursor.row_factory = None  # the caller may have set one
     columns = {column[0]: column[1:] for column in cursor.execute(_DESCRIBE)}
     fault = _fault_of_columns(columns) or _fault_of_key(cursor, columns)
     if fault:

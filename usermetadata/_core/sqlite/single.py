@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from sqlite_utils import Database
@@ -14,7 +15,7 @@ from usermetadata._core.sqlite.statements import fetch, write_together
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
     from usermetadata._core.sqlite.statements import Changes, Results
 
@@ -48,18 +49,13 @@ class SingleConnection(Connections):
                 self._write_together([()])
             if self._closed:
                 raise closed(self.name)
-            try:
-                cursor = self._connection.cursor()
-                cursor.row_factory = None  # the caller may have set one
-                return fetch(cursor, query, parameters)
-            except self._errors as error:
-                self._is_prepared = False
-                raise translate(error, self.name) from error
+            with self._in_use():
+                return fetch(self._connection, query, parameters)
 
     def _write_together(self, calls: Sequence[Changes]) -> list[Results]:
         if self._closed:
             raise closed(self.name)
-        try:
+        with self._in_use():
             missing = not self._is_prepared and not has_table(self._database)
             if not missing and not self._is_checked:
                 check_table(self._database, self.name)
@@ -71,9 +67,20 @@ class SingleConnection(Connections):
             # The caller may yet roll back a transaction in which the table was created.
             self._is_prepared = not self._connection.in_transaction
             return results
+
+    @contextmanager
+    def _in_use(self) -> Generator[None, None, None]:
+        """Get rows as tuples of ``str``, whatever the caller has set, and translate errors."""
+        connection = self._connection
+        row_factory, text_factory = connection.row_factory, connection.text_factory
+        try:
+            connection.row_factory, connection.text_factory = None, str
+            yield
         except self._errors as error:
             self._is_prepared = self._is_checked = False
             raise translate(error, self.name) from error
+        finally:
+            connection.row_factory, connection.text_factory = row_factory, text_factory
 
     def close(self) -> None:
         """Close the connection, unless it is the caller's."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from functools import partial
 from typing import TYPE_CHECKING
 
+from usermetadata._core import forking
 from usermetadata._core.rows import decode_row
 from usermetadata._core.sqlite.errors import inherited, not_stored, still_open, unknown_if_io_error
 from usermetadata._core.sqlite.schema import create_table
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     Changes = Sequence[tuple[Key, Change]]
     Results = list[Metadata | None]
 
-_READ_ONE = "SELECT user_id, user_metadata FROM user_metadata WHERE app_id = ? AND user_id = ?"
-_READ_MANY = (
+READ_ONE = "SELECT user_id, user_metadata FROM user_metadata WHERE app_id = ? AND user_id = ?"
+READ_MANY = (
     "SELECT user_id, user_metadata FROM user_metadata"
     " WHERE app_id = ? AND user_id IN (SELECT value FROM json_each(?))"
 )
@@ -44,21 +44,20 @@ _REMOVE = "DELETE FROM user_metadata WHERE app_id = ? AND user_id = ?"
 
 
 def fetch(
-    cursor: sqlite3.Cursor, query: str, parameters: Sequence[object]
+    connection: sqlite3.Connection, query: str, parameters: Sequence[object]
 ) -> list[tuple[str, object]]:
     """Return the rows of a query, with bytes in place of text that is not UTF-8.
 
     The driver's error quotes that text, and does not say whose it is.
     """
-    connection = cursor.connection
     try:
-        return cursor.execute(query, parameters).fetchall()
+        return connection.execute(query, parameters).fetchall()
     except connection.Error as error:
         if not str(error).startswith("Could not decode to UTF-8"):
             raise
     before, connection.text_factory = connection.text_factory, _text_or_bytes
     try:
-        return cursor.execute(query, parameters).fetchall()
+        return connection.execute(query, parameters).fetchall()
     finally:
         connection.text_factory = before
 
@@ -68,13 +67,6 @@ def _text_or_bytes(value: bytes) -> str | bytes:
         return value.decode()
     except UnicodeDecodeError:
         return value
-
-
-def reading(app_id: str, user_ids: Sequence[str]) -> tuple[str, tuple[str, str]]:
-    """Return the query for the rows of some users, and its parameters."""
-    if len(user_ids) == 1:
-        return _READ_ONE, (app_id, user_ids[0])
-    return _READ_MANY, (app_id, json.dumps(user_ids))
 
 
 def write_together(
@@ -87,7 +79,7 @@ def write_together(
     """Apply the changes of some calls in one transaction, or in the one that is open.
 
     Args:
-        connection: a connection without another user.
+        connection: a connection without another user, whose rows are tuples of ``str``.
         calls: the changes of each call, in order.
         name: the name of the database, for error messages.
         create: the database of the connection, if it has no table yet.
@@ -100,12 +92,11 @@ def write_together(
         StorageError: the database did not store what it was given, or it was not committed.
         sqlite3.Error: a statement failed.
     """
-    process = os.getpid()
+    process = forking.process
     joins = connection.in_transaction
     begin, commit, undo = _JOINED if joins else _OWN
     begun = False
     cursor = connection.cursor()
-    cursor.row_factory = None  # the owner of the connection may have set one
     try:
         cursor.execute(begin)
         begun = True
@@ -116,7 +107,7 @@ def write_together(
         else:
             together = iter(_write(cursor, [change for each in calls for change in each], name))
             results = [[next(together) for _ in each] for each in calls]
-        if os.getpid() != process:  # a change has forked: the parent has the transaction
+        if forking.process != process:  # a change has forked: the parent has the transaction
             raise inherited(name)
         try:
             cursor.execute(commit)
@@ -128,7 +119,7 @@ def write_together(
             raise still_open(name)
     except BaseException:
         # SQLite has undone some transactions itself, for example on a full disk.
-        if os.getpid() == process and connection.in_transaction and (begun or not joins):
+        if forking.process == process and connection.in_transaction and (begun or not joins):
             for statement in undo:
                 cursor.execute(statement)
         raise
@@ -170,7 +161,7 @@ def _write(cursor: sqlite3.Cursor, changes: Changes, name: str) -> Results:
 
 def _read(cursor: sqlite3.Cursor, keys: list[Key]) -> dict[Key, object]:
     if len(keys) == 1:
-        rows = fetch(cursor, _READ_ONE, keys[0])
+        rows = fetch(cursor.connection, READ_ONE, keys[0])
         return {keys[0]: rows[0][1]} if rows else {}
     by_app: dict[str, list[str]] = {}
     for app_id, user_id in keys:
@@ -178,7 +169,7 @@ def _read(cursor: sqlite3.Cursor, keys: list[Key]) -> dict[Key, object]:
     return {
         (app_id, user_id): text
         for app_id, user_ids in by_app.items()
-        for user_id, text in fetch(cursor, *reading(app_id, user_ids))
+        for user_id, text in fetch(cursor.connection, READ_MANY, (app_id, json.dumps(user_ids)))
     }
 
 
