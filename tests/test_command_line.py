@@ -203,9 +203,9 @@ def test_a_full_disk_is_an_error(shell: Shell, command: str) -> None:
 def test_a_line_that_does_not_fit_in_memory(shell: Shell, tmp_path: Path) -> None:
     """One line and the exit code 2, not a traceback."""
     with (tmp_path / "huge.jsonl").open("wb") as file:
-        file.truncate(2**30)  # one line without an end, on a sparse file
+        file.truncate(2**29)  # one line without an end, on a sparse file
     program = (
-        "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29));"
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 * 2**27, 3 * 2**27));"
         "from usermetadata.cli import main; main()"
     )
     for arguments in (["import", "huge.jsonl"], ["set", "a"]):
