@@ -104,6 +104,7 @@ def test_the_functions_are_commands(shell: Shell) -> None:
         (["set", "alice", '{"n": NaN}'], 2, 'metadata["n"]: NaN is not JSON; pass'),
         (["set", "a", '{"b": [12345678901234567890.12]}'], 2, 'metadata["b"][0]: a float would'),
         (["update", "a", '{"p": 0.1, "q": 1e-999}'], 2, 'metadata_update["q"]: a float would'),
+        (["set", "a", '{"ssn":', "1}"], 2, "too many arguments; put quotes around the JSON"),
         (["import", "inexact.jsonl"], 2, 'line 1["metadata"]["p"]: a float would'),
         (["import", "no_object.jsonl"], 2, "line 1: metadata: it is not an object"),
         (

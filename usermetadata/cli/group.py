@@ -58,10 +58,10 @@ def _check_streams() -> None:
 class UserCommand(click.Command):
     """A command whose user id may begin with a hyphen; with two, it comes after ``--``."""
 
-    ignore_unknown_options = True
+    ignore_unknown_options = allow_extra_args = True
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Refuse unknown options that begin with two hyphens: they may be misspelt."""
+        """Refuse unknown options that begin with two hyphens, and further arguments."""
         known = {name for parameter in self.get_params(ctx) for name in parameter.opts}
         for argument in takewhile(lambda each: each != "--", args):
             name = argument.partition("=")[0]
@@ -69,7 +69,10 @@ class UserCommand(click.Command):
                 raise click.NoSuchOption(
                     name, f"No such option {name!r}. Before a user id that begins with --, write --"
                 )
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        if rest:  # click would quote them, and they may be metadata
+            raise click.UsageError("too many arguments; put quotes around the JSON", ctx)
+        return rest
 
 
 @click.group(cls=_Group)

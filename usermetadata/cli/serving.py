@@ -117,7 +117,7 @@ def serve(  # noqa: PLR0913, PLR0917 - they are options
             http=limited(connections, request_timeout),
             ws="none",
             h11_max_incomplete_event_size=2 * MAX_HEAD,  # the protocol refuses it before
-            backlog=connections // 2,  # so many may be accepted before one is counted
+            backlog=max(1, connections // 2),  # so many may be accepted before one is counted
             timeout_graceful_shutdown=_GRACE,
         )
     except SystemExit as error:
