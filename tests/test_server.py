@@ -810,7 +810,7 @@ def test_a_request_has_a_time_limit(before: str) -> None:
     a_second_one = b"GET /hello HTTP/1.1\r\nHost: localhost\r\n\r\n" + half_a_head
 
     def wait_for_the_end(sent: bytes) -> None:
-        address = ("127.0.0.1", served.port)
+        address = ("127.0.0.1", running.port)
         with socket.create_connection(address, timeout=30) as connection:
             connection.sendall(sent)
             connection.settimeout(0.05)
@@ -825,11 +825,11 @@ def test_a_request_has_a_time_limit(before: str) -> None:
                     return
         pytest.fail("the connection is still open")
 
-    with serve_command("--request-timeout", "0.5", before=before) as served:
+    with serve_command("--request-timeout", "0.5", before=before) as running:
         with ThreadPoolExecutor(4) as executor:
             requests = (nothing, half_a_head, half_a_body, a_second_one)
             list(executor.map(wait_for_the_end, requests))
-        assert "Traceback" not in "".join(served.log)
+        assert "Traceback" not in "".join(running.log)
 
 
 def test_a_slow_storage_has_no_time_limit() -> None:
