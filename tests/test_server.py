@@ -832,42 +832,55 @@ def test_a_request_has_a_time_limit(before: str) -> None:
         assert "Traceback" not in "".join(running.log)
 
 
-def test_a_slow_storage_has_no_time_limit() -> None:
-    """A request that has arrived is answered, however long that takes."""
-    slow = """
-import time
-from usermetadata import InMemoryStorage
-read = InMemoryStorage.read
-InMemoryStorage.reads_in_flight = 1
-InMemoryStorage.read = lambda self, ids: (time.sleep(1 if ids else 0), read(self, ids))[1]
-"""
-    with serve_command("--request-timeout", "0.2", before=slow) as served:
-        client = Client(f"http://127.0.0.1:{served.port}")
-        with contextlib.closing(client.connection):
-            assert client.request("GET", f"{METADATA}?userId=a").status == 200
+FEW_DESCRIPTORS = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))"
+
+
+def send_halves(port: int, connections: contextlib.ExitStack) -> None:
+    """Open 150 connections and send half a request on each."""
+
+    def send_half(_: int) -> None:
+        connection = connections.enter_context(socket.create_connection(("127.0.0.1", port), 30))
+        send_all(connection, b"GET /hello HTTP/1.1\r\nHost: loc")
+
+    with ThreadPoolExecutor(150) as executor:
+        list(executor.map(send_half, range(150)))
 
 
 def test_half_sent_requests_do_not_keep_others_out() -> None:
     """With few descriptors, new clients are answered at once, and the log stays short."""
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))"
-    with (
-        serve_command(before=limit) as served,
-        contextlib.ExitStack() as stack,
-        ThreadPoolExecutor(150) as executor,
-    ):
-
-        def send_half(_: int) -> None:
-            address = ("127.0.0.1", served.port)
-            connection = stack.enter_context(socket.create_connection(address, timeout=30))
-            send_all(connection, b"GET /hello HTTP/1.1\r\nHost: loc")
-
+    with serve_command(before=FEW_DESCRIPTORS) as running, contextlib.ExitStack() as connections:
         for _ in range(2):
-            list(executor.map(send_half, range(150)))
-            client = Client(f"http://127.0.0.1:{served.port}")
+            send_halves(running.port, connections)
+            client = Client(f"http://127.0.0.1:{running.port}")
             with contextlib.closing(client.connection):
                 assert client.request("GET", "/hello").error == (200, "Hello")
-        assert "Traceback" not in "".join(served.log)
-        assert len(served.log) < 10
+        assert "Traceback" not in "".join(running.log)
+        assert len(running.log) < 10
+
+
+def test_a_request_that_has_arrived_is_answered() -> None:
+    """However long the storage takes, and however many other clients come."""
+    slow = f"""
+{FEW_DESCRIPTORS}
+import time
+from usermetadata import InMemoryStorage
+read = InMemoryStorage.read
+InMemoryStorage.reads_in_flight = 1
+InMemoryStorage.read = lambda self, ids: (time.sleep(2 if ids else 0), read(self, ids))[1]
+"""
+    with (
+        serve_command("--request-timeout", "0.2", before=slow) as running,
+        contextlib.ExitStack() as connections,
+    ):
+        url = f"http://127.0.0.1:{running.port}"
+        client, other = Client(url), Client(url)
+        for each in (client, other):
+            connections.callback(each.connection.close)
+        client.connection.request("GET", f"{METADATA}?userId=a")
+        # Once this is answered, the request before it has been read.
+        assert other.request("GET", "/hello").status == 200
+        send_halves(running.port, connections)
+        assert client.connection.getresponse().status == 200
 
 
 @pytest.mark.parametrize("before", ["", NO_HTTPTOOLS], ids=["httptools", "h11"])

@@ -82,6 +82,7 @@ class _LimitedProtocol(HTTPProtocol):
         super().__init__(*args, **kwargs)
         self._head = 0  # bytes that have arrived of the next head
         self._is_refused = False
+        self._since: float  # it waits for the next request
         self._deadline: asyncio.TimerHandle
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -93,7 +94,7 @@ class _LimitedProtocol(HTTPProtocol):
                 for each in self.connections
                 if isinstance(each, _LimitedProtocol) and each._is_waiting()
             ]
-            min(waiting, key=lambda each: each._deadline.when()).transport.abort()
+            min(waiting, key=lambda each: each._since).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._deadline.cancel()
@@ -126,6 +127,7 @@ class _LimitedProtocol(HTTPProtocol):
         self._wait()
 
     def _wait(self) -> None:
+        self._since = self.loop.time()
         self._deadline = self.loop.call_later(self.request_timeout, self._end)
 
     def _is_waiting(self) -> bool:
