@@ -148,6 +148,7 @@ class BeginningPooler(Proxy):
     def __init__(self, url: str) -> None:
         self.begun = 0
         self.fates: list[str] = []
+        self.ends = 0
         super().__init__(url)
 
     def serve(self, client: socket.socket) -> None:
@@ -179,6 +180,9 @@ class BeginningPooler(Proxy):
                     break
                 if fate == "begin":
                     replies[-1] = self._begin(server)
+                if self.ends and b"BEGIN\0" in b"".join(messages):
+                    self.ends -= 1
+                    replies[-1] = _query(server, b"COMMIT")[-1]
                 status = replies[-1][5:]
                 client.sendall(b"".join(replies))
 

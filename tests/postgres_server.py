@@ -57,6 +57,14 @@ class OwnServer:
             connection.execute("SELECT pg_reload_conf()")
         return f"postgresql://postgres:@/postgres?host={sockets}"
 
+    def folder_for_a_program(self) -> tuple[Path, str | None]:
+        """Return an empty folder for a program beside the server, and the user to run it as."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        user: str | None = self._server.system_user
+        if user is not None:
+            shutil.chown(folder, user)
+        return folder, user
+
     def promote_standby(self) -> None:
         """Make the standby the primary."""
         self._pg_ctl("promote", folder=self._standby)

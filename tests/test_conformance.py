@@ -285,7 +285,7 @@ class LeavesItselfLocked(InMemoryStorage):
     failed = False
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
-        assert not self.failed, "a lock that nobody gives back"
+        assert not self.failed, "a lock that is never released"
         self.failed = True
         results = super().write(changes)
         self.failed = False

@@ -356,7 +356,7 @@ def test_asyncio_works_in_every_loop() -> None:
 
 
 @pytest.mark.parametrize("storage", STORAGES[1:], indirect=True)
-def test_a_cancelled_caller_hurts_nobody() -> None:
+def test_a_cancelled_caller_does_not_disturb_others() -> None:
     """Cancelling one call does not affect the others or the storage."""
 
     async def main() -> None:

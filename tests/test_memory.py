@@ -52,7 +52,7 @@ def test_a_read_of_many_users_is_of_one_moment() -> None:
 
 @pytest.mark.usefixtures("eager_threads")
 def test_no_update_is_lost_however_the_threads_are_switched() -> None:
-    """A write is one step, also where Python changes threads after each of its own steps."""
+    """A write is one step, also if Python switches threads after each step."""
     storage = InMemoryStorage()
 
     def count(metadata: Metadata) -> Metadata:

@@ -1,35 +1,35 @@
-"""PostgreSQL behind a pooler that begins transactions itself: acknowledged means committed."""
+"""PostgreSQL behind poolers, simulated and real: acknowledged means committed."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import json
 import os
-import shutil
-import signal
-import socket
 import subprocess
+import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
+from pooler_work import work
 from postgres_proxy import BeginningPooler
 from postgres_server import OwnServer, empty_schema, server_url
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import TransactionStatus
+from psycopg.sql import SQL, Identifier
 from psycopg_pool import ConnectionPool
+from real_poolers import Pgbouncer, Pgpool, RealPooler
+from test_postgres_connections import trouble
 
 import usermetadata
 from usermetadata import (
     OutcomeUnknownError,
     PostgresStorage,
     StorageBusyError,
+    StorageError,
     StorageUnavailableError,
-    UserMetadataRecipe,
 )
-from usermetadata import asyncio as asynchronous
 from usermetadata.changes import Clear, Merge, Modify, Replace
 from usermetadata.syncio import (
     clear_user_metadata,
@@ -42,7 +42,7 @@ from usermetadata.syncio import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
-    from pathlib import Path
+    from typing import LiteralString
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
@@ -239,6 +239,17 @@ def test_a_function_is_called_again_where_nothing_was_committed(
     assert rows(direct) == {"alice": {"n": 2}}
 
 
+@pytest.mark.usefixtures("table")
+def test_a_transaction_that_has_ended_holds_no_rows(
+    storage: PostgresStorage, pooler: BeginningPooler, direct: psycopg.Connection[Any]
+) -> None:
+    """A function's result is stored only while its rows are held; otherwise it is called again."""
+    pooler.ends = 2
+    assert storage.write([("alice", Modify(count))]) == [{"n": 2}]
+    assert pooler.ends == 0
+    assert rows(direct) == {"alice": {"n": 2}}
+
+
 @pytest.mark.parametrize(
     "fates", [["begin"], ["begin", "begin"], ["begin", "abort"], ["begin", "lose"]]
 )
@@ -313,73 +324,33 @@ def test_a_borrowed_pool_may_check_its_connections(
         assert rows(direct) == {"alice": {"n": 1}}
 
 
-# pgpool-II itself.
+# The real ones.
 
 
 @pytest.fixture(scope="module")
-def pgpool_program() -> str:
-    """The path of pgpool-II."""
-    program = shutil.which("pgpool", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
-    if program is None:
-        if os.environ.get("CI"):
-            pytest.fail("pgpool-II is not installed: apt-get install pgpool2")
-        pytest.skip("pgpool-II is not installed: apt-get install pgpool2")
-    return program
-
-
-@pytest.fixture(scope="module")
-def pgpool(
-    pgpool_program: str, tmp_path_factory: pytest.TempPathFactory
-) -> Generator[tuple[str, str], None, None]:
-    """The URLs of a server and of a pgpool-II before it, with the defaults of its raw mode."""
+def server() -> Generator[OwnServer, None, None]:
+    """The server behind the real poolers."""
     server = OwnServer()
-    folder = tmp_path_factory.mktemp("pgpool")
-    ports: list[int] = []
-    with contextlib.ExitStack() as stack:
-        for _ in range(2):
-            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-            ports.append(listener.getsockname()[1])
-    options = conninfo_to_dict(server.url)
-    settings = {
-        "backend_clustering_mode": "raw",
-        "backend_hostname0": options["host"],
-        "backend_port0": options.get("port", 5432),
-        "listen_addresses": "127.0.0.1",
-        "port": ports[0],
-        "pcp_listen_addresses": "127.0.0.1",
-        "pcp_port": ports[1],
-        **dict.fromkeys(["socket_dir", "pcp_socket_dir", "logdir"], folder),
-        "pid_file_name": folder / "pgpool.pid",
-    }
-    configuration = folder / "pgpool.conf"
-    configuration.write_text("".join(f"{name} = '{value}'\n" for name, value in settings.items()))
-    url = make_conninfo(
-        server.url, host="127.0.0.1", port=str(ports[0]), sslmode="disable", gssencmode="disable"
-    )
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(
-            [pgpool_program, "-n", "-f", configuration], stdout=log, stderr=subprocess.STDOUT
-        )
-    try:
-        wait_until_it_answers(url, process, folder / "log")
-        yield server.url, url
-    finally:
-        process.send_signal(signal.SIGINT)  # it does not wait for its clients
-        process.wait(timeout=30)
-        server.stop()
+    yield server
+    server.stop()
 
 
-def wait_until_it_answers(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Return as soon as a pooler accepts connections."""
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            psycopg.connect(url).close()
-            return
-        except psycopg.OperationalError:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.01)
+POOLERS: dict[str, Callable[[OwnServer], RealPooler]] = {
+    "pgpool-II": Pgpool,
+    "pgbouncer in session mode": Pgbouncer,
+    "pgbouncer in transaction mode": lambda server: Pgbouncer(
+        server, pool_mode="transaction", default_pool_size=5
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=POOLERS)
+def real_pooler(
+    request: pytest.FixtureRequest, server: OwnServer
+) -> Generator[RealPooler, None, None]:
+    """Each pooler in turn, in each mode that the storage supports."""
+    with contextlib.closing(POOLERS[request.param](server)) as pooler:
+        yield pooler
 
 
 @pytest.mark.parametrize(
@@ -393,19 +364,18 @@ def wait_until_it_answers(url: str, process: subprocess.Popen[bytes], log: Path)
     ],
     ids=["merge", "merge of two", "merge and clear", "replace and merge", "function"],
 )
-def test_first_writes_behind_pgpool_are_committed(
-    pgpool: tuple[str, str], changes: list[tuple[str, Change]]
+def test_first_writes_behind_a_pooler_are_committed(
+    server: OwnServer, real_pooler: RealPooler, changes: list[tuple[str, Change]]
 ) -> None:
-    """pgpool-II's lookup of a table that it sees for the first time loses no acknowledged write."""
-    url, behind = pgpool
+    """What a pooler does when it meets a table for the first time loses no acknowledged write."""
     with (
-        empty_schema(url) as schema,
-        contextlib.closing(PostgresStorage(url, schema=schema)) as direct,
+        empty_schema(server.url) as schema,
+        contextlib.closing(PostgresStorage(server.url, schema=schema)) as direct,
     ):
-        for _ in range(5):
+        for _ in range(3):
             direct.write([("alice", Clear()), ("bob", Clear())])
-            # A separate process of pgpool-II serves each connection, and has seen no table yet.
-            with contextlib.closing(PostgresStorage(behind, schema=schema)) as storage:
+            # Each connection is served by another process of pgpool-II, which has seen no table.
+            with contextlib.closing(PostgresStorage(real_pooler.url, schema=schema)) as storage:
                 results = storage.write(changes)
                 assert results[0] == {"n": 1}
                 expected = {
@@ -417,51 +387,243 @@ def test_first_writes_behind_pgpool_are_committed(
                 assert storage.read(["alice", "bob"]) == expected
 
 
-def test_threads_and_tasks_behind_pgpool_lose_nothing(
-    pgpool: tuple[str, str], caplog: pytest.LogCaptureFixture
+def test_threads_tasks_and_processes_lose_nothing(
+    server: OwnServer, real_pooler: RealPooler, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """All concurrent writes of eight threads and 200 tasks are stored, without a warning."""
-    url, behind = pgpool
-    users = [f"user {n}" for n in range(10)]
-    acknowledged: list[tuple[str, str]] = []
-
-    def keep(key: str) -> Any:
-        return lambda metadata: {**metadata, key: 1}
-
-    def use(name: int) -> None:
-        for n in range(10):
-            user, other = users[n], users[n - 1]
-            update_user_metadata(user, {f"{name} update": n})
-            modify_user_metadata(user, keep(f"{name} modify"))
-            key = f"{name} {n} bulk"
-            update_bulk_user_metadata({user: {key: n}, other: {key: n}})
-            acknowledged.extend((user, f"{name} {kind}") for kind in ("update", "modify"))
-            acknowledged.extend(((user, key), (other, key)))
-
-    async def use_too(name: int) -> None:
-        user, other = users[name % 10], users[name % 10 - 1]
-        await asynchronous.update_user_metadata(user, {f"task {name} update": 1})
-        await asynchronous.modify_user_metadata(user, keep(f"task {name} modify"))
-        key = f"task {name} bulk"
-        await asynchronous.update_bulk_user_metadata({user: {key: 1}, other: {key: 1}})
-        acknowledged.extend((user, f"task {name} {kind}") for kind in ("update", "modify", "bulk"))
-        acknowledged.append((other, key))
-
-    async def use_together() -> None:
-        await asyncio.gather(*map(use_too, range(200)))
-
-    with (
-        empty_schema(url) as schema,
-        contextlib.closing(PostgresStorage(url, schema=schema)) as direct,
-        contextlib.closing(PostgresStorage(behind, schema=schema)) as storage,
-    ):
-        usermetadata.init(storage)
-        with ThreadPoolExecutor(8) as executor:
-            threads = executor.map(use, range(8))
-            asyncio.run(use_together())
-            list(threads)
-        UserMetadataRecipe.reset()
-        stored = direct.read(users)
-    assert len(acknowledged) == 8 * 10 * 4 + 200 * 4
-    assert [(user, key) for user, key in acknowledged if key not in stored[user]] == []
+    """What two processes write at once with every function is there, and nothing complains."""
+    program = os.path.join(os.path.dirname(__file__), "pooler_work.py")
+    with empty_schema(server.url) as schema:
+        command = [sys.executable, "-W", "error", program, real_pooler.url, schema, "other"]
+        other = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        ours = work(real_pooler.url, schema, "ours")
+        output, errors = other.communicate(timeout=60)
+        assert (other.returncode, errors) == (0, "")
+        with contextlib.closing(PostgresStorage(server.url, schema=schema)) as direct:
+            for acknowledged in (ours, json.loads(output)):
+                stored = direct.read([*acknowledged])
+                for user_id, metadata in acknowledged.items():
+                    if metadata is None:
+                        assert user_id not in stored
+                    else:
+                        assert metadata.items() <= stored[user_id].items()
     assert "rolling back" not in caplog.text
+
+
+def test_a_pooler_that_is_killed_loses_nothing(server: OwnServer, real_pooler: RealPooler) -> None:
+    """A pooler that dies under load and is started again: what was acknowledged is there."""
+
+    def kill() -> None:
+        real_pooler.kill()
+        real_pooler.start()
+
+    with empty_schema(server.url) as schema:
+        trouble(real_pooler.url, schema, kill)
+
+
+# What another client leaves behind in a session that a pooler shares.
+
+
+@pytest.fixture
+def shared(server: OwnServer) -> Generator[RealPooler, None, None]:
+    """A pooler all whose clients share one session."""
+    with contextlib.closing(
+        Pgbouncer(server, pool_mode="transaction", default_pool_size=1)
+    ) as pooler:
+        yield pooler
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "search_path = other",
+        "client_encoding = 'LATIN1'",
+        "default_transaction_isolation = 'serializable'",
+        "synchronous_commit = off",
+        "lock_timeout = 1",
+        "idle_in_transaction_session_timeout = 10000",
+        "quote_all_identifiers = on",
+        "standard_conforming_strings = off",
+        "row_security = off",
+    ],
+)
+def test_settings_of_another_client_do_no_harm(
+    server: OwnServer, shared: RealPooler, setting: str
+) -> None:
+    """What another client sets in the session changes neither where nor what is stored."""
+    with (
+        empty_schema(server.url) as schema,
+        psycopg.connect(server.url, autocommit=True) as direct,
+        psycopg.connect(shared.url, autocommit=True) as other,
+        contextlib.closing(PostgresStorage(shared.url, table=schema)) as storage,
+    ):
+        storage.write([("alice", Merge({"n": 1}))])
+        direct.execute("DROP SCHEMA IF EXISTS other CASCADE")
+        direct.execute("CREATE SCHEMA other")
+        name = Identifier(schema)
+        direct.execute(
+            SQL("CREATE TABLE other.{name} (LIKE {name} INCLUDING ALL)").format(name=name)
+        )
+        other.execute(f"SET {setting}".encode())
+        assert storage.write([("alice", Merge({"\u65e5": "\u672c"}))])
+        assert storage.write([("alice", Modify(count)), ("bob", Clear())])
+        assert storage.read(["alice"]) == {"alice": {"n": 2, "\u65e5": "\u672c"}}
+        query = SQL("SELECT user_metadata FROM public.{}").format(name)
+        assert direct.execute(query).fetchall() == [('{"n":2,"\u65e5":"\u672c"}',)]
+        assert direct.execute(SQL("SELECT FROM other.{}").format(name)).fetchall() == []
+        direct.execute(SQL("DROP TABLE public.{}").format(name))
+
+
+def test_the_table_is_not_looked_for_on_the_path_of_another_client(
+    server: OwnServer, shared: RealPooler
+) -> None:
+    """A first call in a session whose search_path was changed is refused; ``schema`` helps."""
+    with (
+        empty_schema(server.url) as schema,
+        psycopg.connect(shared.url, autocommit=True) as other,
+        contextlib.closing(PostgresStorage(shared.url)) as storage,
+        contextlib.closing(PostgresStorage(shared.url, schema=schema)) as named,
+    ):
+        other.execute("SET search_path = other")
+        calls: list[Callable[[], object]] = [
+            lambda: storage.read(["alice"]),
+            lambda: storage.write([("alice", Merge({}))]),
+        ]
+        for call in calls:
+            with pytest.raises(StorageError, match=r"search_path of this.*pass schema="):
+                call()
+        assert named.write([("alice", Merge({"n": 1}))]) == [{"n": 1}]
+        other.execute("RESET search_path")
+        assert storage.read(["alice"]) == {}
+
+
+@pytest.mark.parametrize(
+    "setting", ["default_transaction_read_only = on", "statement_timeout = 1", "ROLE pg_monitor"]
+)
+def test_settings_of_another_client_that_prevent_a_write_are_errors(
+    server: OwnServer, shared: RealPooler, setting: str
+) -> None:
+    """The write is not acknowledged, and works again when the session is as it was."""
+    with (
+        empty_schema(server.url) as schema,
+        psycopg.connect(server.url, autocommit=True) as direct,
+        psycopg.connect(shared.url, autocommit=True) as other,
+        contextlib.closing(PostgresStorage(shared.url, schema=schema)) as storage,
+    ):
+        storage.write([("alice", Merge({"n": 1}))])
+        other.execute(f"SET {setting}".encode())
+        with direct.transaction():
+            table = Identifier(schema, "user_metadata")
+            direct.execute(SQL("SELECT FROM {} FOR UPDATE").format(table))
+            with pytest.raises(StorageError):
+                storage.write([("alice", Merge({"n": 2}))])
+        other.execute("RESET ALL; RESET ROLE")
+        assert storage.write([("alice", Modify(count))]) == [{"n": 2}]
+
+
+# Limits and modes.
+
+
+def test_the_statement_mode_is_named(server: OwnServer) -> None:
+    """Where a pooler refuses transactions, the error says that its mode is the likely cause."""
+    with (
+        empty_schema(server.url) as schema,
+        contextlib.closing(Pgbouncer(server, pool_mode="statement")) as pooler,
+        contextlib.closing(PostgresStorage(server.url, schema=schema)) as direct,
+        contextlib.closing(PostgresStorage(pooler.url, schema=schema)) as storage,
+    ):
+        match = "statement mode is the likely cause: set pool_mode to transaction; nothing was done"
+        with pytest.raises(StorageUnavailableError, match=match):
+            storage.write([("alice", Merge({"n": 1}))])  # creates the table
+        direct.write([("alice", Merge({"n": 1}))])
+        with pytest.raises(StorageUnavailableError, match=match):
+            storage.write([("alice", Modify(count))])
+        assert storage.write([("alice", Merge({})), ("bob", Clear())]) == [{"n": 1}, None]
+
+
+def test_a_program_ends_at_once_behind_a_pooler_with_few_connections(server: OwnServer) -> None:
+    """Connections that the pooler does not let through do not delay the end, nor print anything."""
+    program = """
+import sys, threading, time
+from usermetadata import PostgresStorage
+from usermetadata.changes import Merge
+
+storage = PostgresStorage(sys.argv[1], schema=sys.argv[2])
+storage.write([("alice", Merge({}))])
+
+def use(number):
+    for n in range(20):
+        storage.write([(f"user {number}", Merge({str(n): n}))])
+
+threads = [threading.Thread(target=use, args=[number]) for number in range(12)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(time.time())
+"""
+    with (
+        empty_schema(server.url) as schema,
+        contextlib.closing(Pgbouncer(server, default_pool_size=4)) as pooler,
+    ):
+        command = [sys.executable, "-W", "error", "-c", program, pooler.url, schema]
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        end = time.time()
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert end - float(finished.stdout) < 4
+
+
+def test_reads_behind_pgpool_see_the_last_update(server: OwnServer) -> None:
+    """pgpool-II sends no query of the storage to a standby, which may be behind."""
+    standby = server.start_standby()
+    options = conninfo_to_dict(standby)
+    with (
+        empty_schema(server.url) as schema,
+        contextlib.closing(PostgresStorage(server.url, schema=schema)) as direct,
+        contextlib.closing(
+            Pgpool(
+                server,
+                backend_clustering_mode="streaming_replication",
+                backend_weight0=0,
+                backend_hostname1=options["host"],
+                backend_port1=5432,
+                backend_weight1=1,
+                sr_check_user="postgres",
+                sr_check_period=0,
+            )
+        ) as pooler,
+        contextlib.closing(PostgresStorage(pooler.url, schema=schema)) as storage,
+        psycopg.connect(standby, autocommit=True) as replica,
+        psycopg.connect(pooler.url, autocommit=True) as other,
+    ):
+        direct.write([("alice", Merge({"n": 0}))])
+        found = "SELECT to_regclass(%s) IS NOT NULL"
+        wait_for(replica, found, f"{schema}.user_metadata")
+        replica.execute("SELECT pg_wal_replay_pause()")
+        wait_for(replica, "SELECT pg_get_wal_replay_pause_state() = %s", "paused")
+        try:
+            for n in range(8):  # at the sixth the driver would prepare the statements
+                changes: list[tuple[str, Change]] = [("bob", Modify(count)), ("carol", Clear())]
+                assert storage.write(changes) == [{"n": n + 1}, None]
+                assert storage.write([("alice", Merge({"n": n}))]) == [{"n": n}]
+                expected = {"alice": {"n": n}, "bob": {"n": n + 1}}
+                assert storage.read(["alice"]) == {"alice": {"n": n}}
+                assert storage.read(["alice", "bob"]) == storage.read_after("", 9) == expected
+            # Another program's queries do go to the standby.
+            query = SQL("SELECT user_metadata FROM {}").format(Identifier(schema, "user_metadata"))
+            assert ('{"n":7}',) not in other.execute(query).fetchall()
+            # A table that is created now is unknown to the standby.
+            with contextlib.closing(
+                PostgresStorage(pooler.url, schema=schema, table="another")
+            ) as another:
+                assert another.write([("alice", Merge({"n": 1}))]) == [{"n": 1}]
+                assert another.read(["alice"]) == {"alice": {"n": 1}}
+        finally:
+            replica.execute("SELECT pg_wal_replay_resume()")
+
+
+def wait_for(connection: psycopg.Connection[Any], query: LiteralString, parameter: str) -> None:
+    """Return as soon as a query answers true."""
+    deadline = time.monotonic() + 30
+    while connection.execute(query, [parameter]).fetchone() != (True,):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

@@ -325,14 +325,14 @@ def test_passwords_are_not_told(caplog: pytest.LogCaptureFixture) -> None:
         usermetadata.init("postgresql://me:open sesame@[host/")
     with pytest.raises(UserMetadataError) as unknown:
         usermetadata.init("mysql://me:open sesame@host/")
-    told = [repr(storage), caplog.text]
+    shown = [repr(storage), caplog.text]
     for caught in (unavailable, unreadable, unknown):
         error: BaseException | None = caught.value
         while error is not None:
-            told.append(str(error))
+            shown.append(str(error))
             error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    assert "FATAL" in told[2]
-    assert "sesame" not in "".join(told)
+    assert "FATAL" in shown[2]
+    assert "sesame" not in "".join(shown)
 
 
 # Servers that stop.
@@ -427,6 +427,37 @@ def test_what_says_that_the_connection_was_lost_leaves_it_open(
     with pytest.raises(OutcomeUnknownError, match="lost"):
         storage.write([("alice", Merge({"n": 2}))])
     assert storage.read(["alice"]) == {"alice": {"n": 1}}
+
+
+@pytest.mark.parametrize("change", [Merge({"n": 1}), Modify(count)], ids=["merge", "modify"])
+def test_a_write_that_a_standby_may_miss_is_not_acknowledged(
+    own_server: OwnServer, change: Change
+) -> None:
+    """A cancelled wait for the synchronous standby is no success: a failover may lose the write."""
+
+    def require_standby(name: str) -> None:
+        with psycopg.connect(own_server.url, autocommit=True) as connection:
+            connection.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{name}'".encode())
+        own_server.restart("fast")
+
+    cancel = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
+    with (
+        empty_schema(own_server.url) as schema,
+        contextlib.closing(PostgresStorage(own_server.url, schema=schema)) as storage,
+        ThreadPoolExecutor(1) as executor,
+    ):
+        storage.write([("alice", Merge({}))])
+        require_standby("missing")
+        try:
+            written = executor.submit(storage.write, [("alice", change)])
+            with psycopg.connect(own_server.url, autocommit=True) as direct:
+                while not direct.execute(cancel).fetchall() and not written.done():
+                    time.sleep(0.001)
+            with pytest.raises(OutcomeUnknownError, match=r"standby was cancelled.*read to find"):
+                written.result()
+            assert storage.read(["alice"]) == {"alice": {"n": 1}}
+        finally:
+            require_standby("")
 
 
 def test_a_read_only_server_says_so(

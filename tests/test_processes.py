@@ -490,7 +490,7 @@ print(len(opened), len(closed))
 
 
 def test_a_fork_while_storages_are_made() -> None:
-    """A child makes storages of its own, whatever another thread was doing at the fork."""
+    """A child can make storages, regardless of what another thread was doing at the fork."""
     program = """
 import os, signal, sys, threading
 from usermetadata import InMemoryStorage
@@ -545,7 +545,7 @@ from usermetadata.changes import Modify
 
 storage = SQLiteStorage(sys.argv[1])
 children = []
-told, tell = os.pipe()
+receiver, sender = os.pipe()
 
 def fork(metadata):
     children.append(os.fork())
@@ -554,8 +554,8 @@ def fork(metadata):
 try:
     storage.write([("alice", Modify(fork))])
 except StorageError:
-    os.close(tell)
-    os.read(told, 1)
+    os.close(sender)
+    os.read(receiver, 1)
     sys.exit()
 # The child exits while the log holds half of another connection's transaction.
 other = sqlite3.connect(sys.argv[1], isolation_level=None)
@@ -563,7 +563,7 @@ other.execute("PRAGMA cache_size = 5")
 other.execute("BEGIN IMMEDIATE")
 rows = [("public", f"user {n}", '{"text":"' + "x" * 300 + '"}') for n in range(3000)]
 other.executemany("INSERT INTO user_metadata VALUES (?, ?, ?)", rows)
-os.close(tell)
+os.close(sender)
 assert os.waitpid(children[0], 0)[1] == 0
 other.execute("COMMIT")
 other.close()

@@ -948,7 +948,7 @@ def test_reads_of_a_borrowed_database_are_one_statement(borrowed: Database) -> N
     assert len(statements) == 1
 
 
-def test_a_table_that_its_lender_drops(borrowed: Database) -> None:
+def test_a_borrowed_table_that_is_dropped(borrowed: Database) -> None:
     """It is created again after the error, as in a file."""
     storage = SQLiteStorage(borrowed)
     calls: list[Callable[[], object]] = [

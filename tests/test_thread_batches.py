@@ -288,7 +288,7 @@ class Interrupted(BaseException):
 
 
 def test_a_call_that_was_interrupted_is_not_executed_later() -> None:
-    """A call that an interrupt takes from its queue is undone for ever, and the others go on."""
+    """A call that an interrupt takes from its queue is undone for good, and the others continue."""
     gated = Gated(None, timeout=60)
     first = gated.call(0)
     main = threading.get_ident()

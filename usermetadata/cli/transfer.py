@@ -130,6 +130,8 @@ def _replaced_at_the_end(file: str) -> Generator[IO[str], None, None]:
             if os.path.exists(target):
                 os.chmod(temporary, os.stat(target).st_mode)
             yield output
+            output.flush()
+            os.fsync(output.fileno())
         os.replace(temporary, target)
     except BaseException:
         with suppress(FileNotFoundError):

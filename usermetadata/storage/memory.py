@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import marshal
 import threading
 from heapq import nsmallest
 from typing import TYPE_CHECKING, Any
 
+from usermetadata._core.apps import OfOneApp
 from usermetadata._core.forking import ForkHooks, watch
 from usermetadata.changes import apply_in_order
 from usermetadata.exceptions import UsageError
-from usermetadata.validation import check_app_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Self
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
     Key = tuple[str, str]
 
 
-class InMemoryStorage:
+class InMemoryStorage(OfOneApp):
     """Keeps metadata in this process's memory.
 
     Rows are bytes, as in a database, so that nothing stored can be changed by accident. Each
@@ -47,7 +45,7 @@ class InMemoryStorage:
     reads_in_flight = writes_in_flight = 0
 
     def __init__(self, *, app_id: str = "public") -> None:
-        self._app_id = check_app_id(app_id)
+        super().__init__(app_id)
         self._store = _Store()
 
     def __repr__(self) -> str:
@@ -100,12 +98,6 @@ class InMemoryStorage:
                 return results
             finally:
                 store.is_writing = False
-
-    def for_app(self, app_id: str) -> Self:
-        """Return the same storage for another app."""
-        other = copy.copy(self)
-        other._app_id = check_app_id(app_id)
-        return other
 
     def close(self) -> None:
         """Forget every row."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from contextlib import nullcontext
@@ -10,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 try:
     from psycopg import Cursor, DataError
+    from psycopg.pq import TransactionStatus
     from psycopg.rows import tuple_row
 
     from usermetadata._core.postgres.connections import Connections
     from usermetadata._core.postgres.outcomes import (
+        NOT_STORED,
         UncommittedError,
         before_commit,
         check_committed,
@@ -36,6 +37,7 @@ except ImportError as error:
         "PostgresStorage needs psycopg; pip install 'psycopg[binary,pool]>=3.2'"
     ) from error
 
+from usermetadata._core.apps import OfOneApp
 from usermetadata._core.rows import decode_row
 from usermetadata.changes import Clear, Merge, Replace, apply_in_order
 from usermetadata.codec import encode_metadata
@@ -43,12 +45,12 @@ from usermetadata.exceptions import (
     DamagedMetadataError,
     InvalidInputError,
     OutcomeUnknownError,
+    StorageError,
 )
-from usermetadata.validation import check_app_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from typing import LiteralString, Self
+    from typing import LiteralString
 
     from psycopg import Connection
     from psycopg_pool import ConnectionPool
@@ -60,10 +62,12 @@ _MIN_TIMEOUT, _MAX_TIMEOUT = 0.001, 1_000_000  # seconds
 _NATIVE = {Merge, Replace, Clear}
 _MOST_STATEMENTS = 3  # with more of them, one round trip takes longer than two without
 _NAME = re.compile("[^\0\ud800-\udfff]+\\Z")
-_NO_ROW = "no row"  # the text of a row that is locked before it is written; it is not JSON
+# Of a row that is locked before it is written: JSON, as a constraint or a trigger of the table may
+# require, and yet unlike what is stored.
+_NO_ROW = "{ \t }"
 
 
-class PostgresStorage:
+class PostgresStorage(OfOneApp):
     """Keeps metadata in a table of a PostgreSQL database, which many machines may share.
 
     ``Merge``, ``Replace`` and ``Clear`` of any number of users are one statement. Other changes
@@ -105,7 +109,7 @@ class PostgresStorage:
         max_connections: int = 10,
         timeout: float = 30.0,
     ) -> None:
-        self._app_id = check_app_id(app_id)
+        super().__init__(app_id)
         if not isinstance(timeout, (int, float)) or not _MIN_TIMEOUT <= timeout <= _MAX_TIMEOUT:
             raise InvalidInputError(
                 f"timeout: {timeout!r} is not a number of seconds, {_MIN_TIMEOUT} or more;"
@@ -121,8 +125,8 @@ class PostgresStorage:
                 raise InvalidInputError(
                     f"{argument}: {name!r} is not a name; pass a text without U+0000"
                 )
-        self._table = Table(*names.values())
         self._connections = Connections(database, max_connections, timeout)
+        self._table = Table(*names.values(), is_session_ours=not isinstance(database, str))
         self._timeout = str(round(timeout * 1000))
 
     def __repr__(self) -> str:
@@ -131,8 +135,16 @@ class PostgresStorage:
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         """Return the metadata of those users that have a row, in one query."""
         if len(user_ids) == 1:
-            return self._read(READ_ONE, user_id=user_ids[0])
-        return self._read(READ_MANY, user_ids=_dump(user_ids))
+            found = self._read(READ_ONE, user_id=user_ids[0])
+        else:
+            found = self._read(READ_MANY, user_ids=_dump(user_ids))
+        if not found.keys() <= set(user_ids):
+            raise StorageError(
+                f"{self._connections.name}: the database returned rows of other users than asked"
+                f" for, of {min(found.keys() - set(user_ids))!r} for example; check the columns'"
+                " types and collations"
+            )
+        return found
 
     def read_after(self, user_id: str, limit: int) -> dict[str, Metadata]:
         """Return the metadata of the next users, in the database's order."""
@@ -158,12 +170,6 @@ class PostgresStorage:
         else:
             return self._decoded(changes, results)
         raise error
-
-    def for_app(self, app_id: str) -> Self:
-        """Return the same storage for another app."""
-        other = copy.copy(self)
-        other._app_id = check_app_id(app_id)
-        return other
 
     def close(self) -> None:
         """Close the connections that the storage opened itself."""
@@ -209,16 +215,18 @@ class PostgresStorage:
                 if len(groups) > 1 and len(users) > 1:
                     # Each statement locks in the order of the ids; several together do not.
                     self._execute(connection, HOLD, rows=_rows((user, "{}") for user in users))
-                cursors = [self._send(connection, *group) for group in groups]
+                cursors = [
+                    self._send(connection, *group, is_alone=len(groups) == 1) for group in groups
+                ]
             for (_, by_user), cursor in zip(groups, cursors, strict=True):
-                if cursor is not None:
-                    for user_id, text in cursor.fetchall():
-                        texts[by_user[user_id][0]] = text
+                for user_id, text in cursor.fetchall():
+                    texts[by_user[user_id][0]] = text
         except DataError:
             pass  # its text quotes the row: what follows must not have it as its context
         else:
             return texts
-        # The server's JSON refuses U+0000 in a value and a damaged row; Python's may not.
+        # The server's JSON refuses U+0000 in a value and a damaged row; Python's may not. Why a row
+        # was not removed is unknown until the rows are held.
         with before_commit():
             connection.rollback()  # of a transaction that a pooler has left open
         return self._apply_holding(connection, changes)
@@ -238,11 +246,15 @@ class PostgresStorage:
             raise OutcomeUnknownError(f"{error}; the write was done") from error
 
     def _send(
-        self, connection: Connection[Any], kind: type, by_user: dict[str, tuple[int, Any]]
-    ) -> Cursor[tuple[str, str]] | None:
+        self,
+        connection: Connection[Any],
+        kind: type,
+        by_user: dict[str, tuple[int, Any]],
+        *,
+        is_alone: bool,
+    ) -> Cursor[tuple[str, str]]:
         if kind is Clear:
-            self._execute(connection, REMOVE, user_ids=_dump(list(by_user)))
-            return None
+            return self._execute(connection, REMOVE, user_ids=_dump(list(by_user)))
         texts = {
             user_id: encode_metadata(change(None) or {}) for user_id, (_, change) in by_user.items()
         }
@@ -250,37 +262,48 @@ class PostgresStorage:
         if kind is Merge:
             keys = {user_id: [*change.update] for user_id, (_, change) in by_user.items()}
             parameters["keys"] = _dump(keys)
-        if len(texts) > 1:
+        if len(texts) > 1 or not is_alone:
             statement = MERGE if kind is Merge else STORE
             return self._execute(connection, statement, rows=_rows(texts.items()), **parameters)
         [(user_id, text)] = texts.items()
         statement = MERGE_ONE if kind is Merge else STORE_ONE
-        return self._execute(
+        cursor = self._execute(
             connection, statement, user_id=user_id, user_metadata=text, **parameters
         )
+        if not cursor.rowcount:
+            raise DataError(NOT_STORED + _dump(user_id))
+        return cursor
 
     def _apply_holding(
         self, connection: Connection[Any], changes: Sequence[tuple[str, Change]]
-    ) -> list[Metadata | None]:
+    ) -> Sequence[str | Metadata | None]:
         users = dict.fromkeys(user_id for user_id, _ in changes)
         # Two round trips: one begins and locks the rows, one writes and commits. An error between
         # them leaves a transaction open, which `Connections` rolls back.
         with before_commit(), connection.pipeline():
             connection.execute("BEGIN")
             held = self._execute(connection, HOLD, rows=_rows((user, _NO_ROW) for user in users))
+        if connection.pgconn.transaction_status != TransactionStatus.INTRANS:
+            raise UncommittedError("the transaction has ended before its COMMIT")
         texts = {user_id: text for user_id, text in held.fetchall() if text != _NO_ROW}
+        results: list[str | Metadata | None] = []
         try:
-            results = apply_in_order(changes, texts, decode=self._decode, encode=encode_metadata)
+            results += apply_in_order(changes, texts, decode=self._decode, encode=encode_metadata)
         except BaseException as error:
             raise _ChangeError(error) from error
         gone = [user_id for user_id in users if user_id not in texts]
         if is_gone(connection):
             raise UncommittedError
         with connection.pipeline():
-            self._execute(connection, STORE, rows=_rows(texts.items()))
-            self._execute(connection, REMOVE, user_ids=_dump(gone))
+            stored = self._execute(connection, STORE, rows=_rows(texts.items()))
+            if gone:
+                self._execute(connection, REMOVE, user_ids=_dump(gone))
             committed = connection.execute("COMMIT")
         check_committed(committed)
+        last = {user_id: position for position, (user_id, _) in enumerate(changes)}
+        for user_id, text in stored.fetchall():
+            if text != texts[user_id]:  # a trigger has changed it
+                results[last[user_id]] = text
         return results
 
     def _decode(self, user_id: str, text: str) -> Metadata:

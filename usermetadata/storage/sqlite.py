@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from typing import TYPE_CHECKING, Literal
 
 from sqlite_utils import Database
 
+from usermetadata._core.apps import OfOneApp
 from usermetadata._core.forking import notice
 from usermetadata._core.rows import decode_row
 from usermetadata._core.sqlite.file import FileConnections
@@ -16,11 +16,9 @@ from usermetadata._core.sqlite.single import SingleConnection
 from usermetadata._core.sqlite.statements import READ_AFTER, READ_MANY, READ_ONE, ChangeError
 from usermetadata.changes import Clear, Merge, Replace
 from usermetadata.exceptions import InvalidInputError
-from usermetadata.validation import check_app_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Self
 
     from usermetadata._core.sqlite.connecting import Connections
     from usermetadata.changes import Change
@@ -30,7 +28,7 @@ _SHAREABLE = {Merge, Replace, Clear}  # any other change may be bound to its thr
 _MAX_TIMEOUT = 1_000_000  # seconds; SQLite counts milliseconds in 31 bits
 
 
-class SQLiteStorage:
+class SQLiteStorage(OfOneApp):
     """Keeps metadata in the table ``user_metadata`` of an SQLite database.
 
     Given a path, the storage opens its own connections at the first call and creates the file and
@@ -76,7 +74,7 @@ class SQLiteStorage:
         synchronous: Literal["FULL", "NORMAL"] = "FULL",
         timeout: float = 30.0,
     ) -> None:
-        self._app_id = check_app_id(app_id)
+        super().__init__(app_id)
         if synchronous not in ("FULL", "NORMAL"):
             raise InvalidInputError(
                 f'synchronous: {synchronous!r} is neither "FULL" nor "NORMAL"; pass one of them'
@@ -123,12 +121,6 @@ class SQLiteStorage:
         except ChangeError as failed:
             error = failed.error
         raise error
-
-    def for_app(self, app_id: str) -> Self:
-        """Return the same storage for another app."""
-        other = copy.copy(self)
-        other._app_id = check_app_id(app_id)
-        return other
 
     def close(self) -> None:
         """Close the connections that the storage opened itself."""

@@ -1,7 +1,8 @@
-"""The PostgreSQL storage's connections: a pool of its own, or one that is borrowed."""
+"""The PostgreSQL storage's connections: a pool that it opens, or a borrowed one."""
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import threading
@@ -19,6 +20,7 @@ from usermetadata._core.forking import ForkHooks, notice, watch
 from usermetadata._core.postgres.outcomes import (
     UNDONE,
     before_commit,
+    check_replicated,
     first_line,
     is_gone,
     is_lost,
@@ -44,6 +46,8 @@ _ATTEMPTS = 10
 _LONGEST_PAUSE = 0.5  # seconds between two of them
 # A pool without a server retries ever more rarely, unless it gives up and is asked again.
 _RECONNECT_TIMEOUT, _ASK_AGAIN = 1.0, 2.0  # seconds
+_POOL = "usermetadata"  # its threads have names that begin with it
+_TIME_TO_STOP = 5.0  # seconds
 
 
 # Defaults for libpq, so that it notices a server that is gone; the URL overrides them.
@@ -81,7 +85,7 @@ class Connections(ForkHooks):
         self._timeout = timeout
         self._lock = threading.Lock()
         self._pool: ConnectionPool[Any] | None = None
-        self._close_pool: weakref.finalize[[], Connections] | None = None
+        self._close_pool: weakref.finalize[[ConnectionPool[Any]], Connections] | None = None
         self._in_use: set[Connection[Any]] = set()
         self._closed = False
         self._has_connected = False
@@ -108,11 +112,22 @@ class Connections(ForkHooks):
         """
         process = os.getpid()
         attempt = 1
+        notices: list[str | None] = []
+
+        def note(notice: errors.Diagnostic) -> None:
+            notices.append(notice.source_function)  # it cannot be read later
+
         while True:
             try:
                 with self._connection() as connection:
-                    result = work(connection)
-                    settle(connection)
+                    notices.clear()
+                    connection.add_notice_handler(note)
+                    try:
+                        result = work(connection)
+                        settle(connection)
+                    finally:
+                        connection.remove_notice_handler(note)
+                    check_replicated(notices)
                     return result
             except psycopg.Error as error:
                 if os.getpid() != process:
@@ -226,11 +241,11 @@ class Connections(ForkHooks):
                     kwargs={**self._arguments, "autocommit": True},
                     configure=_configure,
                     reconnect_timeout=_RECONNECT_TIMEOUT,
-                    name="usermetadata",
+                    name=_POOL,
                     open=True,
                 )
                 # Without close() the pool's threads would delay the end of the process.
-                self._close_pool = weakref.finalize(self, self._pool.close)
+                self._close_pool = weakref.finalize(self, _close, self._pool)
             return self._pool
 
     def _connect(self) -> Connection[Any]:
@@ -240,6 +255,20 @@ class Connections(ForkHooks):
         except psycopg.Error as error:
             raise StorageUnavailableError(f"{self.name}: {first_line(error)}") from error
 
+
+def _close(pool: ConnectionPool[Any]) -> None:
+    """Close a pool, without waiting for connections that a pooler does not let through."""
+    stats = pool.get_stats()
+    is_connecting = stats["pool_size"] > stats["pool_available"]
+    pool.close(timeout=0 if is_connecting else _TIME_TO_STOP)
+
+
+def _is_worth_logging(record: logging.LogRecord) -> bool:
+    # A thread that was not waited for ends by itself.
+    return not (record.msg.startswith("couldn't stop thread") and _POOL in str(record.args))
+
+
+logging.getLogger("psycopg.pool").addFilter(_is_worth_logging)
 
 _of_the_parent_process: list[ConnectionPool[Any]] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import selectors
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,17 @@ from usermetadata.exceptions import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Collection, Generator
 
     from psycopg import Connection
 
 
 class UncommittedError(psycopg.OperationalError):
     """The connection was lost before COMMIT was sent, or COMMIT was answered with ROLLBACK."""
+
+
+NOT_STORED = "usermetadata: not stored: "
+"""Begins the text of an error that a statement raises; the user's id follows, as JSON."""
 
 
 class UnsettledError(psycopg.OperationalError):
@@ -86,6 +91,19 @@ def settle(connection: Connection[Any]) -> None:
         raise UnsettledError("a transaction is still open after COMMIT")
 
 
+def check_replicated(notices: Collection[str | None]) -> None:
+    """Check that a commit did not stop to wait for its synchronous standby, which is no error.
+
+    Args:
+        notices: the names of the server's functions that noted something; their texts may be
+            translated.
+    """
+    if "SyncRepWaitForLSN" in notices:
+        raise UnsettledError(
+            "the wait for a synchronous standby was cancelled; it may miss the write"
+        )
+
+
 def is_lost(error: psycopg.Error) -> bool:
     """Tell whether the connection may have been lost before the server's last answer."""
     if not isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)):
@@ -103,17 +121,20 @@ def translate(error: psycopg.Error, name: str, *, is_write: bool) -> Exception:
         name: the name of the database.
         is_write: whether the work may have written.
     """
+    _, is_not_stored, rest = (error.diag.message_primary or str(error)).partition(NOT_STORED)
     # The further lines quote rows, also in a traceback.
     error.args = (first_line(error),)
     text = f"{name}: {error}"
+    if is_not_stored:
+        user_id, _ = json.JSONDecoder().raw_decode(rest)
+        return StorageError(
+            f"{name}: the database did not store, or remove, the metadata of user {user_id!r},"
+            " without an error: a trigger or a row-level policy on the table is the likely cause;"
+            " nothing was written; except this table from it, or name another"
+        )
     if isinstance(error, errors.ForeignKeyViolation):
         return InvalidInputError(
             f"{text}; pass the app_id of an app of the SuperTokens core whose table this is"
-        )
-    if isinstance(error, errors.UndefinedColumn):
-        return StorageError(
-            f"{text}: its table is another program's, or that of a SuperTokens core before 6.0;"
-            " name another table"
         )
     if isinstance(error, _IN_THE_WAY):
         return StorageBusyError(f"{text}: nothing was done, so the call may be repeated")
@@ -124,8 +145,18 @@ def translate(error: psycopg.Error, name: str, *, is_write: bool) -> Exception:
             f"{text}; the write was done whole or not at all: read to find out"
         )
     if isinstance(error, errors.AdminShutdown) or is_lost(error):
+        if isinstance(error, UncommittedError) or "statement pooling mode" in text:
+            text += (
+                ": behind a pooler, its statement mode is the likely cause: set pool_mode to"
+                " transaction"
+            )
         return StorageUnavailableError(
             f"{text}; nothing was done; check the server and repeat the call"
+        )
+    if isinstance(error, errors.FeatureNotSupported):
+        text += (
+            ": a rule on the table, or a view in its place, is the likely cause; nothing was"
+            " written; drop the rule, or name another table"
         )
     return StorageError(text)
 

@@ -6,17 +6,20 @@ statement text, which the server prepares once, serves every length.
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from psycopg import Cursor, errors
 from psycopg.rows import tuple_row
-from psycopg.sql import SQL, Identifier
+from psycopg.sql import SQL, Identifier, Literal
 
-from usermetadata.exceptions import InvalidInputError
-from usermetadata.validation import USER_ID_MAX_LENGTH
+from usermetadata._core.postgres.outcomes import NOT_STORED
+from usermetadata.exceptions import InvalidInputError, StorageError
+from usermetadata.validation import APP_ID_MAX_LENGTH, USER_ID_MAX_LENGTH
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import LiteralString
 
     from psycopg import Connection
@@ -28,53 +31,73 @@ CREATE TABLE IF NOT EXISTS {table} (
     user_metadata text NOT NULL,
     PRIMARY KEY (app_id, user_id))
 """
-# The longest user id, and whether the table is that of a SuperTokens core: there app_id refers to
-# the core's apps.
-_DESCRIBE = """
+# Where the table is, or would be created, and what it is like. It is a core's if app_id refers to
+# the core's apps. The search_path of a session that several clients share may be another client's.
+_DESCRIBE = """/*NO LOAD BALANCE*/
 SELECT
-    (SELECT atttypmod - 4 FROM pg_attribute
-     WHERE attrelid = to_regclass(%(table)s) AND attname = 'user_id' AND atttypmod > 0),
-    EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass(%(table)s) AND contype = 'f')
-WHERE to_regclass(%(table)s) IS NOT NULL
+    coalesce((SELECT nspname FROM pg_namespace WHERE oid = relnamespace), current_schema()),
+    (SELECT setting = reset_val FROM pg_settings WHERE name = 'search_path'),
+    coalesce(relkind::text, ''),
+    EXISTS (SELECT FROM pg_constraint WHERE conrelid = found.oid AND contype = 'f'),
+    EXISTS (
+        SELECT FROM pg_index
+        WHERE indrelid = found.oid AND indisunique AND indisvalid AND indimmediate
+            AND indpred IS NULL AND indnkeyatts = 2
+            AND ARRAY['app_id', 'user_id']::name[] <@ ARRAY(
+                SELECT attname FROM pg_attribute
+                WHERE attrelid = indrelid AND attnum = ANY ((indkey::int2[])[0:1]))
+            AND NOT EXISTS (
+                SELECT FROM pg_collation
+                WHERE pg_collation.oid = ANY (indcollation) AND NOT collisdeterministic)),
+    (SELECT json_object_agg(attname, json_build_array(
+            format_type(atttypid, atttypmod)
+                || CASE WHEN collisdeterministic THEN '' ELSE coalesce(' COLLATE ' || collname, '')
+                   END,
+            atttypid IN ('text'::regtype, 'varchar'::regtype) AND collisdeterministic,
+            greatest(atttypmod - 4, 0),
+            attnotnull AND NOT atthasdef AND attidentity = ''))::text
+        FROM pg_attribute LEFT JOIN pg_collation ON pg_collation.oid = attcollation
+        WHERE attrelid = found.oid AND attnum > 0 AND NOT attisdropped)
+FROM to_regclass(%(table)s) AS found (oid) LEFT JOIN pg_class ON pg_class.oid = found.oid
 """
+_TABLES = ("r", "p")  # partitioned or not; a view has the key of the table behind it
+# Type, whether it tells any two texts apart, length, whether it must be given.
+_Column = tuple[str, bool, int, bool]
+
 # Two sessions that create a table at once fail, even with IF NOT EXISTS.
 _LOCK_CREATION = "SELECT pg_advisory_xact_lock(hashtext('usermetadata'))"
 
-READ_ONE = """
+# The comment keeps pgpool-II from sending a query to a standby, which may not have the last update.
+READ_ONE = """/*NO LOAD BALANCE*/
 SELECT user_id, user_metadata FROM {table} WHERE app_id = %(app_id)s AND user_id = %(user_id)s
 """
-READ_MANY = """
+READ_MANY = """/*NO LOAD BALANCE*/
 SELECT user_id, user_metadata FROM {table}
 WHERE app_id = %(app_id)s AND user_id IN (SELECT json_array_elements_text(%(user_ids)s::json))
 """
-READ_AFTER = """
+READ_AFTER = """/*NO LOAD BALANCE*/
 SELECT user_id, user_metadata FROM {table}
 WHERE app_id = %(app_id)s AND user_id > %(user_id)s ORDER BY user_id LIMIT %(limit)s
 """
 
+# A trigger or a row-level policy may swallow a row without an error. Then the statement raises one,
+# which undoes the whole transaction.
+_RAISE = f"('{NOT_STORED}' || to_json({{user_id}}::text))::integer::text"
+
 # All writers lock users in one order, so that no two of them wait for each other. The timeout is
 # set in the statement itself, because behind a pooler sessions are shared.
-_ROWS = "json_to_recordset(%(rows)s::json) AS row (user_id text, user_metadata text)"
-_UPSERT = (
-    """
+_UPSERT = """
 INSERT INTO {table} AS stored (app_id, user_id, user_metadata)
 SELECT %(app_id)s, user_id, user_metadata
 FROM (
     SELECT user_id, user_metadata{lock}
-    FROM """
-    + _ROWS
-    + """,
-        set_config('lock_timeout', %(timeout)s, true)
+    FROM sent, set_config('lock_timeout', %(timeout)s, true)
     ORDER BY user_id) AS rows
 ON CONFLICT (app_id, user_id) DO UPDATE SET user_metadata = """
-)
-_RETURNING = " RETURNING user_id, user_metadata"
-STORE = _UPSERT + "excluded.user_metadata" + _RETURNING
-# Replaces each row by itself, which locks it; inserts a placeholder where there is none.
-HOLD = _UPSERT + "stored.user_metadata" + _RETURNING
+_STORE = _UPSERT + "excluded.user_metadata"
 # The stored properties without the keys of the update, then those that the update sets. The type
 # json keeps the text of each value, to the last digit.
-MERGE = (
+_MERGE = (
     _UPSERT
     + """(
     SELECT '{{' || concat_ws(',',
@@ -83,24 +106,85 @@ MERGE = (
     ) || '}}'
     FROM json_each(stored.user_metadata::json) AS old (key, value)
     WHERE NOT %(keys)s::jsonb -> excluded.user_id::text ? key)"""
-    + _RETURNING
 )
-# A single row is passed without JSON around it, which saves a tenth of the time.
-_ROW = "(VALUES (%(user_id)s, %(user_metadata)s)) AS row (user_id, user_metadata)"
-STORE_ONE = STORE.replace(_ROWS, _ROW)
-MERGE_ONE = MERGE.replace(_ROWS, _ROW)
-REMOVE = """
-DELETE FROM {table} AS stored
-USING (
-    SELECT user_id{lock}
-    FROM json_array_elements_text(%(user_ids)s::json) AS user_id,
-        set_config('lock_timeout', %(timeout)s, true)
-    ORDER BY user_id) AS gone
-WHERE stored.app_id = %(app_id)s AND stored.user_id = gone.user_id
+
+
+def _each(upsert: LiteralString) -> LiteralString:
+    return (
+        """
+WITH sent AS (
+    SELECT user_id, user_metadata
+    FROM json_to_recordset(%(rows)s::json) AS row (user_id text, user_metadata text)
+), stored AS ("""
+        + upsert
+        + """
+    RETURNING user_id::text, user_metadata
+)
+SELECT user_id, user_metadata FROM stored
+UNION ALL
+SELECT """
+        + _RAISE.replace("{user_id}", "user_id")
+        + """, NULL FROM sent WHERE user_id COLLATE "C" NOT IN (SELECT user_id FROM stored)
 """
+    )
+
+
+def _one(upsert: LiteralString) -> LiteralString:
+    # Without JSON around the row, which saves a tenth of the time. No row comes back if none was
+    # stored: there is nothing to undo.
+    return (
+        "WITH sent (user_id, user_metadata) AS (VALUES (%(user_id)s, %(user_metadata)s))"
+        + upsert
+        + """
+RETURNING
+    CASE user_id::text COLLATE "C" WHEN %(user_id)s THEN %(user_id)s ELSE """
+        + _RAISE.replace("{user_id}", "%(user_id)s")
+        + """ END,
+    user_metadata
+"""
+    )
+
+
+MERGE, MERGE_ONE = _each(_MERGE), _one(_MERGE)
+STORE, STORE_ONE = _each(_STORE), _one(_STORE)
+# Replaces each row by itself, which locks it; inserts a placeholder where there is none.
+HOLD = _each(_UPSERT + "stored.user_metadata")
+# The last query sees the rows as they were before. One that another transaction has removed
+# meanwhile counts as not removed; with the rows held, that cannot happen. A row-level policy may
+# hide a row.
+REMOVE = (
+    """
+WITH sent AS (
+    SELECT user_id FROM json_array_elements_text(%(user_ids)s::json) AS user_id
+), gone AS (
+    DELETE FROM {table} AS stored
+    USING (
+        SELECT user_id{lock}
+        FROM sent, set_config('lock_timeout', %(timeout)s, true)
+        ORDER BY user_id) AS rows
+    WHERE stored.app_id = %(app_id)s AND stored.user_id = rows.user_id
+    RETURNING stored.user_id
+)
+SELECT """
+    + _RAISE.replace("{user_id}", "user_id")
+    + """, NULL FROM sent
+WHERE user_id NOT IN (SELECT user_id FROM gone) AND (
+    row_security_active({name})
+    OR EXISTS (
+        SELECT FROM {table} AS still
+        WHERE still.app_id = %(app_id)s AND still.user_id = sent.user_id))
+"""
+)
 
 # A SuperTokens core reads, merges and writes under this lock and no other.
 _CORES_LOCK = ", pg_advisory_xact_lock(hashtext(%(app_id)s || '~' || user_id))"
+
+
+_COLUMNS = {
+    "app_id": f"varchar({APP_ID_MAX_LENGTH})",
+    "user_id": f"varchar({USER_ID_MAX_LENGTH})",
+    "user_metadata": "text",
+}
 
 
 class Table:
@@ -108,32 +192,47 @@ class Table:
 
     Args:
         name: its name, with a schema or without.
+        is_session_ours: whether only the caller may have set the search_path of a session.
 
     Attributes:
         user_id_length: how many characters a user id may have; 0 while that is unknown.
     """
 
-    def __init__(self, *name: str) -> None:
-        self._name = Identifier(*name)
-        # Else it would be a parameter.
-        self._in_statements = Identifier(*(part.replace("%", "%%") for part in name))
+    def __init__(self, *name: str, is_session_ours: bool) -> None:
+        self._given = self._name = name
+        self._is_session_ours = is_session_ours
         self._lock = SQL("")
         self._statements: dict[str, bytes] = {}
         self.user_id_length = 0
 
     def describe(self, connection: Connection) -> None:
-        """Describe the table, if it exists."""
+        """Find the table, if it exists, and check that metadata can be stored in it.
+
+        From then on it is named with its schema.
+        """
         if connection.info.encoding != "utf-8":
             raise InvalidInputError(
                 f"database: its client_encoding is {connection.info.encoding}, which cannot express"
                 " all characters; pass client_encoding=utf8"
             )
         cursor = Cursor(connection, row_factory=tuple_row)
-        cursor.execute(_DESCRIBE, {"table": self._name.as_string(connection)})
-        for length, is_shared in cursor:
-            if is_shared:
-                self._lock = SQL(_CORES_LOCK)
-            self.user_id_length = length or USER_ID_MAX_LENGTH
+        cursor.execute(_DESCRIBE, {"table": Identifier(*self._given).as_string(connection)})
+        for schema, is_path_unchanged, kind, is_shared, has_key, columns in cursor:
+            if len(self._given) == 1:
+                if not (is_path_unchanged or self._is_session_ours):
+                    raise StorageError(
+                        f"table {self._given[0]}: the search_path of this session was changed, by"
+                        " another client of a pooler or by the pooler, and may name another table;"
+                        " pass schema="
+                    )
+                if schema is not None:
+                    self._name = (schema, *self._given)
+            if kind:
+                described: dict[str, _Column] = json.loads(columns)
+                self._check(kind, described, has_key=has_key)
+                if is_shared:
+                    self._lock = SQL(_CORES_LOCK)
+                self.user_id_length = described["user_id"][2] or USER_ID_MAX_LENGTH
 
     def create(self, connection: Connection) -> None:
         """Create the table if it is missing."""
@@ -146,6 +245,43 @@ class Table:
         """Return the statement for this table, from a template of this module."""
         statement = self._statements.get(template)
         if statement is None:
-            composed = SQL(template).format(table=self._in_statements, lock=self._lock)
+            # A single percent sign would begin a parameter.
+            table = Identifier(*(part.replace("%", "%%") for part in self._name))
+            composed = SQL(template).format(
+                table=table, name=Literal(table.as_string()), lock=self._lock
+            )
             statement = self._statements[template] = composed.as_bytes(None)
         return statement
+
+    def _check(self, kind: str, columns: dict[str, _Column], *, has_key: bool) -> None:
+        name = Identifier(*self._name).as_string()
+        missing = [column for column in _COLUMNS if column not in columns]
+        if missing:
+            raise StorageError(
+                f"table {name}: it has no column {missing[0]}: it is another program's, or that of"
+                " a SuperTokens core before 6.0; name another table"
+            )
+        faults = [*_faults(columns)]
+        if kind in _TABLES and not has_key:
+            fault = "it has no key (app_id, user_id) that ON CONFLICT can use"
+            faults.append((fault, "ADD UNIQUE (app_id, user_id)"))
+        if faults:
+            what = ", ".join(fault for fault, _ in faults)
+            repair = f"ALTER TABLE {name} " + ", ".join(action for _, action in faults)
+            raise StorageError(
+                f"table {name}: {what}; "
+                + (repair if kind in _TABLES else "cast it in the view's query")
+            )
+
+
+def _faults(columns: dict[str, _Column]) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the columns, and the action of ALTER TABLE that repairs it."""
+    for column, (type_, is_exact, length, is_required) in columns.items():
+        wanted = _COLUMNS.get(column)
+        if wanted is None and is_required:
+            fault = f"column {column} is NOT NULL without a default, and must have one or be NULL"
+            yield fault, f"ALTER COLUMN {Identifier(column).as_string()} DROP NOT NULL"
+        is_short = column == "app_id" and 0 < length < APP_ID_MAX_LENGTH
+        if wanted is not None and (is_short or not is_exact):
+            fault = f"column {column} is {type_} and must be {wanted}"
+            yield fault, f"ALTER COLUMN {column} TYPE {wanted}"
