@@ -206,7 +206,7 @@ def test_long_integers_follow_pythons_limit() -> None:
         ('"a"', "it holds a string, not an object"),
         ("1", "it holds a number, not an object"),
         ("true", "it holds a boolean, not an object"),
-        ('{"a": -1e999}', "-1e999 is too large for a float"),
+        ('{"a": -1e999}', "a number is too large for a float"),
         ('{"a":' * 100_000, "it nests deeper than 200 levels"),
     ],
     ids=lambda text: str(text)[:20],

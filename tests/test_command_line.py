@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -27,6 +28,8 @@ from usermetadata.storage import ListingStorage
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import psycopg
 
 
 class Shell:
@@ -98,7 +101,17 @@ def test_the_functions_are_commands(shell: Shell) -> None:
         (["export", "--storage", "missing.db"], 2, "--storage: there is no file missing.db"),
         (["update", "alice", "{"], 2, "metadata_update: it is not JSON: Expecting property name"),
         (["set", "alice", "[1]"], 2, "metadata: list is not a mapping"),
-        (["set", "alice", '{"n": NaN}'], 2, 'metadata["n"]: nan is not JSON'),
+        (["set", "alice", '{"n": NaN}'], 2, 'metadata["n"]: NaN is not JSON; pass'),
+        (["set", "a", '{"b": [12345678901234567890.12]}'], 2, 'metadata["b"][0]: a float would'),
+        (["update", "a", '{"p": 0.1, "q": 1e-999}'], 2, 'metadata_update["q"]: a float would'),
+        (["set", "a", '{"ssn":', "1}"], 2, "too many arguments; put quotes around the JSON"),
+        (["import", "inexact.jsonl"], 2, 'line 1["metadata"]["p"]: a float would'),
+        (["import", "no_object.jsonl"], 2, "line 1: metadata: it is not an object"),
+        (
+            ["clear", "--stroage=x", "a"],
+            2,
+            "No such option '--stroage'. Before a user id that begins",
+        ),
         (["get", "alice", "--storage", "mysql://x"], 2, "unsupported storage URL: mysql://"),
         (["clear", "alice", "--storage", "/missing/users.db"], 1, "the directory /missing does"),
         (["export", "missing/x", "--storage", "memory://"], 1, "No such file or directory"),
@@ -109,7 +122,7 @@ def test_the_functions_are_commands(shell: Shell) -> None:
         (
             ["serve", "--host", "0.0.0.0"],
             2,
-            "'0.0.0.0' can be reached from elsewhere: give",
+            "'0.0.0.0' can be reached from elsewhere: set USERMETADATA_API_KEYS",
         ),
         (["serve", "--host", "example.com"], 2, "'example.com' can be reached from elsewhere"),
         (["serve", "--storage", "/missing/users.db"], 1, "the directory /missing does not exist"),
@@ -120,6 +133,9 @@ def test_errors_are_a_line_and_an_exit_code(
 ) -> None:
     """The exit code is 2 for invalid arguments, 1 if the storage failed; no traceback."""
     (shell.database.parent / "not_utf8.jsonl").write_bytes(b"\xff\n")
+    for name, metadata in (("inexact", '{"p": 1e-999}'), ("no_object", "[]")):
+        line = f'{{"userId": "a", "metadata": {metadata}}}'
+        (shell.database.parent / f"{name}.jsonl").write_text(line)
     # A server that did start would not end.
     run = shell.run_program if arguments[0] == "serve" else shell.run
     assert message in run(*arguments, code=code)
@@ -131,6 +147,81 @@ def test_an_error_ends_the_program(shell: Shell) -> None:
     nowhere = ["--host", "192.0.2.1", "--api-key", "key", "--storage", "memory://"]
     error = shell.run_program("serve", *nowhere, code=1)
     assert "cannot listen at --host '192.0.2.1' --port 3567" in error
+
+
+@pytest.mark.parametrize("user_id", ["-V1StGXR8_Z5jdHi6B", "-", "-s", "-5", "--", "--storage"])
+def test_a_user_id_may_begin_with_a_hyphen(shell: Shell, user_id: str) -> None:
+    """An id with one hyphen needs nothing; one with two comes after ``--``."""
+    separator = ["--"] if user_id.startswith("--") else []
+    storage = ["--storage", str(shell.database)]
+    for number, (command, *update) in enumerate([("update", '{"n": 1}'), ("get",), ("clear",)]):
+        shown = CliRunner().invoke(main, [command, *storage, *separator, user_id, *update])
+        assert shown.exit_code == 0, shown.output
+        assert read_all(shell.database) == ({user_id: {"n": 1}} if number < 2 else {})
+
+
+@pytest.mark.parametrize(
+    ("redirection", "message"),
+    [
+        ("update a <&-", "standard input or output: it is closed"),
+        ("update a 0>/dev/null", "standard input or output: it is closed"),
+        ("import <&-", "standard input or output: it is closed"),
+        ("get a >&-", "stdout: it is closed"),
+        ("export >&-", "stdout: it is closed"),
+        ("get a 1</dev/null", "standard input or output: it is closed"),
+        ("get a 2>&-", ""),
+        ("update a '{}' <&- >&- 2>&-", ""),
+    ],
+)
+def test_a_closed_stream_is_an_error(shell: Shell, redirection: str, message: str) -> None:
+    """One line, the exit code 2, and nothing is written; also if it is standard error."""
+    users = fill(shell.database, 2)
+    command = f"{shlex.quote(sys.executable)} -m usermetadata {redirection}"
+    environment = {**os.environ, "USERMETADATA_URL": f"sqlite:///{shell.database}"}
+    finished = subprocess.run(
+        ["sh", "-c", command], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert message in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert read_all(shell.database) == users
+
+
+@pytest.mark.parametrize("command", ["get a", "export"])
+def test_a_full_disk_is_an_error(shell: Shell, command: str) -> None:
+    """Output that cannot be written is one line and the exit code 1."""
+    shell.run("set", "a", "{}")
+    shown = f"{shlex.quote(sys.executable)} -m usermetadata {command} >/dev/full"
+    environment = {**os.environ, "USERMETADATA_URL": f"sqlite:///{shell.database}"}
+    finished = subprocess.run(
+        ["sh", "-c", shown], env=environment, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 1
+    assert "No space left on device" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_a_line_that_does_not_fit_in_memory(shell: Shell, tmp_path: Path) -> None:
+    """One line and the exit code 2, not a traceback."""
+    with (tmp_path / "huge.jsonl").open("wb") as file:
+        file.truncate(2**29)  # one line without an end, on a sparse file
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 * 2**27, 3 * 2**27));"
+        "from usermetadata.cli import main; main()"
+    )
+    for arguments in (["import", "huge.jsonl"], ["set", "a"]):
+        with (tmp_path / "huge.jsonl").open("rb") as stdin:
+            finished = subprocess.run(
+                [sys.executable, "-c", program, *arguments, "--storage", str(shell.database)],
+                stdin=stdin,
+                capture_output=True,
+                text=True,
+                check=False,
+                cwd=tmp_path,
+            )
+        assert finished.returncode == 2, finished.stderr
+        assert "the input does not fit in memory; split it" in finished.stderr
+        assert "Traceback" not in finished.stderr
 
 
 def test_help_says_what_there_is(shell: Shell) -> None:
@@ -183,6 +274,106 @@ def test_a_file_may_have_been_edited(shell: Shell, tmp_path: Path) -> None:
     assert shell.run("update", "alice", stdin='\ufeff{"n": 2}') == '{\n  "n": 2\n}\n'
 
 
+ROWS = {
+    "half a pair": r'{"\udc00": ["é\ud800"], "a": {"\ud83d": "\ude00"}}',
+    "null": '{"nick": null, "deep": {"nick": null}}',
+    "u+0000": r'{"\u0000": "\u0000"}',
+    "deep": '{"a":' + "[" * 400 + "]" * 400 + "}",
+    "numbers": '{"n": 123456789012345678901234567890, "f": -0.0, "e": 1E5, "g": 5e-324}',
+    "empty": "{}",
+    "blanks and order": '\n{"b" : 1, \t"a" : true }\n',
+}
+
+
+@pytest.mark.parametrize("target", ["sqlite", "postgres"])
+def test_rows_of_other_programs_are_copied(
+    shell: Shell, tmp_path: Path, schema: str, target: str
+) -> None:
+    """What export writes, import reads, exactly: half a surrogate pair, a null at the root."""
+    fill(shell.database, 1)
+    with closing(sqlite3.connect(shell.database)) as connection, connection:
+        connection.execute("DELETE FROM user_metadata")
+        connection.executemany(
+            "INSERT INTO user_metadata (app_id, user_id, user_metadata) VALUES ('public', ?, ?)",
+            ROWS.items(),
+        )
+    url = str(tmp_path / "copy.db")
+    if target == "postgres":
+        separator = "&" if "?" in server_url() else "?"
+        url = f"{server_url()}{separator}options=-csearch_path%3D{schema}"
+    lines = shell.run("export")
+    shell.run("import", "--storage", url, stdin=lines)
+    again = shell.run("export", "--storage", url)
+    assert sorted(map(repr, map(json.loads, again.splitlines()))) == sorted(
+        repr({"userId": user_id, "metadata": json.loads(text)}) for user_id, text in ROWS.items()
+    )
+
+
+def damage(database: Path) -> list[str]:
+    """Damage some rows of an SQLite file with 2,500 users; return their user ids."""
+    not_utf8 = '{"ssn":"\udcff"}'.encode(errors="surrogateescape").hex()
+    values = ["'['", "'[]'", "x'ff'", "'{\"ssn\"'", f"CAST(x'{not_utf8}' AS TEXT)"]
+    damaged = [f"user {n:05}" for n in (0, 998, 999, 1700, 2499)]
+    with closing(sqlite3.connect(database)) as connection, connection:
+        for user_id, value in zip(damaged, values, strict=True):
+            connection.execute(
+                f"UPDATE user_metadata SET user_metadata = {value} WHERE user_id = ?", [user_id]
+            )
+    return damaged
+
+
+def test_damaged_rows_are_left_out_of_an_export(shell: Shell, tmp_path: Path) -> None:
+    """All good rows are written; the damaged ones are named, without what they hold."""
+    users = fill(shell.database, 2500)
+    damaged = damage(shell.database)
+    with closing(sqlite3.connect(shell.database)) as connection, connection:
+        connection.execute("INSERT INTO user_metadata VALUES ('public', ?, '{}')", ["~" * 256])
+    error = shell.run("export", "users.jsonl", code=1)
+    assert re.findall(r"the metadata of user '(.*?)' in app 'public' is damaged", error) == damaged
+    assert "has 256 characters; 255 are allowed" in error
+    assert "ssn" not in error
+    assert "2495 users\n" in error
+    assert error.endswith("Error: rows left out: 6; all others are done\n")
+    good = {user_id: users[user_id] for user_id in users if user_id not in damaged}
+    lines = map(json.loads, (tmp_path / "users.jsonl").read_bytes().splitlines())
+    assert {line["userId"]: line["metadata"] for line in lines} == good
+
+
+def test_damaged_rows_of_a_core_are_left_out(
+    shell: Shell, schema: str, direct: psycopg.Connection[Any]
+) -> None:
+    """``import-supertokens`` copies all good rows, names the damaged ones, and exits with 1."""
+    url = make_conninfo(server_url(), options=f"-csearch_path={schema}")
+    users = {f"user {n:05}": {"n": n} for n in range(1200)}
+    with closing(PostgresStorage(url)) as core:
+        core.write([(user, Merge(users[user])) for user in users])
+    damaged = ["user 00000", "user 00001", "user 01100"]
+    direct.execute(
+        "UPDATE user_metadata SET user_metadata = '{\"ssn\"' WHERE user_id = ANY(%s)", [damaged]
+    )
+    error = shell.run("import-supertokens", url, code=1)
+    assert re.findall(r"the metadata of user '(.*?)' in app 'public' is damaged", error) == damaged
+    assert "ssn" not in error
+    assert "rows left out: 3" in error
+    assert list(read_all(shell.database)) == [user for user in users if user not in damaged]
+
+
+def test_exports_do_not_share_a_file(shell: Shell, tmp_path: Path) -> None:
+    """Exports at the same time each write a whole file; a planted link is not followed."""
+    fill(shell.database, 2500)
+    target = tmp_path / "target"
+    target.write_text("unharmed")
+    for name in ("users.jsonl.part", "users.jsonl.tmp", "users.jsonl."):
+        (tmp_path / name).symlink_to(target)
+    command = [sys.executable, "-m", "usermetadata", "export", str(tmp_path / "users.jsonl")]
+    command += ["--storage", str(shell.database)]
+    exports = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(3)]
+    assert [export.wait() for export in exports] == [0, 0, 0]
+    assert len((tmp_path / "users.jsonl").read_text(encoding="utf-8").split("\n")) == 2501
+    assert (tmp_path / "users.jsonl").stat().st_mode & 0o777 == 0o600
+    assert target.read_text() == "unharmed"
+
+
 def test_a_failed_export_leaves_the_last_one(shell: Shell, tmp_path: Path) -> None:
     """The file is replaced when all users are written; a failure leaves no temporary file."""
     fill(shell.database, 2500)
@@ -190,15 +381,15 @@ def test_a_failed_export_leaves_the_last_one(shell: Shell, tmp_path: Path) -> No
     (tmp_path / "users.jsonl").symlink_to(file)
     shell.run("export", "users.jsonl")
     whole = file.read_bytes()
-    damage = "UPDATE user_metadata SET user_metadata = ? WHERE user_id = 'user 02200'"
     with closing(sqlite3.connect(shell.database)) as connection, connection:
-        connection.execute(damage, ["["])
+        connection.execute("INSERT INTO user_metadata VALUES ('public', x'7e', '{}')")
     error = shell.run("export", "users.jsonl", code=1)
-    assert "user 02200" in error
+    assert "a user id in app 'public' is not text: b'~'; remove the row" in error
     assert file.read_bytes() == whole
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".db", ".jsonl", ".jsonl"]
     with closing(sqlite3.connect(shell.database)) as connection, connection:
-        connection.execute(damage, ["{}"])
+        connection.execute("DELETE FROM user_metadata WHERE user_id = x'7e'")
+        connection.execute("UPDATE user_metadata SET user_metadata = '{}'")
     shell.run("export", "users.jsonl")
     assert (tmp_path / "users.jsonl").is_symlink()
     assert len(file.read_bytes().splitlines()) == 2500
@@ -272,7 +463,7 @@ def test_an_import_is_resumed(shell: Shell, tmp_path: Path) -> None:
         ('{"userId": "alice"}', 'line 2: is not {"userId": "...", '),
         ('["alice", {}]', 'line 2: is not {"userId": "...", '),
         ('{"userId": "", "metadata": {}}', "line 2: userId: is empty"),
-        ('{"userId": "alice", "metadata": {"n": NaN}}', 'line 2: metadata["n"]: nan is not JSON'),
+        ('{"userId": "alice", "metadata": {"n": NaN}}', 'line 2["metadata"]["n"]: NaN is not JSON'),
     ],
 )
 def test_a_line_that_export_does_not_write(shell: Shell, line: str, message: str) -> None:
@@ -379,6 +570,9 @@ def test_sqlite_utils_has_the_merge_as_a_function(shell: Shell) -> None:
     [row] = json.loads(subprocess.check_output(command))
     assert json.loads(row["merged"]) == {"text": "é\u2028", "new": 1}
     assert row["first"] == '{"a":1}'
+    changed = query.replace('"new": 1', '"new": 1e-999')  # a float would change it
+    finished = subprocess.run([*command[:-1], changed], capture_output=True, check=False)
+    assert finished.returncode == 1
 
 
 @pytest.mark.parametrize("kind", STORAGES)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import doctest
 import importlib
+import json
 import pkgutil
 import re
 import runpy
+import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +107,59 @@ def test_the_readme_shows_it_by_line_40() -> None:
     start = "\n".join(README.read_text(encoding="utf-8").splitlines()[:40])
     assert "pip install . && python docs/examples/quickstart.py" in start
     assert ">>> update_user_metadata(" in start
+
+
+@pytest.mark.parametrize(
+    ("module", "missing", "extra"),
+    [
+        ("usermetadata.storage.postgres", "psycopg", "postgres"),
+        ("usermetadata.server", "starlette", "server"),
+        ("usermetadata.supertokens", "supertokens_python", "supertokens"),
+    ],
+)
+def test_a_missing_package_is_named_with_a_command(module: str, missing: str, extra: str) -> None:
+    """The command installs what the extra does, also where no index has this library."""
+    program = f"""
+import sys
+import tomllib
+sys.modules[{missing!r}] = None
+try:
+    import {module}
+except ImportError as error:
+    print(error)
+"""
+    message = subprocess.check_output([sys.executable, "-c", program], text=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    command = shlex.split(message.partition("pip install ")[2])
+    assert sorted(command) == sorted(project["optional-dependencies"][extra])
+
+
+def test_no_page_installs_from_an_index() -> None:
+    """The pages' commands work in a checkout: the library is on no index."""
+    for page in PAGES:
+        assert "pip install 'usermetadata" not in page.read_text(encoding="utf-8"), page.name
+
+
+def test_no_page_shows_a_key_in_a_command() -> None:
+    """Commands take keys from the environment: arguments are in the list of processes."""
+    for page in PAGES:
+        for block in re.findall(
+            r"```console\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL
+        ):
+            assert "--api-key" not in block, page.name
+            assert not re.search(r"://\w+:[^@\s]+@", block), page.name
+
+
+def test_one_file_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the quickstart, ``init()`` and the command line find what it has stored."""
+    monkeypatch.delenv("USERMETADATA_URL", raising=False)
+    runpy.run_path(str(ROOT / "docs/examples/quickstart.py"))
+    usermetadata.UserMetadataRecipe.reset()
+    usermetadata.init()
+    alice = syncio.get_user_metadata("alice").metadata
+    shown = subprocess.check_output([sys.executable, "-m", "usermetadata", "get", "alice"])
+    assert json.loads(shown) == alice
+    assert alice["theme"] == "dark"
 
 
 def test_links_between_pages_lead_somewhere() -> None:

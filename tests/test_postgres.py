@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
@@ -33,6 +34,7 @@ from usermetadata.changes import Clear, Merge, Modify, Replace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
+    from typing import LiteralString
 
     from usermetadata.changes import Change
 
@@ -167,7 +169,9 @@ def test_a_number_that_only_postgres_can_read(
     """The merge is done and raises ``OutcomeUnknownError``, so callers do not repeat it."""
     postgres.write([])
     direct.execute("""INSERT INTO user_metadata VALUES ('public', 'alice', '{"n": 1e999}')""")
-    with pytest.raises(OutcomeUnknownError, match=r"'alice'.* is damaged: 1e999.*write was done"):
+    with pytest.raises(
+        OutcomeUnknownError, match=r"'alice'.* is damaged: a number is.*write was done"
+    ):
         postgres.write([("bob", Merge({"n": 1})), ("alice", Merge({"m": 1}))])
     assert postgres.read(["bob"]) == {"bob": {"n": 1}}
     with pytest.raises(DamagedMetadataError, match="'alice'"):
@@ -492,6 +496,33 @@ def test_bad_arguments_are_refused(make: Callable[[], object], message: str) -> 
         make()
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE user_metadata SET user_metadata = '{\"ssn\": sesame'",
+        "ALTER TABLE user_metadata ADD CHECK (user_metadata NOT LIKE '%ssn%sesame%') NOT VALID",
+        "ALTER TABLE user_metadata ALTER user_metadata TYPE varchar(9)",
+        """
+        CREATE FUNCTION cast_it() RETURNS trigger LANGUAGE plpgsql AS
+        'BEGIN PERFORM NEW.user_metadata::int; RETURN NEW; END';
+        CREATE TRIGGER cast_it BEFORE UPDATE ON user_metadata
+        FOR EACH ROW WHEN (NEW.user_metadata LIKE '%sesame%') EXECUTE FUNCTION cast_it()
+        """,
+    ],
+    ids=["damaged", "constraint", "type", "trigger"],
+)
+def test_an_error_quotes_no_metadata(
+    postgres: PostgresStorage, direct: psycopg.Connection[Any], statement: LiteralString
+) -> None:
+    """Neither a message nor a traceback quotes a row; the server's own texts do."""
+    postgres.write([("alice", Merge({"n": 1}))])
+    direct.execute(statement)
+    for change in (Merge({"ssn": "sesame"}), Modify(lambda _: {"ssn": "sesame"})):
+        with pytest.raises(StorageError) as caught:
+            postgres.write([("alice", change)])
+        assert "sesame" not in "".join(traceback.format_exception(caught.value))
+
+
 @pytest.mark.parametrize("module", ["psycopg", "psycopg_pool"])
 def test_the_extra_is_named_where_it_is_missing(module: str) -> None:
     """Without psycopg or its pool, the error says how to install them."""
@@ -505,7 +536,7 @@ except ImportError as error:
     print(error)
 """
     output = subprocess.check_output([sys.executable, "-c", program, module], text=True)
-    assert output == "PostgresStorage needs psycopg; pip install 'usermetadata[postgres]'\n"
+    assert output == "PostgresStorage needs psycopg; pip install 'psycopg[binary,pool]>=3.2'\n"
 
 
 def test_a_table_of_something_else_is_an_error_of_ours(

@@ -90,13 +90,13 @@ def test_the_environment_names_the_default(tmp_path: Path, monkeypatch: pytest.M
 def test_the_last_default_is_a_file_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_set: bool
 ) -> None:
-    """Without argument and variable it is ``usermetadata.db`` in the working directory."""
+    """Without argument and variable it is ``users.db`` in the working directory."""
     monkeypatch.setenv("USERMETADATA_URL", "")
     if not is_set:
         monkeypatch.delenv("USERMETADATA_URL")
     monkeypatch.chdir(tmp_path)
     usermetadata.init()
-    assert keeps_metadata_in(tmp_path / "usermetadata.db")
+    assert keeps_metadata_in(tmp_path / "users.db")
 
 
 @pytest.mark.parametrize(

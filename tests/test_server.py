@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
+import socket
 import sqlite3
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 import pytest
-from asgi_server import serve
+from asgi_server import serve, serve_command
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
     from pathlib import Path
 
+    from usermetadata import Storage
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
 
@@ -214,7 +218,6 @@ def test_paths_ignore_case_and_one_slash(client: Client) -> None:
         (("PUT", METADATA, b""), "Invalid Json Input"),
         (("PUT", METADATA, b"[]"), "Invalid Json Input"),
         (("PUT", METADATA, b'{"userId": "\xff"}'), "Invalid Json Input"),
-        (("PUT", METADATA, b'{"userId": "a", "metadataUpdate": {"n": NaN}}'), "Invalid Json Input"),
         (("PUT", METADATA, b"[" * 100000), "Invalid Json Input"),
         (
             ("POST", f"{METADATA}/remove", {"userId": None}),
@@ -235,7 +238,15 @@ def test_paths_ignore_case_and_one_slash(client: Client) -> None:
         ),
         (
             ("PUT", METADATA, b'{"userId": "a", "metadataUpdate": {"n": 1e999}}'),
-            'metadata_update["n"]: inf is not JSON',
+            'body["metadataUpdate"]["n"]: a float would change this number; pass it as a string',
+        ),
+        (
+            ("PUT", METADATA, b'{"userId": "a", "metadataUpdate": {"n": [NaN]}}'),
+            'body["metadataUpdate"]["n"][0]: NaN is not JSON; pass null or a string',
+        ),
+        (
+            ("PUT", METADATA, b'{"userId": "a", "metadataUpdate": {"p": 0.1, "q": 1e-999}}'),
+            'body["metadataUpdate"]["q"]: a float would change this number; pass it as a string',
         ),
     ],
 )
@@ -246,6 +257,35 @@ def test_bad_requests_are_told_what_is_wrong(
     client, storage = untouched
     assert client.request(*sent).error == (400, message)
     assert storage.read_after("", 10) == {}
+
+
+def test_tenants_are_as_in_a_core(client: Client, closed: Client) -> None:
+    """The tenant ``public`` is the app itself; the API is not for others; names are checked."""
+    update(client, "alice", {"n": 1}, f"/public{METADATA}")
+    update(client, "alice", {"n": 2}, f"/appid-shop/public{METADATA}")
+    assert client.request("GET", f"{METADATA}?userId=alice").json["metadata"] == {"n": 1}
+    shown = client.request("GET", f"/appid-shop{METADATA}?userId=alice")
+    assert shown.json["metadata"] == {"n": 2}
+    assert client.request("GET", f"/appid-{METADATA}?userId=alice").json["metadata"] == {"n": 1}
+    forbidden = (403, "Only public tenantId can call this app specific API")
+    for path in (METADATA, f"{METADATA}/"):
+        for prefix in ("/t1", "/appid-shop/t1", "/T-1"):
+            answer = client.request("GET", f"{prefix}{path}?userId=alice")
+            assert answer.error == forbidden
+    assert closed.request("GET", f"/t1{METADATA}").error == (401, "Invalid API key")
+    for prefix in ("/appid-a_b!", "/appid-a/b/c", "/a_b", "/recipe", "/users", "/a/appid-shop"):
+        answer = client.request("GET", f"{prefix}{METADATA}?userId=alice")
+        assert answer.error == (404, "Not found")
+    assert client.request("GET", "/t1/hello").error == (200, "Hello")
+    assert client.request("GET", "/t1/apiversion").json["versions"]
+
+
+@pytest.mark.parametrize("version", ["x", "", "5.", ".5", "5.4-beta", "v5.4", "5,4"])
+def test_a_version_must_be_a_version(client: Client, version: str) -> None:
+    """Anything else than numbers with points between is refused as in a core."""
+    for path in (f"{METADATA}?userId=a", "/apiversion"):
+        answer = client.request("GET", path, headers={"cdi-version": version})
+        assert answer.error == (400, "cdi-version header is invalid")
 
 
 @pytest.mark.parametrize("method", ["PATCH", "TRACE", "PROPFIND"])
@@ -342,7 +382,7 @@ def test_requests_that_wait_share_a_write_with_those_of_their_app(
         first = executor.submit(write, 0, "")
         assert storage.entered.wait(60)
         with monkeypatch.context() as patch:
-            patch.setattr("usermetadata.server.json.loads", parse)
+            patch.setattr("usermetadata._core.parsing.json.loads", parse)
             waiting = [executor.submit(write, n, app) for n in range(4) for app in ("", "/appid-a")]
             for _ in waiting:
                 assert parsed.acquire(timeout=60)
@@ -454,18 +494,21 @@ def test_rows_of_other_programs_are_answered(database: Path) -> None:
             assert update(client, "a", {"n": 1})["metadata"] == {"x": "\ud800", "n": 1}
 
 
+@pytest.mark.parametrize("text", ['{"ssn"', '{"ssn":"\udcff"}'], ids=["not JSON", "not UTF-8"])
 def test_a_damaged_row_is_the_servers_fault(
-    database: Path, caplog: pytest.LogCaptureFixture
+    database: Path, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
-    """A damaged row gets 500 until it is set or cleared; the log names the user."""
+    """A damaged row gets 500 until it is set or cleared; the log names the user, and no more."""
+    row = text.encode(errors="surrogateescape").hex()
     with contextlib.closing(SQLiteStorage(database)) as storage:
         storage.write([("a", Merge({}))])
         with contextlib.closing(sqlite3.connect(database)) as connection:
-            connection.execute("UPDATE user_metadata SET user_metadata = 'x'")
+            connection.execute(f"UPDATE user_metadata SET user_metadata = CAST(x'{row}' AS TEXT)")
             connection.commit()
         with served(create_app(storage)) as client:
             answer = client.request("POST", f"{METADATA}/bulk", {"userIds": ["b", "a"]})
             assert "the metadata of user 'a' in app 'public' is damaged" in caplog.text
+            assert "ssn" not in caplog.text
             damaged = "The stored row is damaged; the server's log names the user."
             assert answer.error == (500, damaged)
             assert client.request("POST", f"{METADATA}/remove", {"userId": "a"}).status == 200
@@ -520,6 +563,353 @@ def test_concurrent_requests_lose_nothing(database: Path) -> None:
         with ThreadPoolExecutor(32) as executor:
             list(executor.map(work, range(32)))
         assert len(storage.read(["alice"])["alice"]) == 320
+
+
+# Limits.
+
+
+def test_metadata_has_a_largest_size(storage: Storage) -> None:
+    """An update whose result is larger gets 413 and stores nothing; at the limit it is stored."""
+    most = len('{"a":"","b":1}') + 1000
+    with served(create_app(storage, max_metadata_size=most)) as client:
+        update(client, "alice", {"a": "x" * 1000, "b": 1})
+        body = {"userId": "alice", "metadataUpdate": {"b": 10}}
+        refused = (413, f"The user's metadata would have more than {most} bytes")
+        assert client.request("PUT", METADATA, body).error == refused
+        assert storage.read(["alice"])["alice"] == {"a": "x" * 1000, "b": 1}
+        assert update(client, "alice", {"a": None})["metadata"] == {"b": 1}
+
+
+def test_updates_at_once_stay_below_the_limit(database: Path) -> None:
+    """Clients that update one user at once cannot exceed the limit together."""
+    with (
+        contextlib.closing(SQLiteStorage(database)) as storage,
+        served(create_app(storage, max_metadata_size=1000)) as client,
+    ):
+        host = f"http://{client.connection.host}:{client.connection.port}"
+
+        def work(number: int) -> int:
+            own = Client(host)
+            with contextlib.closing(own.connection):
+                body = {"userId": "alice", "metadataUpdate": {f"{number}": "x" * 100}}
+                return own.request("PUT", METADATA, body).status
+
+        with ThreadPoolExecutor(16) as executor:
+            statuses = list(executor.map(work, range(16)))
+        stored = storage.read(["alice"])["alice"]
+        assert len(json.dumps(stored, separators=(",", ":"))) <= 1000
+        assert statuses.count(200) == len(stored) == 9
+        assert statuses.count(413) == 7
+
+
+def test_an_answer_has_a_largest_size(usermetadata_storage: InMemoryStorage) -> None:
+    """An answer for many users has room for 16 of the largest objects, also for one id."""
+    with served(create_app(usermetadata_storage, max_metadata_size=1000)) as client:
+        users = [f"user {number}" for number in range(100)]
+        usermetadata_storage.write([(user_id, Merge({"a": "x" * 900})) for user_id in users])
+        refused = (413, "The answer has more than 16000 bytes; ask for fewer users")
+        for user_ids in (users, ["user 0"] * 500):
+            answer = client.request("POST", f"{METADATA}/bulk", {"userIds": user_ids})
+            assert answer.error == refused
+        answer = client.request("POST", f"{METADATA}/bulk", {"userIds": users[:16]})
+        assert [user["userId"] for user in answer.json["users"]] == users[:16]
+        answer = client.request("POST", f"{METADATA}/bulk", {"userIds": ["nobody"] * 100})
+        assert len(answer.json["users"]) == 100
+
+
+class Beating:
+    """An application that measures for how long its event loop does something else."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.longest = 0.0
+        self.task: asyncio.Task[None] | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if self.task is None:
+            self.task = asyncio.create_task(self.beat())
+        await self.app(scope, receive, send)
+
+    async def beat(self) -> None:
+        while True:
+            before = time.thread_time()  # other processes do not count
+            await asyncio.sleep(0.001)
+            self.longest = max(self.longest, time.thread_time() - before)
+
+
+SLOW = {
+    "nested": [json.loads("[" * 190 + "]" * 190)] * 600,
+    "floats": [1.5] * 119_000,
+    "long integers": [int("9" * 4300)] * 230,
+    "objects": [{"": {}}] * 39_000,
+    "text": "é\u2028" * 80_000,
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_no_request_blocks_the_event_loop(database: Path, name: str) -> None:
+    """What takes long to parse, check or encode is done in another thread."""
+    body = json.dumps({"userId": "a", "metadataUpdate": {"x": SLOW[name]}}, separators=(",", ":"))
+    assert len(body) <= 2**20
+    with contextlib.closing(SQLiteStorage(database)) as storage:
+        app = Beating(create_app(storage))
+        with serve(app, "off") as port:
+            client = Client(f"http://127.0.0.1:{port}")
+            with contextlib.closing(client.connection):
+                assert client.request("PUT", METADATA, body.encode()).status == 200
+                assert client.request("GET", f"{METADATA}?userId=a").status == 200
+                bulk = {"userIds": ["a"] * 10}
+                assert client.request("POST", f"{METADATA}/bulk", bulk).status == 200
+        assert 0 < app.longest < 0.1
+
+
+def test_too_many_values_are_refused(client: Client, usermetadata_storage: InMemoryStorage) -> None:
+    """A body of many tiny values takes Python too long: 413."""
+    body = b'{"userId": "a", "metadataUpdate": {"x": [' + b",".join([b"[]"] * 60_000) + b"]}}"
+    assert client.request("PUT", METADATA, body).error == (
+        413,
+        "The body has more than 120000 values",
+    )
+    assert usermetadata_storage.read(["a"]) == {}
+
+
+# Browsers.
+
+
+LOCAL = [
+    {"Host": "localhost:3567"},
+    {"Host": "127.0.0.1"},
+    {"Host": "[::1]:3567"},
+    {"Host": "LOCALHOST"},
+    {"Host": "localhost:1", "Origin": "http://localhost:1", "Sec-Fetch-Site": "same-origin"},
+    {"Host": "localhost:1", "Sec-Fetch-Site": "none"},
+]
+FOREIGN = [
+    {"Host": "evil.example", "Origin": "http://evil.example"},
+    {"Host": "evil.example"},
+    {"Host": "localhost.evil.example"},
+    {"Host": "0.0.0.0:3567"},
+    {"Host": "192.168.0.1"},
+    {"Host": ""},
+    {"Host": "[::1"},
+    {"Host": "localhost", "Origin": "http://evil.example"},
+    {"Host": "localhost", "Origin": "null"},
+    {"Host": "localhost:1", "Origin": "http://localhost:2"},
+    {"Host": "localhost", "Sec-Fetch-Site": "cross-site", "Content-Type": "text/plain"},
+    {"Host": "localhost", "Sec-Fetch-Site": "same-site"},
+]
+
+
+@pytest.mark.parametrize("headers", LOCAL)
+def test_local_clients_need_no_key(client: Client, headers: dict[str, str]) -> None:
+    """Without keys, any program on the machine may ask."""
+    assert client.request("GET", f"{METADATA}?userId=a", headers=headers).status == 200
+
+
+@pytest.mark.parametrize("headers", FOREIGN)
+def test_web_pages_of_other_sites_may_not_ask(
+    usermetadata_storage: InMemoryStorage,
+    client: Client,
+    headers: dict[str, str],
+) -> None:
+    """They neither read, write nor erase."""
+    usermetadata_storage.write([("a", Merge({"n": 1}))])
+    body = {"userId": "a", "metadataUpdate": {"n": 2}}
+    for method, path in (
+        ("GET", f"{METADATA}?userId=a"),
+        ("PUT", METADATA),
+        ("POST", f"{METADATA}/remove"),
+        ("GET", "/hello"),
+    ):
+        status, text = client.request(method, path, body, headers).error
+        assert status == 403
+        assert text.startswith(("Host: it is not localhost;", "Origin: it is another site;"))
+    assert usermetadata_storage.read(["a"]) == {"a": {"n": 1}}
+
+
+def test_with_keys_the_key_decides() -> None:
+    """Then the server may have any name, and a web page that has a key may ask."""
+    with served(create_app(InMemoryStorage(), api_keys=[KEY])) as client:
+        for headers in FOREIGN:
+            with_key = {**headers, "api-key": KEY}
+            answer = client.request("GET", f"{METADATA}?userId=a", headers=with_key)
+            assert answer.status == 200
+            assert client.request("GET", METADATA, headers=headers).error[0] == 401
+
+
+# The command ``serve``: connections.
+
+
+def send_all(connection: socket.socket, data: bytes, times: int = 1) -> None:
+    """Send until the server closes the connection."""
+    with contextlib.suppress(ConnectionError):
+        for _ in range(times):
+            connection.sendall(data)
+
+
+def receive_all(connection: socket.socket) -> bytes:
+    """Receive until the server closes the connection."""
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while part := connection.recv(2**16):
+            received += part
+    return received
+
+
+NO_HTTPTOOLS = "import sys; sys.modules['httptools'] = None"
+
+
+@pytest.mark.parametrize("before", ["", NO_HTTPTOOLS], ids=["httptools", "h11"])
+def test_large_headers_are_refused(before: str) -> None:
+    """431, whichever parser is installed; the headers are not kept."""
+    with serve_command("--request-timeout", "5", before=before) as served:
+        memory = served.memory()
+        for header in (b"x: " + b"y" * 1000 + b"\r\n", b"x: " + b"y" * 2**16, b"/" * 2**16):
+            address = ("127.0.0.1", served.port)
+            with socket.create_connection(address, timeout=30) as connection:
+                connection.sendall(b"GET /hello")
+                if header[:1] != b"/":
+                    connection.sendall(b" HTTP/1.1\r\nHost: localhost\r\n")
+                send_all(connection, header, 2**25 // len(header))
+                head, _, body = receive_all(connection).partition(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 431 Request Header Fields Too Large\r\n")
+                assert body == b"The request line and the headers have more than 65536 bytes"
+        assert served.memory() < memory + 2**23
+        client = Client(f"http://127.0.0.1:{served.port}")
+        with contextlib.closing(client.connection):
+            for _ in range(2):
+                headers = {f"x-{number}": "y" * 1000 for number in range(60)}
+                assert client.request("GET", "/hello", headers=headers).status == 200
+        assert "Traceback" not in "".join(served.log)
+
+
+@pytest.mark.parametrize("before", ["", NO_HTTPTOOLS], ids=["httptools", "h11"])
+def test_headers_after_a_refused_body_are_not_kept(before: str) -> None:
+    """The limit also holds after a request that was answered before its body had arrived."""
+    options = ["--max-body-size", "10", "--request-timeout", "5"]
+    with serve_command(*options, before=before) as served:
+        memory = served.memory()
+        address = ("127.0.0.1", served.port)
+        with socket.create_connection(address, timeout=30) as connection:
+            head = b"POST /recipe/user/metadata/remove HTTP/1.1\r\nHost: localhost\r\n"
+            connection.sendall(head + b"Content-Length: 100\r\n\r\n" + b"x" * 20)
+            assert connection.recv(2**16).startswith(b"HTTP/1.1 413")
+            connection.sendall(b"x" * 80 + b"GET /hello HTTP/1.1\r\nHost: localhost\r\n")
+            send_all(connection, b"x: " + b"y" * 1000 + b"\r\n", 2**15)
+            receive_all(connection)
+        assert served.memory() < memory + 2**23
+
+
+@pytest.mark.parametrize("before", ["", NO_HTTPTOOLS], ids=["httptools", "h11"])
+def test_a_request_has_a_time_limit(before: str) -> None:
+    """A request that does not arrive in time is dropped, however many bytes keep coming."""
+    head = b"PUT /recipe/user/metadata HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999\r\n\r\n"
+    nothing = b""
+    half_a_head = head[:20]
+    half_a_body = head + b"{"
+    a_second_one = b"GET /hello HTTP/1.1\r\nHost: localhost\r\n\r\n" + half_a_head
+
+    def wait_for_the_end(sent: bytes) -> None:
+        address = ("127.0.0.1", running.port)
+        with socket.create_connection(address, timeout=30) as connection:
+            connection.sendall(sent)
+            connection.settimeout(0.05)
+            for _ in range(200):
+                try:
+                    if not connection.recv(2**16):
+                        return
+                except TimeoutError:
+                    if sent:
+                        send_all(connection, b"x")
+                except ConnectionError:
+                    return
+        pytest.fail("the connection is still open")
+
+    with serve_command("--request-timeout", "0.5", before=before) as running:
+        with ThreadPoolExecutor(4) as executor:
+            requests = (nothing, half_a_head, half_a_body, a_second_one)
+            list(executor.map(wait_for_the_end, requests))
+        assert "Traceback" not in "".join(running.log)
+
+
+FEW_DESCRIPTORS = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))"
+
+
+def send_halves(port: int, connections: contextlib.ExitStack) -> None:
+    """Open 150 connections and send half a request on each."""
+
+    def send_half(_: int) -> None:
+        connection = connections.enter_context(socket.create_connection(("127.0.0.1", port), 30))
+        send_all(connection, b"GET /hello HTTP/1.1\r\nHost: loc")
+
+    with ThreadPoolExecutor(150) as executor:
+        list(executor.map(send_half, range(150)))
+
+
+def test_half_sent_requests_do_not_keep_others_out() -> None:
+    """With few descriptors, new clients are answered at once, and the log stays short."""
+    with serve_command(before=FEW_DESCRIPTORS) as running, contextlib.ExitStack() as connections:
+        for _ in range(2):
+            send_halves(running.port, connections)
+            client = Client(f"http://127.0.0.1:{running.port}")
+            with contextlib.closing(client.connection):
+                assert client.request("GET", "/hello").error == (200, "Hello")
+        assert "Traceback" not in "".join(running.log)
+        assert len(running.log) < 10
+
+
+def test_a_request_that_has_arrived_is_answered() -> None:
+    """However long the storage takes, and however many other clients come."""
+    slow = f"""
+{FEW_DESCRIPTORS}
+import time
+from usermetadata import InMemoryStorage
+read = InMemoryStorage.read
+InMemoryStorage.reads_in_flight = 1
+InMemoryStorage.read = lambda self, ids: (time.sleep(2 if ids else 0), read(self, ids))[1]
+"""
+    with (
+        serve_command("--request-timeout", "0.2", before=slow) as running,
+        contextlib.ExitStack() as connections,
+    ):
+        url = f"http://127.0.0.1:{running.port}"
+        client, other = Client(url), Client(url)
+        for each in (client, other):
+            connections.callback(each.connection.close)
+        client.connection.request("GET", f"{METADATA}?userId=a")
+        # Once this is answered, the request before it has been read.
+        assert other.request("GET", "/hello").status == 200
+        send_halves(running.port, connections)
+        assert client.connection.getresponse().status == 200
+
+
+@pytest.mark.parametrize("before", ["", NO_HTTPTOOLS], ids=["httptools", "h11"])
+def test_bad_requests_do_not_flood_the_log(before: str) -> None:
+    """What a client without a key sends causes few lines, and no traceback."""
+    requests = [
+        b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET http://localhost/hello HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"CONNECT localhost:1 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /%ff%00 HTTP/1.1\r\nHost: \xff\r\n\r\n",
+        b"GET /hello HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+        b"PUT / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n",
+        b"PUT / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1, 2\r\n\r\n",
+        b"PUT /recipe/user/metadata HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n",
+    ]
+    with serve_command(before=before) as served:
+        for request in requests * 10:
+            with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
+                send_all(connection, request)
+                connection.shutdown(socket.SHUT_WR)
+                receive_all(connection)
+        client = Client(f"http://127.0.0.1:{served.port}")
+        with contextlib.closing(client.connection):
+            assert client.request("GET", "/hello").error == (200, "Hello")
+        assert "Traceback" not in "".join(served.log)
+        assert len(served.log) < 30
 
 
 PATHS = ["/", "/hello", "/apiversion", METADATA, f"{METADATA}/remove", f"{METADATA}/bulk"]

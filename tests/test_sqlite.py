@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -817,9 +818,9 @@ def test_a_damaged_row_leaves_no_query_open(storage: SQLiteStorage, database: Pa
         ("{", "Expecting property name"),
         ("[1]", "it holds an array, not an object"),
         ('{"a": NaN}', "NaN is not JSON"),
-        ('{"a": 1e999}', "1e999 is too large for a float"),
+        ('{"a": 1e999}', "a number is too large for a float"),
         ('{"a":' * 100_000, "it nests deeper than 200 levels"),
-        (b'{"a": 1}', "it is a bytes, not text"),
+        (b'{"a": 1}', "it is not UTF-8 text"),
         (f'{{"a": {"9" * 5000}}}', "Exceeds the limit"),
     ],
     ids=["cut off", "an array", "NaN", "infinity", "deep", "a blob", "a long integer"],
@@ -845,15 +846,33 @@ def test_a_damaged_row(
     assert storage.read(["alice", "carol"]) == {"carol": {"n": 2}}
 
 
-def test_a_row_that_is_not_text(storage: SQLiteStorage, database: Path) -> None:
-    """Bytes that are not UTF-8 are also a damaged row."""
-    storage.write([("alice", Merge({}))])
-    with contextlib.closing(sqlite3.connect(database)) as other, other:
-        other.execute("UPDATE user_metadata SET user_metadata = CAST(x'7bff7d' AS TEXT)")
-    with pytest.raises(DamagedMetadataError, match="UTF-8"):
-        storage.read(["alice"])
-    storage.write([("alice", Clear())])
-    works(storage)
+@pytest.mark.parametrize("is_borrowed", [False, True])
+def test_a_row_that_is_not_text(database: Path, *, is_borrowed: bool) -> None:
+    """Bytes that are not UTF-8 are a damaged row: the error names the user, and quotes nothing."""
+    not_utf8 = '{"ssn":"\udcff"}'.encode(errors="surrogateescape").hex()
+    with contextlib.closing(sqlite3.connect(database)) as other:
+        storage = SQLiteStorage(Database(other) if is_borrowed else database)
+        storage.write([(user_id, Merge({"n": 1})) for user_id in ("alice", "bob")])
+        other.execute(
+            f"UPDATE user_metadata SET user_metadata = CAST(x'{not_utf8}' AS TEXT)"
+            " WHERE user_id = 'alice'"
+        )
+        other.commit()
+        for call in (
+            lambda: storage.read(["alice"]),
+            lambda: storage.read(["bob", "alice"]),
+            lambda: storage.read_after("", 10),
+            lambda: storage.write([("alice", Merge({}))]),
+            lambda: storage.write([("bob", Merge({})), ("alice", Merge({}))]),
+        ):
+            with pytest.raises(DamagedMetadataError, match=r"user 'alice'.*not UTF-8") as caught:
+                call()
+            assert caught.value.user_id == "alice"
+            assert "ssn" not in "".join(traceback.format_exception(caught.value))
+        assert storage.read(["bob"]) == {"bob": {"n": 1}}
+        storage.write([("alice", Clear())])
+        works(storage)
+        storage.close()
 
 
 def test_a_dropped_table(storage: SQLiteStorage, database: Path) -> None:

@@ -83,7 +83,7 @@ def _refuse_constant(constant: str) -> NoReturn:
 def _parse_float(digits: str) -> float:
     number = float(digits)
     if math.isinf(number):
-        raise ValueError(f"{digits} is too large for a float")
+        raise ValueError("a number is too large for a float")
     return number
 
 

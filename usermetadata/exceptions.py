@@ -35,4 +35,16 @@ class StorageBusyError(StorageError, TimeoutError):
 
 
 class DamagedMetadataError(StorageError, ValueError):
-    """A stored row is not a JSON object; setting or clearing the user's metadata repairs it."""
+    """A stored row is not a JSON object; setting or clearing the user's metadata repairs it.
+
+    Args:
+        message: what is damaged.
+        user_id: the user whose row it is; ``None`` if the storage does not say.
+
+    Attributes:
+        user_id: the same.
+    """
+
+    def __init__(self, message: str, user_id: str | None = None) -> None:
+        super().__init__(message)
+        self.user_id = user_id

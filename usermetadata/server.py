@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
+import ipaddress
 import logging
 import re
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 try:
     from starlette.applications import Starlette
@@ -21,12 +23,15 @@ try:
     from starlette.routing import Route
 except ImportError as error:
     raise ImportError(
-        "usermetadata.server needs Starlette and uvicorn; pip install 'usermetadata[server]'"
+        "usermetadata.server needs Starlette and uvicorn;"
+        " pip install 'starlette>=0.40' 'uvicorn>=0.30' 'httptools>=0.6'"
     ) from error
 
 from usermetadata._core.asyncio_functions import AsyncioFunctions
+from usermetadata._core.parsing import parse_json
 from usermetadata._core.runners import AsyncioRunner
 from usermetadata._core.urls import check_storage
+from usermetadata.changes import Merge
 from usermetadata.codec import encode_metadata
 from usermetadata.exceptions import (
     DamagedMetadataError,
@@ -35,15 +40,15 @@ from usermetadata.exceptions import (
     StorageError,
     UsageError,
 )
-from usermetadata.validation import check_user_id
+from usermetadata.validation import check_user_id, copy_metadata
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 
     from starlette.types import Receive, Scope, Send
 
+    from usermetadata.codec import Metadata
     from usermetadata.storage import Storage
-
 
 T = TypeVar("T")
 
@@ -55,21 +60,38 @@ VERSIONS = (
 """The supported versions of the core driver interface; its metadata part is the same in all."""
 
 _MOST_USERS = 500  # that one request may ask for
-_APP = re.compile(r"/appid-([^/]+)(/.*)")
+_READ_AT_ONCE = 25  # of them
+_LARGEST_OBJECTS = 16  # that an answer for many users has room for
+_MOST_VALUES = 120_000  # in a body, or in a user's metadata; more would block the event loop
+_LONG_BODY = 2**14  # bytes; longer ones are parsed in another thread
+_LONG_VALUE = 1000  # values; longer ones are encoded in another thread
+_PATH = re.compile(
+    r"(?:/appid-(?P<app>[a-z0-9-]*))?"
+    r"(?:/(?!(?:recipe|config|users|hello)/)(?P<tenant>[a-z0-9-]+))?"
+    r"(?P<path>/.*)"
+)
 _log = logging.getLogger(__name__)
 
 
 def create_app(
-    storage: Storage, *, api_keys: Collection[str] = (), max_body_size: int = 2**20
+    storage: Storage,
+    *,
+    api_keys: Collection[str] = (),
+    max_body_size: int = 2**20,
+    max_metadata_size: int = 2**20,
 ) -> Starlette:
     """Return an ASGI application that serves a storage to SuperTokens' SDKs.
 
-    It may be served by itself, or mounted in the application's own.
+    It may be served by itself, or mounted in the application's own. The server that runs it limits
+    the size of headers, the time for a request and the number of connections.
 
     Args:
         storage: where the metadata is stored. The caller closes it.
-        api_keys: the keys that a client may send; without any, no key is needed.
+        api_keys: the keys that a client may send. Without any, no key is needed, and only requests
+            to a loopback name are answered, and none from another site's web page.
         max_body_size: how many bytes a request's body may have.
+        max_metadata_size: how many bytes a user's metadata may have after an update, as compact
+            JSON. An answer for many users has room for 16 times as much.
 
     Returns:
         The application. At its end, its lifespan completes the calls under way.
@@ -90,7 +112,7 @@ def create_app(
         raise InvalidInputError(
             "api_keys: an empty key, or a text instead of a list of keys; pass a list of keys"
         )
-    server = _Server(storage, api_keys, max_body_size)
+    server = _Server(storage, api_keys, max_body_size, max_metadata_size)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None, None]:
@@ -115,13 +137,32 @@ class _Refusal(Exception):  # noqa: N818 - it is an answer, not a failure
         self.text = text
 
 
+@dataclass(frozen=True, slots=True)
+class _LimitedMerge(Merge):
+    """Merge, unless the result is too large."""
+
+    max_size: int
+
+    def __call__(self, old: Metadata | None) -> Metadata:
+        merged = Merge.__call__(self, old)
+        _refuse_large(_encode(merged), self.max_size, "The user's metadata would have")
+        return merged
+
+
 class _Server:
-    def __init__(self, storage: Storage, api_keys: Collection[str], max_body_size: int) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        api_keys: Collection[str],
+        max_body_size: int,
+        max_metadata_size: int,
+    ) -> None:
         self._api_keys = [key.encode() for key in api_keys]
         self._max_body_size = max_body_size
+        self._max_metadata_size = max_metadata_size
         self._runner = AsyncioRunner(storage)
         self._functions: dict[
-            str, dict[str, Callable[[Request, AsyncioRunner], Awaitable[dict[str, Any]]]]
+            str, dict[str, Callable[[Request, AsyncioRunner], Awaitable[bytes]]]
         ] = {
             "/apiversion": {"GET": self._versions},
             "/recipe/user/metadata": {"GET": self._get, "PUT": self._update},
@@ -154,10 +195,9 @@ class _Server:
         return response
 
     async def _content(self, request: Request) -> Response:
-        path = "/" + request.path_params["path"].lower().removesuffix("/")
-        app = _APP.fullmatch(path)
-        if app:
-            path = app[2]
+        if not self._api_keys:
+            _check_origin(request)
+        app_id, tenant, path = self._split(request.path_params["path"])
         if path == "/hello":
             if request.method not in ("GET", "POST", "PUT", "DELETE"):
                 raise _Refusal(405, "Method not supported")
@@ -166,15 +206,23 @@ class _Server:
             raise _Refusal(404, "Not found")
         self._check_key(request)
         version = request.headers.get("cdi-version", VERSIONS[-1])
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", version):
+            raise _Refusal(400, "cdi-version header is invalid")
         if version not in VERSIONS and path != "/apiversion":
             raise _Refusal(400, f"cdi-version {version} not supported")
         if request.method not in self._functions[path]:
             raise _Refusal(405, "Method not supported")
-        runner = self._runner.for_app(app[1]) if app else self._runner
+        if tenant not in (None, "public") and path != "/apiversion":
+            raise _Refusal(403, "Only public tenantId can call this app specific API")
+        runner = self._runner.for_app(app_id) if app_id else self._runner
         content = await self._functions[path][request.method](request, runner)
-        return Response(
-            encode_metadata(content), headers={"content-type": "application/json;charset=UTF-8"}
-        )
+        return Response(content, headers={"content-type": "application/json;charset=UTF-8"})
+
+    def _split(self, path: str) -> tuple[str | None, str | None, str]:
+        """Return the app and the tenant that a path names, and the path after them."""
+        path = f"/{path.lower().removesuffix('/')}"
+        named = None if path in self._functions else _PATH.fullmatch(path)
+        return (named["app"], named["tenant"], named["path"]) if named else (None, None, path)
 
     def _check_key(self, request: Request) -> None:
         if not self._api_keys:
@@ -188,52 +236,162 @@ class _Server:
         if not sum(hmac.compare_digest(shown, each) for each in self._api_keys):
             raise _Refusal(401, "Invalid API key")
 
-    async def _body(self, request: Request) -> dict[str, Any]:
-        body = b""
+    async def _body(self, request: Request, check: Callable[[dict[str, Any]], T]) -> T:
+        """Return what ``check`` makes of the body."""
+        body = bytearray()
         async for part in request.stream():
             body += part
-            if len(body) > self._max_body_size:
-                raise _Refusal(413, f"The body has more than {self._max_body_size} bytes")
-        try:
-            parsed = json.loads(body.decode(), parse_constant=_refuse)
-        except (ValueError, RecursionError):
-            parsed = None
-        if not isinstance(parsed, dict):
-            raise _Refusal(400, "Invalid Json Input")
-        return parsed
+            if len(body) > self._max_body_size:  # the rest of it is not read
+                break
+        _refuse_large(body, self._max_body_size, "The body has")
+        if len(body) > _LONG_BODY:
+            return await asyncio.to_thread(lambda: check(_parse(body)))
+        return check(_parse(body))
 
-    async def _versions(self, request: Request, runner: AsyncioRunner) -> dict[str, Any]:
-        return {"versions": VERSIONS}
+    async def _versions(self, request: Request, runner: AsyncioRunner) -> bytes:
+        return _encode({"versions": VERSIONS})
 
-    async def _get(self, request: Request, runner: AsyncioRunner) -> dict[str, Any]:
+    async def _get(self, request: Request, runner: AsyncioRunner) -> bytes:
         user_ids = request.query_params.getlist("userId")
         if not user_ids:
             raise _Refusal(400, "Field name 'userId' is missing in GET request")
         found = await AsyncioFunctions(runner).get_user_metadata(user_ids[0], {})
-        return {"metadata": found.metadata, "status": "OK"}
+        return await _encode_all([{"metadata": found.metadata, "status": "OK"}])
 
-    async def _update(self, request: Request, runner: AsyncioRunner) -> dict[str, Any]:
-        body = await self._body(request)
-        user_id, update = _field(body, "userId", str), _field(body, "metadataUpdate", dict)
-        updated = await AsyncioFunctions(runner).update_user_metadata(user_id, update, {})
-        return {"metadata": updated.metadata, "status": "OK"}
+    async def _update(self, request: Request, runner: AsyncioRunner) -> bytes:
+        def check(body: dict[str, Any]) -> tuple[str, Merge]:
+            user_id, update = _field(body, "userId", str), _field(body, "metadataUpdate", dict)
+            checked = copy_metadata(update, "metadata_update")
+            return check_user_id(user_id), _LimitedMerge(checked, self._max_metadata_size)
 
-    async def _remove(self, request: Request, runner: AsyncioRunner) -> dict[str, Any]:
-        user_id = _field(await self._body(request), "userId", str)
+        [metadata] = await runner.write([await self._body(request, check)])
+        return await _encode_all([{"metadata": metadata, "status": "OK"}])
+
+    async def _remove(self, request: Request, runner: AsyncioRunner) -> bytes:
+        user_id = await self._body(request, lambda body: _field(body, "userId", str))
         await AsyncioFunctions(runner).clear_user_metadata(user_id, {})
-        return {"status": "OK"}
+        return _encode({"status": "OK"})
 
-    async def _get_bulk(self, request: Request, runner: AsyncioRunner) -> dict[str, Any]:
-        user_ids = _field(await self._body(request), "userIds", list)
-        if len(user_ids) > _MOST_USERS:
-            raise _Refusal(400, f"You can only query up to {_MOST_USERS} users at a time.")
-        if not all(isinstance(user_id, str) for user_id in user_ids):
-            raise _Refusal(400, "userIds array must contain only strings")
-        for number, user_id in enumerate(user_ids):
-            check_user_id(user_id, f"userIds[{number}]")
-        found = await runner.read(user_ids)
-        users = [{"userId": user_id, "metadata": found.get(user_id)} for user_id in user_ids]
-        return {"status": "OK", "users": users}
+    async def _get_bulk(self, request: Request, runner: AsyncioRunner) -> bytes:
+        user_ids = await self._body(request, _user_ids_of)
+        room = self._max_metadata_size * _LARGEST_OBJECTS
+        users = bytearray()
+        for start in range(0, len(user_ids), _READ_AT_ONCE):
+            some = user_ids[start : start + _READ_AT_ONCE]
+            found = await runner.read(some)
+            users += await _encode_all(
+                [{"userId": user_id, "metadata": found.get(user_id)} for user_id in some],
+                room - len(users),
+            )
+            if len(users) > room:
+                raise _Refusal(413, f"The answer has more than {room} bytes; ask for fewer users")
+            users += b","
+        return b'{"status":"OK","users":[' + users.removesuffix(b",") + b"]}"
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host name or address is that of the machine itself.
+
+    Args:
+        host: the name or address, without a port.
+
+    Returns:
+        Whether only programs on this machine can reach it.
+
+    Example:
+        >>> is_loopback("127.0.0.1"), is_loopback("0.0.0.0"), is_loopback("core.example")
+        (True, False, False)
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_origin(request: Request) -> None:
+    """Refuse what a browser sends for a web page of another site.
+
+    A page whose name resolves to this machine (DNS rebinding) sends its own name as ``Host``.
+    """
+    host = request.headers.get("host", "")
+    try:
+        is_local = is_loopback(urlsplit(f"//{host}").hostname or "")
+    except ValueError:
+        is_local = False
+    if not is_local:
+        raise _Refusal(
+            403, "Host: it is not localhost; without API keys only local clients may ask"
+        )
+    origin = request.headers.get("origin")
+    site = request.headers.get("sec-fetch-site", "none")
+    if origin not in (None, f"http://{host}", f"https://{host}") or site not in (
+        "none",
+        "same-origin",
+    ):
+        raise _Refusal(403, "Origin: it is another site; without API keys no web page may ask")
+
+
+def _parse(body: bytearray) -> dict[str, Any]:
+    try:
+        parsed = parse_json(body.decode(), "body")
+    except InvalidInputError:
+        raise
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise _Refusal(400, "Invalid Json Input")
+    return parsed
+
+
+def _refuse_large(text: bytes | bytearray, max_size: int, what: str) -> None:
+    """Refuse JSON that has too many bytes or values."""
+    if len(text) > max_size:
+        raise _Refusal(413, f"{what} more than {max_size} bytes")
+    # Nearly: text may hold these signs. Python handles many small values slowly.
+    if sum(text.count(sign) for sign in (b"[", b"{", b",")) > _MOST_VALUES:
+        raise _Refusal(413, f"{what} more than {_MOST_VALUES} values")
+
+
+def _user_ids_of(body: dict[str, Any]) -> list[str]:
+    user_ids = _field(body, "userIds", list)
+    if len(user_ids) > _MOST_USERS:
+        raise _Refusal(400, f"You can only query up to {_MOST_USERS} users at a time.")
+    if not all(isinstance(user_id, str) for user_id in user_ids):
+        raise _Refusal(400, "userIds array must contain only strings")
+    return [check_user_id(user_id, f"userIds[{number}]") for number, user_id in enumerate(user_ids)]
+
+
+def _encode(content: dict[str, Any]) -> bytes:
+    return encode_metadata(content).encode()
+
+
+async def _encode_all(contents: list[dict[str, Any]], room: int | None = None) -> bytes:
+    """Encode objects with commas between them; stop when they have more than ``room`` bytes."""
+
+    def encode() -> bytes:
+        encoded = bytearray()
+        for content in contents:
+            encoded += b"," * bool(encoded) + _encode(content)
+            if room is not None and len(encoded) > room:
+                break
+        return bytes(encoded)
+
+    return await asyncio.to_thread(encode) if _is_long(contents) else encode()
+
+
+def _is_long(value: object) -> bool:
+    """Tell whether encoding the value takes longer than another thread does to start."""
+    waiting, seen = [value], 0
+    while waiting and seen < _LONG_VALUE:
+        each = waiting.pop()
+        seen += 1
+        if isinstance(each, dict):
+            waiting.extend(each.values())
+        elif isinstance(each, list):
+            waiting.extend(each)
+        elif isinstance(each, int):
+            seen += each.bit_length() // 64
+    return bool(waiting)
 
 
 def _text(status: int, text: str) -> Response:
@@ -258,7 +416,3 @@ def _field(body: dict[str, Any], name: str, kind: type[T]) -> T:
     if not isinstance(value, kind):
         raise _Refusal(400, f"Field name '{name}' is invalid in JSON input")
     return value
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from sqlite_utils import hookimpl
 
+from usermetadata._core.parsing import parse_json
 from usermetadata.cli import main
-from usermetadata.codec import decode_metadata, encode_metadata
+from usermetadata.codec import encode_metadata
 from usermetadata.merge import merge_metadata
 from usermetadata.validation import copy_metadata
 
@@ -30,6 +31,6 @@ def prepare_connection(conn: sqlite3.Connection) -> None:
 
 
 def _merge(stored: str | None, update: str) -> str:
-    old: dict[str, Any] = {} if stored is None else decode_metadata(stored)
-    checked = copy_metadata(decode_metadata(update), "update")
+    old: dict[str, Any] = {} if stored is None else parse_json(stored, "stored")
+    checked = copy_metadata(parse_json(update, "update"), "update")
     return encode_metadata(merge_metadata(old, checked))

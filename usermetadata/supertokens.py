@@ -12,7 +12,7 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        "usermetadata.supertokens needs the SDK; pip install 'usermetadata[supertokens]'"
+        "usermetadata.supertokens needs the SDK; pip install 'supertokens-python>=0.30'"
     ) from error
 
 from usermetadata.asyncio import (

@@ -58,8 +58,8 @@ def init(
         storage: a storage; or a URL, ``memory://``, ``postgresql://...`` or ``sqlite:///users.db``
             (four slashes before an absolute path), with arguments of the storage as parameters,
             ``?timeout=5``; or the path of an SQLite file. ``None`` means the URL or path in the
-            environment variable ``USERMETADATA_URL``, and ``sqlite:///usermetadata.db`` if that is
-            not set.
+            environment variable ``USERMETADATA_URL``, and ``sqlite:///users.db`` if that is not
+            set.
         override: replaces or wraps the functions, for both facades.
 
     Raises:

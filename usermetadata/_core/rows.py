@@ -22,13 +22,18 @@ def decode_row(database: str, key: tuple[str, str], text: object) -> Metadata:
     Raises:
         DamagedMetadataError: it is not a JSON object.
     """
+    app_id, user_id = key
+    if not isinstance(user_id, str):  # of a row that another program wrote
+        raise DamagedMetadataError(
+            f"{database}: a user id in app {app_id!r} is not text: {user_id!r}; remove the row"
+        )
     try:
         if not isinstance(text, str):
-            raise ValueError(f"it is a {type(text).__name__}, not text")
+            raise ValueError("it is not UTF-8 text")
         return decode_metadata(text)
     except ValueError as error:
-        app_id, user_id = key
         raise DamagedMetadataError(
             f"{database}: the metadata of user {user_id!r} in app {app_id!r} is damaged: {error};"
-            " set or clear it to repair it"
+            " set or clear it to repair it",
+            user_id,
         ) from error

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from usermetadata.storage import Storage
 
-DEFAULT_URL = "sqlite:///usermetadata.db"
+DEFAULT_URL = "sqlite:///users.db"
 
 # Arguments of the storages that a URL may have as parameters.
 _PARAMETERS: dict[str, dict[str, Callable[[str], object]]] = {

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import os
+import sys
 from contextlib import closing
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,16 +24,55 @@ class _Group(click.Group):
     """Shows the library's errors as click shows its own: one line, and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        _check_streams()
         try:
             return super().invoke(ctx)
         except InvalidInputError as error:
             raise click.UsageError(str(error)) from error
+        except MemoryError as error:
+            raise click.UsageError("the input does not fit in memory; split it") from error
         except (StorageError, UsageError, ImportError) as error:
             raise click.ClickException(str(error)) from error
         except OSError as error:
             if error.errno == errno.EPIPE:  # click handles it
                 raise
+            if error.errno == errno.EBADF or isinstance(error, io.UnsupportedOperation):
+                raise click.UsageError(
+                    "standard input or output: it is closed; pass a file"
+                ) from error
             raise click.ClickException(str(error)) from error
+
+
+def _check_streams() -> None:
+    """Refuse to run without standard output or error: a database may get their descriptors.
+
+    Reading a closed standard input fails.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+            if name != "stdin":
+                raise click.UsageError(f"{name}: it is closed; redirect it, for example to a file")
+
+
+class UserCommand(click.Command):
+    """A command whose user id may begin with a hyphen; with two, it comes after ``--``."""
+
+    ignore_unknown_options = allow_extra_args = True
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse unknown options that begin with two hyphens, and further arguments."""
+        known = {name for parameter in self.get_params(ctx) for name in parameter.opts}
+        for argument in takewhile(lambda each: each != "--", args):
+            name = argument.partition("=")[0]
+            if name.startswith("--") and name not in known:
+                raise click.NoSuchOption(
+                    name, f"No such option {name!r}. Before a user id that begins with --, write --"
+                )
+        rest = super().parse_args(ctx, args)
+        if rest:  # click would quote them, and they may be metadata
+            raise click.UsageError("too many arguments; put quotes around the JSON", ctx)
+        return rest
 
 
 @click.group(cls=_Group)

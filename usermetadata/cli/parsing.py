@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from usermetadata._core.parsing import parse_json
 from usermetadata.changes import Replace
 from usermetadata.exceptions import InvalidInputError
-from usermetadata.validation import check_user_id, copy_metadata
+from usermetadata.validation import check_user_id
+
+if TYPE_CHECKING:
+    from usermetadata.codec import Metadata
 
 
 def argument_or_input(text: str | None) -> str | bytes:
     """Return the argument, or standard input if there is none."""
-    if text is not None and text != "-":
-        return text
-    return sys.stdin.buffer.read()
+    return sys.stdin.buffer.read() if text is None or text == "-" else text
 
 
 def parse(text: str | bytes, name: str) -> Any:
     """Return the value that a JSON text holds.
 
     Raises:
-        InvalidInputError: it is not JSON; the message begins with ``name``.
+        InvalidInputError: it is not JSON, or a float would change a number; the message begins with
+            ``name``.
     """
     try:
-        return json.loads(text)
+        return parse_json(text, name)
+    except InvalidInputError:
+        raise
     except json.JSONDecodeError as error:
         where = f"{error.msg} at character {error.pos + 1}"
         raise InvalidInputError(f"{name}: it is not JSON: {where}") from error
@@ -34,7 +40,10 @@ def parse(text: str | bytes, name: str) -> Any:
 
 
 def parse_line(line: bytes, number: int) -> tuple[str, Replace]:
-    """Return the user id and the change that stores the metadata of a line.
+    """Return the user id and the change that stores the metadata of a line as it is.
+
+    Other programs may have stored what the functions refuse, such as half a surrogate pair: export
+    writes it, so it is accepted here.
 
     Raises:
         InvalidInputError: the line is not one that export writes; the message gives its number.
@@ -44,5 +53,23 @@ def parse_line(line: bytes, number: int) -> tuple[str, Replace]:
         raise InvalidInputError(
             f'line {number}: is not {{"userId": "...", "metadata": {{...}}}}, as export writes it'
         )
-    user_id = check_user_id(parsed["userId"], f"line {number}: userId")
-    return user_id, Replace(copy_metadata(parsed["metadata"], f"line {number}: metadata"))
+    metadata = parsed["metadata"]
+    if not isinstance(metadata, dict):
+        raise InvalidInputError(
+            f"line {number}: metadata: it is not an object; write {{}} for a user without metadata"
+        )
+    return check_user_id(parsed["userId"], f"line {number}: userId"), as_it_is(metadata)
+
+
+def as_it_is(metadata: Metadata) -> Replace:
+    """Return the change that stores the metadata, also a null at its root."""
+    # Storages store `Replace` itself with fewer statements.
+    return _Copy(metadata) if None in metadata.values() else Replace(metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy(Replace):
+    """Replace the metadata with that of another storage, where another program wrote it."""
+
+    def __call__(self, old: Metadata | None) -> Metadata:
+        return dict(self.metadata)

@@ -13,12 +13,17 @@ from typing import IO, TYPE_CHECKING, BinaryIO, TypeVar
 
 import click
 
-from usermetadata.changes import Replace
 from usermetadata.cli.group import with_storage
-from usermetadata.cli.parsing import parse_line
+from usermetadata.cli.parsing import as_it_is, parse_line
 from usermetadata.codec import encode_metadata
-from usermetadata.exceptions import InvalidInputError, StorageError, UsageError
+from usermetadata.exceptions import (
+    DamagedMetadataError,
+    InvalidInputError,
+    StorageError,
+    UsageError,
+)
 from usermetadata.storage import ListingStorage
+from usermetadata.validation import check_user_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sized
@@ -38,13 +43,15 @@ def export(storage: Storage, file: str) -> None:
     """Write all users as JSON Lines to FILE, or to standard output.
 
     Each line is {"userId": "...", "metadata": {...}}. A thousand users at a time are read as of one
-    moment. FILE is replaced when all users are written.
+    moment. FILE is replaced when all users are written. Damaged rows are named and left out; then
+    the exit code is 1.
     """
-    with _replaced_at_the_end(file) as output:
+    with _reported() as report, _replaced_at_the_end(file) as output:
         is_shown = output is sys.stdout and sys.stdout.isatty()
-        for batch in _watched(_users(storage, ""), "Exporting", hidden=is_shown):
+        for batch in _watched(_users(storage, "", report), "Exporting", hidden=is_shown):
             for user_id, metadata in batch.items():
                 output.write(encode_metadata({"userId": user_id, "metadata": metadata}) + "\n")
+        output.flush()
 
 
 @click.command("import")
@@ -86,21 +93,24 @@ def import_supertokens(  # noqa: PLR0913, PLR0917 - they are options
     """Copy the users of a SuperTokens core, whose PostgreSQL database is at DSN.
 
     Existing users are overwritten. The core may keep running; later changes to users that were
-    copied already are not copied again.
+    copied already are not copied again. Damaged rows are named and left out; then the exit code is
+    1.
     """
     from usermetadata.storage.postgres import PostgresStorage
 
     with (
         closing(PostgresStorage(dsn, table=table, schema=schema, app_id=core_app_id)) as source,
+        _reported() as report,
         _resumable(lambda: f"--after {shlex.quote(after)}" if after else ""),
     ):
-        if not source.read_after("", 1):
-            raise UsageError(
-                f"{source!r}: it has no table {table!r}, or no users in it; check --schema, --table"
-                " and --core-app-id"
-            )
-        for batch in _watched(_users(source, after), "Copying"):
-            storage.write([(user_id, Replace(batch[user_id])) for user_id in batch])
+        with suppress(DamagedMetadataError):  # it is one of its users
+            if not source.read_after("", 1):
+                raise UsageError(
+                    f"{source!r}: it has no table {table!r}, or no users in it; check --schema,"
+                    " --table and --core-app-id"
+                )
+        for batch in _watched(_users(source, after, report), "Copying"):
+            storage.write([(user_id, as_it_is(batch[user_id])) for user_id in batch])
             after = list(batch)[-1]
 
 
@@ -129,15 +139,56 @@ def _replaced_at_the_end(file: str) -> Generator[IO[str], None, None]:
         raise
 
 
-def _users(storage: Storage, after: str) -> Iterator[dict[str, Metadata]]:
-    """Read all users after ``after`` in batches, in the storage's order."""
+@contextmanager
+def _reported() -> Generator[Callable[[Exception], None], None, None]:
+    """Yield a function that shows the error of a row that is left out; fail if there was one."""
+    count = 0
+
+    def report(error: Exception) -> None:
+        nonlocal count
+        count += 1
+        click.echo(str(error), err=True)
+
+    yield report
+    if count:
+        raise click.ClickException(f"rows left out: {count}; all others are done")
+
+
+def _users(
+    storage: Storage, after: str, report: Callable[[Exception], None]
+) -> Iterator[dict[str, Metadata]]:
+    """Read all users after ``after`` in batches, in the storage's order.
+
+    Rows that are damaged, or whose user id is not valid, are reported and left out.
+    """
     if not isinstance(storage, ListingStorage):
         raise UsageError(
             f"{type(storage).__name__}: it cannot list its users; give it a method read_after"
         )
-    while batch := storage.read_after(after, _BATCH):
-        yield batch
+    limit = _BATCH
+    while True:
+        try:
+            batch = storage.read_after(after, limit)
+        except DamagedMetadataError as error:
+            if limit > 1:  # smaller batches, up to the damaged row
+                limit //= 2
+                continue
+            if error.user_id is None:
+                raise
+            report(error)
+            after, limit = error.user_id, _BATCH
+            continue
+        if not batch:
+            return
         after = list(batch)[-1]
+        for user_id in list(batch):
+            try:
+                check_user_id(user_id, f"user {user_id!r}")
+            except InvalidInputError as error:
+                report(error)
+                del batch[user_id]
+        if batch:
+            yield batch
 
 
 def _watched(batches: Iterable[Batch], label: str, *, hidden: bool = False) -> Iterator[Batch]:

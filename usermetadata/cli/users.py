@@ -10,7 +10,7 @@ import click
 
 from usermetadata._core.blocking_functions import BlockingFunctions
 from usermetadata._core.runners import BlockingRunner
-from usermetadata.cli.group import with_storage
+from usermetadata.cli.group import UserCommand, with_storage
 from usermetadata.cli.parsing import argument_or_input, parse
 from usermetadata.codec import encode_metadata
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from usermetadata.storage import Storage
 
 
-@click.command()
+@click.command(cls=UserCommand)
 @click.argument("user_id")
 @partial(with_storage, must_exist=True)
 def get(storage: Storage, user_id: str) -> None:
@@ -27,7 +27,7 @@ def get(storage: Storage, user_id: str) -> None:
     _show(_functions(storage).get_user_metadata(user_id, {}).metadata)
 
 
-@click.command("set")
+@click.command("set", cls=UserCommand)
 @click.argument("user_id")
 @click.argument("metadata", required=False)
 @with_storage
@@ -37,7 +37,7 @@ def set_(storage: Storage, user_id: str, metadata: str | None) -> None:
     _show(_functions(storage).set_user_metadata(user_id, parsed, {}).metadata)
 
 
-@click.command()
+@click.command(cls=UserCommand)
 @click.argument("user_id")
 @click.argument("update", required=False)
 @with_storage
@@ -50,7 +50,7 @@ def update(storage: Storage, user_id: str, update: str | None) -> None:
     _show(_functions(storage).update_user_metadata(user_id, parsed, {}).metadata)
 
 
-@click.command()
+@click.command(cls=UserCommand)
 @click.argument("user_id")
 @with_storage
 def clear(storage: Storage, user_id: str) -> None:

@@ -132,5 +132,7 @@ class ListingStorage(Storage, Protocol):
 
         Raises:
             StorageError: as ``read`` does.
+            DamagedMetadataError: a row of the page is damaged. Its ``user_id`` names the user, so
+                a caller can go on after that row.
         """
         ...

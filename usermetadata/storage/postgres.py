@@ -34,7 +34,7 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        "PostgresStorage needs psycopg; pip install 'usermetadata[postgres]'"
+        "PostgresStorage needs psycopg; pip install 'psycopg[binary,pool]>=3.2'"
     ) from error
 
 from usermetadata._core.apps import OfOneApp
@@ -222,12 +222,14 @@ class PostgresStorage(OfOneApp):
                 for user_id, text in cursor.fetchall():
                     texts[by_user[user_id][0]] = text
         except DataError:
-            # The server's JSON refuses U+0000 in a value and a damaged row; Python's may not. Why a
-            # row was not removed is unknown until the rows are held.
-            with before_commit():
-                connection.rollback()  # of a transaction that a pooler has left open
-            return self._apply_holding(connection, changes)
-        return texts
+            pass  # its text quotes the row: what follows must not have it as its context
+        else:
+            return texts
+        # The server's JSON refuses U+0000 in a value and a damaged row; Python's may not. Why a row
+        # was not removed is unknown until the rows are held.
+        with before_commit():
+            connection.rollback()  # of a transaction that a pooler has left open
+        return self._apply_holding(connection, changes)
 
     def _decoded(
         self,

@@ -121,8 +121,10 @@ def translate(error: psycopg.Error, name: str, *, is_write: bool) -> Exception:
         name: the name of the database.
         is_write: whether the work may have written.
     """
-    text = f"{name}: {first_line(error)}"
     _, is_not_stored, rest = (error.diag.message_primary or str(error)).partition(NOT_STORED)
+    # The further lines quote rows, also in a traceback.
+    error.args = (first_line(error),)
+    text = f"{name}: {error}"
     if is_not_stored:
         user_id, _ = json.JSONDecoder().raw_decode(rest)
         return StorageError(
@@ -174,5 +176,6 @@ def is_gone(connection: Connection[Any]) -> bool:
 
 
 def first_line(error: psycopg.Error) -> str:
-    """Return the first line of the driver's text."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Return the first line of the driver's text, without the value that it may quote."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line.partition('"')[0].rstrip(": ") if isinstance(error, psycopg.DataError) else line

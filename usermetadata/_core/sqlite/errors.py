@@ -8,7 +8,6 @@ import sqlite3
 
 from usermetadata._core.batching import busy
 from usermetadata.exceptions import (
-    DamagedMetadataError,
     OutcomeUnknownError,
     StorageError,
     UsageError,
@@ -35,8 +34,6 @@ def translate(error: Exception, name: str) -> StorageError:
     message = str(error)
     if message.startswith("database ") and message.endswith("is locked"):
         return busy(name)
-    if message.startswith("Could not decode to UTF-8"):
-        return DamagedMetadataError(f"{name}: a row is damaged: {message}")
     if _no_descriptor_is_left():
         return StorageError(
             f"{name}: {message}: this process has too many open files; close some, or raise the"

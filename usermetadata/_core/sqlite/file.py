@@ -17,13 +17,8 @@ from usermetadata._core.forking import notice
 from usermetadata._core.sqlite.connecting import Connections, close_all, connect
 from usermetadata._core.sqlite.errors import closed, inherited, is_read_only, moved, translate
 from usermetadata._core.sqlite.schema import check_table, has_table
-from usermetadata._core.sqlite.statements import write_together
-from usermetadata.exceptions import (
-    DamagedMetadataError,
-    OutcomeUnknownError,
-    StorageBusyError,
-    StorageError,
-)
+from usermetadata._core.sqlite.statements import fetch, write_together
+from usermetadata.exceptions import OutcomeUnknownError, StorageBusyError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,15 +72,13 @@ class FileConnections(Connections):
                 reader = self._idle_readers.pop()
             except IndexError:
                 reader = self._open_reader()
-            return reader.execute(query, parameters).fetchall()
+            return fetch(reader, query, parameters)
         except sqlite3.Error as error:
-            failure = translate(error, self.name)
-            if not isinstance(failure, DamagedMetadataError):
-                self._reopen = True
-                if reader is not None:
-                    self._close_reader(reader)
-                    reader = None
-            raise failure from error
+            self._reopen = True
+            if reader is not None:
+                self._close_reader(reader)
+                reader = None
+            raise translate(error, self.name) from error
         finally:
             if reader is not None and reader not in self._inherited:
                 self._idle_readers.append(reader)
@@ -113,7 +106,7 @@ class FileConnections(Connections):
         try:
             # Only for this query: another process may begin to write.
             with closing(self._connect(mode)) as reader:
-                return reader.execute(query, parameters).fetchall()
+                return fetch(reader, query, parameters)
         except sqlite3.Error as error:
             raise translate(error, self.name) from error
 

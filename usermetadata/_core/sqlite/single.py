@@ -11,7 +11,7 @@ from sqlite_utils.db import NoTable
 from usermetadata._core.sqlite.connecting import Connections, connect
 from usermetadata._core.sqlite.errors import closed, translate
 from usermetadata._core.sqlite.schema import check_table, has_table
-from usermetadata._core.sqlite.statements import write_together
+from usermetadata._core.sqlite.statements import fetch, write_together
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -46,7 +46,7 @@ class SingleConnection(Connections):
             if self._closed:
                 raise closed(self.name)
             with self._in_use():
-                return self._connection.execute(query, parameters).fetchall()
+                return fetch(self._connection, query, parameters)
 
     def _write_together(self, calls: Sequence[Changes]) -> list[Results]:
         if self._closed:

@@ -43,6 +43,32 @@ _STORE = (
 _REMOVE = "DELETE FROM user_metadata WHERE app_id = ? AND user_id = ?"
 
 
+def fetch(
+    connection: sqlite3.Connection, query: str, parameters: Sequence[object]
+) -> list[tuple[str, object]]:
+    """Return the rows of a query, with bytes in place of text that is not UTF-8.
+
+    The driver's error quotes that text, and does not say whose it is.
+    """
+    try:
+        return connection.execute(query, parameters).fetchall()
+    except connection.Error as error:
+        if not str(error).startswith("Could not decode to UTF-8"):
+            raise
+    before, connection.text_factory = connection.text_factory, _text_or_bytes
+    try:
+        return connection.execute(query, parameters).fetchall()
+    finally:
+        connection.text_factory = before
+
+
+def _text_or_bytes(value: bytes) -> str | bytes:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
 def write_together(
     connection: sqlite3.Connection,
     calls: Sequence[Changes],
@@ -133,17 +159,17 @@ def _write(cursor: sqlite3.Cursor, changes: Changes, name: str) -> Results:
     return results
 
 
-def _read(cursor: sqlite3.Cursor, keys: list[Key]) -> dict[Key, str]:
+def _read(cursor: sqlite3.Cursor, keys: list[Key]) -> dict[Key, object]:
     if len(keys) == 1:
-        row = cursor.execute(READ_ONE, keys[0]).fetchone()
-        return {keys[0]: row[1]} if row else {}
+        rows = fetch(cursor.connection, READ_ONE, keys[0])
+        return {keys[0]: rows[0][1]} if rows else {}
     by_app: dict[str, list[str]] = {}
     for app_id, user_id in keys:
         by_app.setdefault(app_id, []).append(user_id)
     return {
         (app_id, user_id): text
         for app_id, user_ids in by_app.items()
-        for user_id, text in cursor.execute(READ_MANY, (app_id, json.dumps(user_ids))).fetchall()
+        for user_id, text in fetch(cursor.connection, READ_MANY, (app_id, json.dumps(user_ids)))
     }
 
 
