@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from usermetadata._core import forking
 from usermetadata._core.rows import decode_row
@@ -44,20 +44,21 @@ _REMOVE = "DELETE FROM user_metadata WHERE app_id = ? AND user_id = ?"
 
 
 def fetch(
-    connection: sqlite3.Connection, query: str, parameters: Sequence[object]
+    source: sqlite3.Connection | sqlite3.Cursor, query: str, parameters: Sequence[object]
 ) -> list[tuple[str, object]]:
     """Return the rows of a query, with bytes in place of text that is not UTF-8.
 
     The driver's error quotes that text, and does not say whose it is.
     """
+    connection: Any = getattr(source, "connection", source)  # the driver may be another
     try:
-        return connection.execute(query, parameters).fetchall()
+        return source.execute(query, parameters).fetchall()
     except connection.Error as error:
         if not str(error).startswith("Could not decode to UTF-8"):
             raise
     before, connection.text_factory = connection.text_factory, _text_or_bytes
     try:
-        return connection.execute(query, parameters).fetchall()
+        return source.execute(query, parameters).fetchall()
     finally:
         connection.text_factory = before
 
@@ -161,7 +162,7 @@ def _write(cursor: sqlite3.Cursor, changes: Changes, name: str) -> Results:
 
 def _read(cursor: sqlite3.Cursor, keys: list[Key]) -> dict[Key, object]:
     if len(keys) == 1:
-        rows = fetch(cursor.connection, READ_ONE, keys[0])
+        rows = fetch(cursor, READ_ONE, keys[0])
         return {keys[0]: rows[0][1]} if rows else {}
     by_app: dict[str, list[str]] = {}
     for app_id, user_id in keys:
@@ -169,7 +170,7 @@ def _read(cursor: sqlite3.Cursor, keys: list[Key]) -> dict[Key, object]:
     return {
         (app_id, user_id): text
         for app_id, user_ids in by_app.items()
-        for user_id, text in fetch(cursor.connection, READ_MANY, (app_id, json.dumps(user_ids)))
+        for user_id, text in fetch(cursor, READ_MANY, (app_id, json.dumps(user_ids)))
     }
 
 
