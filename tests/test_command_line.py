@@ -91,6 +91,9 @@ def test_the_functions_are_commands(shell: Shell) -> None:
     assert shell.run("get", "alice") == "{}\n"
     shell.run("set", "alice", '{"n": 2}', "--app-id", "shop")
     assert shell.run("get", "alice") == "{}\n"
+    shop = f"sqlite:///{shell.database}?app_id=shop&timeout=5"
+    assert json.loads(shell.run("get", "alice", "--storage", shop)) == {"n": 2}
+    assert shell.run("get", "alice", "--storage", shop, "--app-id", "public") == "{}\n"
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from usermetadata.asyncio import (
     get_bulk_user_metadata,
     get_user_metadata,
     modify_user_metadata,
+    update_bulk_user_metadata,
     update_user_metadata,
 )
 from usermetadata.changes import Merge
@@ -528,3 +529,18 @@ if sys.argv[2] == "os.fork":
         command[4] = "ignore::DeprecationWarning"
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (finished.returncode, finished.stderr) == (0, "")
+
+
+class ForgetsResults(Gated):
+    """Returns one result, whatever it was given."""
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        return super().write(changes)[:1]
+
+
+def test_a_storage_that_returns_too_few_results_is_reported() -> None:
+    """Nothing is acknowledged if the storage did not answer it."""
+    usermetadata.init(ForgetsResults())
+    updates = {"alice": {"n": 1}, "bob": {"n": 2}}
+    with pytest.raises(StorageError, match=r"ForgetsResults\.write: 1 results for 2 changes"):
+        asyncio.run(update_bulk_user_metadata(updates))

@@ -8,7 +8,6 @@ are strings, text is Unicode. Metadata that this library has checked comes back 
 from __future__ import annotations
 
 import json
-import math
 import re
 from typing import Any, NoReturn
 
@@ -52,7 +51,7 @@ def decode_metadata(text: str) -> Metadata:
         The object.
 
     Raises:
-        ValueError: ``text`` is not JSON, or is not an object, or Python cannot hold it.
+        ValueError: ``text`` is not JSON, or is not an object, or Python cannot hold it exactly.
 
     Example:
         >>> decode_metadata('{"n": 12345678901234567890}')
@@ -80,10 +79,34 @@ def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
 
 
+def is_exact(digits: str, number: float) -> bool:
+    """Tell whether a float, written as text again, is the number that it was read from.
+
+    Args:
+        digits: the number in JSON.
+        number: ``float(digits)``.
+
+    Returns:
+        ``True`` if nothing is lost. The shortest text of a float stands for it, so 0.1 is exact.
+
+    Example:
+        >>> is_exact("1.10", 1.1), is_exact("1e-999", 0.0)
+        (True, False)
+    """
+    if repr(number) == digits:
+        return True
+    from decimal import Decimal, InvalidOperation
+
+    try:
+        return Decimal(digits) == Decimal(repr(number))
+    except InvalidOperation:  # an exponent of 19 digits
+        return False
+
+
 def _parse_float(digits: str) -> float:
     number = float(digits)
-    if math.isinf(number):
-        raise ValueError("a number is too large for a float")
+    if not is_exact(digits, number):
+        raise ValueError("it holds a number that a float would change")
     return number
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from usermetadata.codec import is_exact
 from usermetadata.exceptions import InvalidInputError
 
 _SHOWN_CHARACTERS = 200
@@ -38,7 +39,7 @@ number; pass it as a string
 
     def parse_float(digits: str) -> float | _Fault:
         number = float(digits)
-        if repr(number) == digits or _is_exact(digits, number):
+        if is_exact(digits, number):
             return number
         faults.append(_Fault("a float would change this number; pass it as a string"))
         return faults[-1]
@@ -61,16 +62,6 @@ class _Fault:
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
-
-
-def _is_exact(digits: str, number: float) -> bool:
-    from decimal import Decimal, InvalidOperation
-
-    try:
-        # The shortest text of a float stands for it, so 0.1 is exact.
-        return Decimal(digits) == Decimal(repr(number))
-    except InvalidOperation:  # an exponent of 19 digits
-        return False
 
 
 def _find(value: object) -> tuple[_Fault, str] | None:

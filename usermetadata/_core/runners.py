@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from usermetadata._core.greenlets import call_here, patched_by, run_in_real_thread
 from usermetadata._core.reentry import FunctionError, called_inside, inside
 from usermetadata.codec import decode_metadata, encode_metadata
-from usermetadata.exceptions import UsageError
+from usermetadata.exceptions import StorageError, UsageError
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -132,8 +132,15 @@ def _write_together(
     calls: list[tuple[Storage, Sequence[tuple[str, Change]]]],
 ) -> list[list[Metadata | None]]:
     storage = calls[0][0]
-    written = iter(storage.write([change for _, changes in calls for change in changes]))
-    return [list(islice(written, len(changes))) for _, changes in calls]
+    together = [change for _, changes in calls for change in changes]
+    written = storage.write(together)
+    if len(written) != len(together):
+        raise StorageError(
+            f"{type(storage).__name__}.write: {len(written)} results for {len(together)} changes;"
+            " return one for each"
+        )
+    results = iter(written)
+    return [list(islice(results, len(changes))) for _, changes in calls]
 
 
 class BlockingOverride:

@@ -102,13 +102,15 @@ def with_storage(command: Callable[..., None], *, must_exist: bool = False) -> C
         show_envvar=True,
         help="Where the metadata is: a URL, or the path of an SQLite file.",
     )
-    @click.option("--app-id", default="public", show_default=True, help="The app of the users.")
+    @click.option("--app-id", help="The app of the users.  [default: that of the URL, or public]")
     @functools.wraps(command)
-    def command_with_storage(url: str, app_id: str, **arguments: object) -> None:
-        path = url.removeprefix("sqlite:///")
+    def command_with_storage(url: str, app_id: str | None, **arguments: object) -> None:
+        path = url
+        if url.startswith("sqlite:///"):
+            path = url.removeprefix("sqlite:///").partition("?")[0]
         if must_exist and not ("://" in path or path == ":memory:" or os.path.exists(path)):
             raise InvalidInputError(f"--storage: there is no file {path}; name one that exists")
         with closing(open_storage(url)) as storage:
-            command(storage.for_app(app_id), **arguments)
+            command(storage if app_id is None else storage.for_app(app_id), **arguments)
 
     return command_with_storage
