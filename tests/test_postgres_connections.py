@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from test_processes import WORK
 
 import usermetadata
 from usermetadata import (
+    InvalidInputError,
     OutcomeUnknownError,
     PostgresStorage,
     StorageBusyError,
@@ -782,3 +784,89 @@ def interrupt_who_waits() -> None:
     """Send the main thread a signal once it waits for a row."""
     waiting_for_locks(1)
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+
+@pytest.mark.parametrize(
+    ("change", "fails_once"),
+    [
+        ("ALTER TABLE user_metadata ALTER user_id TYPE varchar(128)", False),
+        ("ALTER TABLE user_metadata ALTER user_metadata TYPE varchar(1000)", False),
+        ("ALTER TABLE user_metadata ADD COLUMN at timestamptz DEFAULT now()", False),
+        ("DROP TABLE user_metadata", True),
+        ("ALTER TABLE user_metadata RENAME TO old", True),
+    ],
+    ids=["a key", "the metadata", "a column more", "dropped", "renamed"],
+)
+def test_no_error_of_a_changed_table_outlives_it(
+    open_storage: Callable[..., PostgresStorage],
+    direct: psycopg.Connection[Any],
+    change: str,
+    *,
+    fails_once: bool,
+) -> None:
+    """After a change of the table the calls work: at once, or after one error if it is gone."""
+    storage = open_storage()
+    for _ in range(7):  # the driver prepares statements that it has seen often
+        storage.write([("alice", Merge({"n": 1}))])
+        storage.write([("alice", Modify(count))])
+        storage.read(["alice"])
+    direct.execute(change.encode())
+    if fails_once:
+        with pytest.raises(StorageError, match="user_metadata"):
+            storage.read(["alice"])
+        assert storage.read(["alice"]) == {}
+    storage.write([("alice", Replace({"n": 1}))])
+    assert storage.write([("alice", Modify(count))]) == [{"n": 2}]
+    assert storage.read(["alice"]) == {"alice": {"n": 2}}
+
+
+def test_a_column_that_was_shortened_is_noticed(
+    open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
+) -> None:
+    """A user id that does not fit any more is an error, and afterwards the limit is named."""
+    storage = open_storage()
+    storage.write([("alice", Merge({}))])
+    direct.execute("ALTER TABLE user_metadata ALTER user_id TYPE varchar(128)")
+    with pytest.raises(StorageError, match="too long"):
+        storage.write([("x" * 129, Merge({}))])
+    with pytest.raises(InvalidInputError, match="takes 128"):
+        storage.write([("x" * 129, Merge({}))])
+
+
+def test_a_read_ends_if_the_server_does_not_answer(
+    open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
+) -> None:
+    """A read waits for the timeout and no longer; the next call uses another connection."""
+    storage = open_storage(timeout=1)
+    storage.write([("alice", Merge({"n": 1}))])
+    [session] = sessions(direct)
+    os.kill(session, signal.SIGSTOP)
+    try:
+        with pytest.raises(StorageUnavailableError, match="no answer within 1 seconds"):
+            storage.read(["alice"])
+        assert storage.read(["alice"]) == {"alice": {"n": 1}}
+    finally:
+        os.kill(session, signal.SIGCONT)
+
+
+def test_a_function_that_is_too_slow_for_the_server(
+    open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
+) -> None:
+    """The error names the server's limit, and the function is called once."""
+    storage = open_storage(options="-c transaction_timeout=200")
+    storage.write([("alice", Merge({"n": 1}))])
+    calls: list[Metadata] = []
+    before = sessions(direct)
+
+    def wait(metadata: Metadata) -> Metadata:
+        calls.append(metadata)
+        deadline = time.monotonic() + 20
+        while sessions(direct) == before:  # until the server has ended the session
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return {"n": 2}
+
+    with pytest.raises(StorageError, match=r"timeout.* the function took longer than the server"):
+        storage.write([("alice", Modify(wait))])
+    assert calls == [{"n": 1}]
+    assert storage.read(["alice"]) == {"alice": {"n": 1}}

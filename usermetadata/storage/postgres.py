@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 try:
-    from psycopg import Cursor, DataError
+    from psycopg import Cursor, DataError, NotSupportedError, ProgrammingError
     from psycopg.pq import TransactionStatus
     from psycopg.rows import tuple_row
 
@@ -49,7 +49,7 @@ from usermetadata.exceptions import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Generator, Iterable, Sequence
     from typing import LiteralString
 
     from psycopg import Connection
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from usermetadata.codec import Metadata
 
 _MIN_TIMEOUT, _MAX_TIMEOUT = 0.001, 1_000_000  # seconds
+_OF_THE_TABLE = (ProgrammingError, NotSupportedError, DataError)
 _NATIVE = {Merge, Replace, Clear}
 _MOST_STATEMENTS = 3  # with more of them, one round trip takes longer than two without
 _NAME = re.compile("[^\0\ud800-\udfff]+\\Z")
@@ -152,19 +153,20 @@ class PostgresStorage(OfOneApp):
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order in one transaction; without a function, in one round trip."""
-        self._prepare(create=True)
+        length = self._prepare(create=True)
         for user_id, _ in changes:
-            if len(user_id) > self._table.user_id_length:
+            if len(user_id) > length:
                 raise InvalidInputError(
                     f"user_id: has {len(user_id)} characters; the column user_id of this"
-                    f" database's table takes {self._table.user_id_length}"
+                    f" database's table takes {length}"
                 )
         is_native = {type(change) for _, change in changes} <= _NATIVE
         apply = self._apply_natively if is_native else self._apply_holding
         try:
-            results = self._connections.run(
-                lambda connection: apply(connection, changes), is_write=True
-            )
+            with self._changeable():
+                results = self._connections.run(
+                    lambda connection: apply(connection, changes), is_write=True
+                )
         except _ChangeError as failed:
             error = failed.error
         else:
@@ -175,15 +177,29 @@ class PostgresStorage(OfOneApp):
         """Close the connections that the storage opened itself."""
         self._connections.close()
 
-    def _prepare(self, *, create: bool) -> bool:
-        """Describe the table; tell whether there is one."""
-        if not self._table.user_id_length:
+    def _prepare(self, *, create: bool) -> int:
+        """Describe the table; return the length of the longest user id, 0 without a table."""
+        # Another thread may forget the description at any time.
+        length = self._table.user_id_length
+        if not length:
             self._connections.run_first(self._table.describe)
-        while create and not self._table.user_id_length:
+            length = self._table.user_id_length
+        while create and not length:
             # Its creation is committed before it is described.
             self._connections.run(self._table.create)
             self._connections.run(self._table.describe)
-        return self._table.user_id_length > 0
+            length = self._table.user_id_length
+        return length
+
+    @contextmanager
+    def _changeable(self) -> Generator[None, None, None]:
+        """Let no error of a table that was changed or dropped outlive it."""
+        try:
+            yield
+        except StorageError as error:
+            if isinstance(error.__cause__, _OF_THE_TABLE):
+                self._table.forget()
+            raise
 
     def _execute(
         self, connection: Connection[Any], statement: LiteralString, **parameters: object
@@ -196,9 +212,10 @@ class PostgresStorage(OfOneApp):
     def _read(self, statement: LiteralString, **parameters: object) -> dict[str, Metadata]:
         if not self._prepare(create=False):
             return {}
-        rows = self._connections.run(
-            lambda connection: self._execute(connection, statement, **parameters).fetchall()
-        )
+        with self._changeable():
+            rows = self._connections.run(
+                lambda connection: self._execute(connection, statement, **parameters).fetchall()
+            )
         return {user_id: self._decode(user_id, text) for user_id, text in rows}
 
     def _apply_natively(
@@ -293,6 +310,8 @@ class PostgresStorage(OfOneApp):
             raise _ChangeError(error) from error
         gone = [user_id for user_id in users if user_id not in texts]
         if is_gone(connection):
+            with before_commit():
+                connection.execute("SELECT 1")  # its error is the server's reason
             raise UncommittedError
         with connection.pipeline():
             stored = self._execute(connection, STORE, rows=_rows(texts.items()))

@@ -21,6 +21,8 @@ from usermetadata._core.forking import ForkHooks, notice, watch
 from usermetadata._core.greenlets import patched_by
 from usermetadata._core.postgres.outcomes import (
     UNDONE,
+    NoAnswerError,
+    UncommittedError,
     before_commit,
     check_replicated,
     first_line,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from psycopg import Connection
+    from psycopg.abc import PQGen
 
 T = TypeVar("T")
 
@@ -62,6 +65,38 @@ _DEFAULTS = {
     "fallback_application_name": "usermetadata",
 }
 _ENCODING = {"client_encoding": "utf8"}  # overrides the environment
+
+
+class _Connection(psycopg.Connection[Any]):
+    """A connection that waits for an answer for a limited time.
+
+    Attributes:
+        patience: so many seconds; ``None`` without a limit. The server has limits, too, but may
+            itself not be running.
+    """
+
+    patience: float | None = None
+
+    def wait(self, gen: PQGen[T], *arguments: Any, **options: Any) -> T:
+        """Wait for the end of an exchange with the server."""
+        if self.patience is not None:
+            gen = _limited(gen, self.patience)
+        return super().wait(gen, *arguments, **options)
+
+
+def _limited(gen: PQGen[T], patience: float) -> PQGen[T]:
+    deadline = time.monotonic() + patience
+    try:
+        state = next(gen)
+        while True:
+            ready = yield state
+            # psycopg wakes up several times a second.
+            if not ready and time.monotonic() > deadline:
+                raise NoAnswerError(f"no answer within {patience} seconds")
+            state = gen.send(ready)
+    except StopIteration as ended:
+        result: T = ended.value
+        return result
 
 
 class Connections(ForkHooks):
@@ -128,6 +163,9 @@ class Connections(ForkHooks):
             try:
                 with self._connection() as connection:
                     notices.clear()
+                    if isinstance(connection, _Connection):
+                        # A write waits for locks as long as that, and only then is it done.
+                        connection.patience = None if is_write else self._timeout
                     connection.add_notice_handler(note)
                     try:
                         result = work(connection)
@@ -142,7 +180,8 @@ class Connections(ForkHooks):
                         f"{self.name}: this process was forked inside a write, which only its"
                         " parent process can end; repeat the call there"
                     ) from error
-                can_repeat = isinstance(error, UNDONE) or (is_lost(error) and not is_write)
+                is_safe = is_lost(error) and not is_write and not isinstance(error, NoAnswerError)
+                can_repeat = isinstance(error, UNDONE) or is_safe
                 if not can_repeat or attempt == _ATTEMPTS:
                     raise translate(error, self.name, is_write=is_write) from error
             # A random pause, so that the same writers do not collide again.
@@ -181,9 +220,15 @@ class Connections(ForkHooks):
             if not was_autocommit:
                 connection.autocommit = True
             yield connection
-        except (errors.ReadOnlySqlTransaction, errors.InvalidSqlStatementName):
+        except (errors.ReadOnlySqlTransaction, errors.InvalidSqlStatementName, NoAnswerError):
             connection.close()
             raise
+        except errors.FeatureNotSupported as error:
+            if error.diag.source_function != "RevalidateCachedQuery":
+                raise
+            # A statement was prepared before the table was changed.
+            connection.close()
+            raise UncommittedError(*error.args) from error
         except BaseException:
             # If the rollback fails, the first error matters more.
             with suppress(psycopg.Error):
@@ -243,6 +288,7 @@ class Connections(ForkHooks):
                 return self._borrowed
             if not self._pools:
                 pool = ConnectionPool[Any](
+                    connection_class=_Connection,
                     min_size=0,
                     max_size=self._max_connections,
                     kwargs={**self._arguments, "autocommit": True},

@@ -33,6 +33,10 @@ NOT_STORED = "usermetadata: not stored: "
 """Begins the text of an error that a statement raises; the user's id follows, as JSON."""
 
 
+class NoAnswerError(psycopg.OperationalError):
+    """The server has not answered for as long as a read may take."""
+
+
 class UnsettledError(psycopg.OperationalError):
     """The work was answered without an error, and yet it may not have been committed."""
 
@@ -47,6 +51,7 @@ UNDONE = (
     errors.ReadOnlySqlTransaction,  # a failover: another connection may find the primary
     errors.InvalidSqlStatementName,  # its pipeline failed before it was prepared
 )
+_TOO_SLOW = (errors.IdleInTransactionSessionTimeout, errors.TransactionTimeout)
 _IN_THE_WAY = (
     errors.SerializationFailure,
     errors.DeadlockDetected,
@@ -152,6 +157,11 @@ def translate(error: psycopg.Error, name: str, *, is_write: bool) -> Exception:
             )
         return StorageUnavailableError(
             f"{text}; nothing was done; check the server and repeat the call"
+        )
+    if isinstance(error, _TOO_SLOW):
+        text += (
+            ": the function took longer than the server allows a transaction; nothing was written;"
+            " make it quicker, or raise the server's limit"
         )
     if isinstance(error, errors.FeatureNotSupported):
         text += (

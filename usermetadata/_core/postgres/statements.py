@@ -230,9 +230,13 @@ class Table:
             if kind:
                 described: dict[str, _Column] = json.loads(columns)
                 self._check(kind, described, has_key=has_key)
-                if is_shared:
-                    self._lock = SQL(_CORES_LOCK)
+                self._lock = SQL(_CORES_LOCK if is_shared else "")
+                self._statements = {}
                 self.user_id_length = described["user_id"][2] or USER_ID_MAX_LENGTH
+
+    def forget(self) -> None:
+        """Let the next call describe the table anew, because it may have been changed."""
+        self.user_id_length = 0
 
     def create(self, connection: Connection) -> None:
         """Create the table if it is missing."""
@@ -243,14 +247,15 @@ class Table:
 
     def __getitem__(self, template: LiteralString) -> bytes:
         """Return the statement for this table, from a template of this module."""
-        statement = self._statements.get(template)
+        statements = self._statements  # another thread may describe the table anew
+        statement = statements.get(template)
         if statement is None:
             # A single percent sign would begin a parameter.
             table = Identifier(*(part.replace("%", "%%") for part in self._name))
             composed = SQL(template).format(
                 table=table, name=Literal(table.as_string()), lock=self._lock
             )
-            statement = self._statements[template] = composed.as_bytes(None)
+            statement = statements[template] = composed.as_bytes(None)
         return statement
 
     def _check(self, kind: str, columns: dict[str, _Column], *, has_key: bool) -> None:
