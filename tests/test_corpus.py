@@ -1,0 +1,95 @@
+"""Awkward JSON comes back unchanged from every storage, the server and the command line."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from asgi_server import serve
+from click.testing import CliRunner
+
+from usermetadata.changes import Merge, Replace
+from usermetadata.cli import main
+from usermetadata.codec import encode_metadata
+from usermetadata.server import create_app
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from usermetadata import Storage
+
+# Planes, controls, combining marks, directions, noncharacters, what looks like an escape or SQL.
+TEXTS = [
+    "",
+    " ",
+    "\0",
+    "\\u0000",
+    "\\",
+    '"',
+    "'; DROP TABLE user_metadata; --",
+    "%s %(x)s $1 :a ? {}",
+    "\x01\x1f\x7f\x80\x9f",
+    "\u2028\u2029\ufeff",
+    "e\u0301 \u00e9 \u1e9b\u0323",
+    "\u202eabc\u202c",
+    "\ufffe\uffff\U0001fffe\U0010ffff",
+    "\U0001f469\u200d\U0001f680",
+    "null",
+    "NaN",
+    "1e999",
+    "\r\n\t\b\f",
+    "a" * 70_000,
+]
+NUMBERS: list[Any] = [
+    *(0, -0.0, 1, -1, 2**53 + 1, 2**63, -(2**63) - 1, 10**400),
+    *(0.1, 1e22, 5e-324, 1.7976931348623157e308, 123456789.123456789, 1e-7),
+]
+DOCUMENTS: dict[str, dict[str, Any]] = {
+    "values": {"texts": TEXTS, "numbers": NUMBERS, "others": [True, False, [None], {}, [[]]]},
+    "keys": {text: {text: text} for text in TEXTS if "\0" not in text},
+    "deep": {"a": json.loads("[" * 190 + "]" * 190)},
+    "2 MB": {f"key {n}": "\u00e9" * 1000 for n in range(1000)},
+    "100,000 keys": {f"{n:x}": n for n in range(100_000)},
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_storage_returns_it_to_the_last_byte(storage: Storage, name: str) -> None:
+    """What is read is what was written, also after another property has changed."""
+    document = DOCUMENTS[name]
+    storage.write([("alice", Replace(document))])
+    [merged] = storage.write([("alice", Merge({"one more": 1}))])
+    for found in (merged, storage.read(["alice"])["alice"]):
+        assert found is not None
+        assert texts(found) == texts({**document, "one more": 1})
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_server_returns_it_to_the_last_byte(storage: Storage, name: str) -> None:
+    """What a client gets is what it has sent."""
+    document = DOCUMENTS[name]
+    app = create_app(storage, max_body_size=2**23, max_metadata_size=2**23)
+    with serve(app) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        body = json.dumps({"userId": "alice", "metadataUpdate": document})
+        client.put("/recipe/user/metadata", content=body, timeout=60).raise_for_status()
+        answer = client.get("/recipe/user/metadata", params={"userId": "alice"}, timeout=60)
+    assert texts(answer.json()["metadata"]) == texts(document)
+
+
+def test_export_and_import_copy_it_to_the_last_byte(tmp_path: Path) -> None:
+    """What the command line imports and exports again is the same file."""
+    lines = [encode_metadata({"userId": n, "metadata": each}) for n, each in DOCUMENTS.items()]
+    (tmp_path / "given").write_text("".join(f"{line}\n" for line in sorted(lines)), "utf-8")
+    url = f"sqlite:///{tmp_path / 'users.db'}"
+    for command, file in (("import", "given"), ("export", "exported")):
+        done = CliRunner().invoke(main, [command, str(tmp_path / file), "--storage", url])
+        assert done.exit_code == 0, done.output
+    exported = (tmp_path / "exported").read_text("utf-8").split("\n")[:-1]
+    assert sorted(exported) == sorted(lines)
+
+
+def texts(document: dict[str, Any]) -> dict[str, str]:
+    """Return the text of each property, in which 1, 1.0 and True differ."""
+    return {key: json.dumps(value, sort_keys=True) for key, value in document.items()}
