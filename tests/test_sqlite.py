@@ -1021,7 +1021,7 @@ def test_a_file_whose_commit_has_no_effect_is_not_acknowledged(
 
 
 def test_an_error_of_the_disk_under_a_borrowed_database(borrowed: Database) -> None:
-    """Of a COMMIT that failed there it is unknown what is stored, too, and work goes on."""
+    """The outcome of a COMMIT that failed there is unknown, and later calls work."""
     borrowed.enable_wal()
     storage = SQLiteStorage(borrowed)
     storage.write([("alice", Merge({"n": 1}))])

@@ -27,6 +27,7 @@ except ImportError as error:
         " pip install 'starlette>=0.40' 'uvicorn>=0.30' 'httptools>=0.6'"
     ) from error
 
+from usermetadata._core.arguments import user_ids_of
 from usermetadata._core.asyncio_functions import AsyncioFunctions
 from usermetadata._core.parsing import parse_json
 from usermetadata._core.runners import AsyncioRunner
@@ -358,7 +359,7 @@ def _user_ids_of(body: dict[str, Any]) -> list[str]:
         raise _Refusal(400, f"You can only query up to {_MOST_USERS} users at a time.")
     if not all(isinstance(user_id, str) for user_id in user_ids):
         raise _Refusal(400, "userIds array must contain only strings")
-    return [check_user_id(user_id, f"userIds[{number}]") for number, user_id in enumerate(user_ids)]
+    return user_ids_of(user_ids, "userIds")
 
 
 def _encode(content: dict[str, Any]) -> bytes:

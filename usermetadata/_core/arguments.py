@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
-from usermetadata._core.reentry import FunctionError, call_guarded
+from usermetadata._core.reentry import ChangeError, call_guarded
 from usermetadata.changes import Merge, Modify
 from usermetadata.exceptions import InvalidInputError
 from usermetadata.validation import check_user_id, copy_metadata
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from usermetadata.codec import Metadata
 
 
-def user_ids_of(user_ids: Iterable[str]) -> list[str]:
+def user_ids_of(user_ids: Iterable[str], name: str = "user_ids") -> list[str]:
     """Return the checked user ids."""
     try:
         if isinstance(user_ids, (str, bytes)):
@@ -23,11 +23,9 @@ def user_ids_of(user_ids: Iterable[str]) -> list[str]:
         iterator = iter(user_ids)
     except TypeError:
         raise InvalidInputError(
-            f"user_ids: {type(user_ids).__name__} is not a list of user ids; pass a list"
+            f"{name}: {type(user_ids).__name__} is not a list of user ids; pass a list"
         ) from None
-    return [
-        check_user_id(user_id, f"user_ids[{number}]") for number, user_id in enumerate(iterator)
-    ]
+    return [check_user_id(user_id, f"{name}[{number}]") for number, user_id in enumerate(iterator)]
 
 
 def merges_of(metadata_updates: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Merge]]:
@@ -66,7 +64,7 @@ def modify_with(function: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Modi
         try:
             return _result_of(in_context(call_guarded, function, old))
         except Exception as error:
-            raise FunctionError(error) from error
+            raise ChangeError(error) from error
 
     return Modify(checked)
 

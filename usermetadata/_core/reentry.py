@@ -29,14 +29,14 @@ def call_guarded(function: Callable[[A], R], argument: A) -> R:
         running.clear()
 
 
-class FunctionError(Exception):
-    """Holds what a function raised: for a storage it must not look like an error of the database.
+class ChangeError(Exception):
+    """Holds what a change, or its function, raised: it must not look like the database's error.
 
     Attributes:
         error: the exception, to be raised unchanged.
     """
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: BaseException) -> None:
         super().__init__(error)
         self.error = error
 

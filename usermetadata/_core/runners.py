@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
 from usermetadata._core.greenlets import call_here, patched_by, run_in_real_thread
-from usermetadata._core.reentry import FunctionError, called_inside, inside
+from usermetadata._core.reentry import ChangeError, called_inside, inside
 from usermetadata.codec import decode_metadata, encode_metadata
 from usermetadata.exceptions import StorageError, UsageError
 
@@ -49,7 +49,7 @@ class BlockingRunner:
             raise called_inside()
         try:
             return self._storage.write(changes)
-        except FunctionError as failed:
+        except ChangeError as failed:
             error = failed.error
         raise error
 
@@ -99,7 +99,7 @@ class AsyncioRunner:
             if _must_not_block() and self._writes_at_once:
                 return await self._writes.submit(self._app_id, (self._storage, changes))
             return _call.get()(self._storage.write, changes)
-        except FunctionError as failed:
+        except ChangeError as failed:
             error = failed.error
         raise error
 
@@ -113,7 +113,7 @@ def _read_together(calls: list[tuple[Storage, Sequence[str]]]) -> list[dict[str,
     [(storage, first), *others] = calls
     if not others:
         return [storage.read(first)]
-    found = storage.read(list({user_id: None for _, user_ids in calls for user_id in user_ids}))
+    found = storage.read(list(dict.fromkeys(user_id for _, ids in calls for user_id in ids)))
     unused = dict(found)
 
     def take(user_id: str) -> Metadata:

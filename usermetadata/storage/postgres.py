@@ -38,6 +38,7 @@ except ImportError as error:
     ) from error
 
 from usermetadata._core.apps import OfOneApp
+from usermetadata._core.reentry import ChangeError
 from usermetadata._core.rows import decode_row
 from usermetadata.changes import Clear, Merge, Replace, apply_in_order
 from usermetadata.codec import encode_metadata
@@ -167,7 +168,7 @@ class PostgresStorage(OfOneApp):
                 results = self._connections.run(
                     lambda connection: apply(connection, changes), is_write=True
                 )
-        except _ChangeError as failed:
+        except ChangeError as failed:
             error = failed.error
         else:
             return self._decoded(changes, results)
@@ -307,7 +308,7 @@ class PostgresStorage(OfOneApp):
         try:
             results += apply_in_order(changes, texts, decode=self._decode, encode=encode_metadata)
         except BaseException as error:
-            raise _ChangeError(error) from error
+            raise ChangeError(error) from error
         gone = [user_id for user_id in users if user_id not in texts]
         if is_gone(connection):
             with before_commit():
@@ -327,13 +328,6 @@ class PostgresStorage(OfOneApp):
 
     def _decode(self, user_id: str, text: str) -> Metadata:
         return decode_row(self._connections.name, (self._app_id, user_id), text)
-
-
-class _ChangeError(Exception):
-    """Holds an exception of a change, which may look like one of the database."""
-
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
 
 
 def _rows(texts: Iterable[tuple[str, str]]) -> str:

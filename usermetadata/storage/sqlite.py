@@ -11,10 +11,11 @@ from sqlite_utils import Database
 
 from usermetadata._core.apps import OfOneApp
 from usermetadata._core.forking import notice
+from usermetadata._core.reentry import ChangeError
 from usermetadata._core.rows import decode_row
 from usermetadata._core.sqlite.file import FileConnections
 from usermetadata._core.sqlite.single import SingleConnection
-from usermetadata._core.sqlite.statements import READ_AFTER, READ_MANY, READ_ONE, ChangeError
+from usermetadata._core.sqlite.statements import READ_AFTER, READ_MANY, READ_ONE
 from usermetadata.changes import Clear, Merge, Replace
 from usermetadata.exceptions import InvalidInputError
 

@@ -49,7 +49,7 @@ T = TypeVar("T")
 
 _ATTEMPTS = 10
 _LONGEST_PAUSE = 0.5  # seconds between two of them
-# A pool without a server retries ever more rarely, unless it gives up and is asked again.
+# A pool without a server retries less and less often, unless it gives up and is asked again.
 _RECONNECT_TIMEOUT, _ASK_AGAIN = 1.0, 2.0  # seconds
 _POOL = "usermetadata"  # its threads have names that begin with it
 _TIME_TO_STOP = 5.0  # seconds
@@ -71,8 +71,8 @@ class _Connection(psycopg.Connection[Any]):
     """A connection that waits for an answer for a limited time.
 
     Attributes:
-        patience: so many seconds; ``None`` without a limit. The server has limits, too, but may
-            itself not be running.
+        patience: so many seconds; ``None`` without a limit. The server's own limits do not help
+            if it is stopped.
     """
 
     patience: float | None = None
@@ -201,7 +201,7 @@ class Connections(ForkHooks):
         self._at_end.detach()
         with open(os.devnull, "rb") as nothing:
             for connection in self._in_use:
-                # The code that uses it goes on in the child, and must not reach the server.
+                # The code that uses it continues in the child, and must not reach the server.
                 if not connection.closed:
                     os.dup2(nothing.fileno(), connection.fileno())
         self._start()

@@ -84,7 +84,7 @@ WHERE app_id = %(app_id)s AND user_id > %(user_id)s ORDER BY user_id LIMIT %(lim
 # which undoes the whole transaction.
 _RAISE = f"('{NOT_STORED}' || to_json({{user_id}}::text))::integer::text"
 
-# All writers lock users in one order, so that no two of them wait for each other. The timeout is
+# All writers lock users in one order, so that they do not deadlock. The timeout is
 # set in the statement itself, because behind a pooler sessions are shared.
 _UPSERT = """
 INSERT INTO {table} AS stored (app_id, user_id, user_metadata)
@@ -150,7 +150,7 @@ STORE, STORE_ONE = _each(_STORE), _one(_STORE)
 # Replaces each row by itself, which locks it; inserts a placeholder where there is none.
 HOLD = _each(_UPSERT + "stored.user_metadata")
 # The last query sees the rows as they were before. One that another transaction has removed
-# meanwhile counts as not removed; with the rows held, that cannot happen. A row-level policy may
+# in between counts as not removed; with the rows held, that cannot happen. A row-level policy may
 # hide a row.
 REMOVE = (
     """

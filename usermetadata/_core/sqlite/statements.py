@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from usermetadata._core import forking
+from usermetadata._core.reentry import ChangeError
 from usermetadata._core.rows import decode_row
 from usermetadata._core.sqlite.errors import inherited, not_stored, still_open, unknown_if_io_error
 from usermetadata._core.sqlite.schema import create_table
@@ -172,14 +173,3 @@ def _read(cursor: sqlite3.Cursor, keys: list[Key]) -> dict[Key, object]:
         for app_id, user_ids in by_app.items()
         for user_id, text in fetch(cursor, READ_MANY, (app_id, json.dumps(user_ids)))
     }
-
-
-class ChangeError(Exception):
-    """Holds an exception of a change, which may look like one of the database.
-
-    Attributes:
-        error: the exception, to be raised unchanged.
-    """
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error
