@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
     from typing import Self
 
     from usermetadata.changes import Change
@@ -134,5 +135,51 @@ class ListingStorage(Storage, Protocol):
             StorageError: as ``read`` does.
             DamagedMetadataError: a row of the page is damaged. Its ``user_id`` names the user, so
                 a caller can go on after that row.
+        """
+        ...
+
+
+@runtime_checkable
+class ErasingStorage(Storage, Protocol):
+    """A storage that can remove a user from all its apps, as the storages here can."""
+
+    def erase(self, user_id: str, check: Callable[[Metadata], None]) -> dict[str, Metadata]:
+        """Remove the rows that a user has in any app, in one transaction.
+
+        Args:
+            user_id: the user.
+            check: called with each row's metadata before any is removed. If it raises, the
+                exception propagates unchanged and nothing is removed. A storage that retries may
+                call it again.
+
+        Returns:
+            What was removed, by app id; empty if there was nothing.
+
+        Raises:
+            StorageError: as ``write`` does.
+            DamagedMetadataError: a row does not hold a JSON object; nothing is removed.
+        """
+        ...
+
+
+@runtime_checkable
+class JoiningStorage(Storage, Protocol):
+    """A storage that can use a connection of the caller's, as SQLite and PostgreSQL here can."""
+
+    def within(self, connection: object) -> AbstractContextManager[Storage]:
+        """Return a block in which the storage it yields is part of the caller's transaction.
+
+        The storage that is yielded reads and writes the rows of the same app. It never begins,
+        commits, rolls back or closes the caller's transaction. Each ``write`` runs in a savepoint,
+        so that the transaction stays usable after one that failed. Nothing is repeated. On a
+        connection in autocommit mode each ``write`` is a transaction of its own. After the block,
+        its methods raise ``UsageError``.
+
+        Args:
+            connection: the caller's connection.
+
+        Raises:
+            InvalidInputError: the connection is of no supported kind, or is one to another
+                database.
         """
         ...
