@@ -30,14 +30,19 @@ This file is generated from ``usermetadata/_core/asyncio_functions.py``; change 
 ''',
 }
 RULES = [
-    (r"from typing import Any, cast", "from typing import Any"),
+    (r"Any, Generic, cast", "Any, Generic"),
     (r'cast\("dict\[str, Any\]", (\w+)\)', r"\1"),
-    (r"    # Overrides are written .*\n", ""),
-    (r"recipe_implementation", "blocking_implementation"),
+    (r" +# Overrides are written .*\n", ""),
+    (r"\.asynchronous\b", ".blocking"),
+    (r"AsyncioUserMetadata", "SyncioUserMetadata"),
+    (
+        r"The functions for ``asyncio`` on one store: ``UserMetadata\(\.\.\.\)\.asyncio``",
+        "The blocking functions on one store: ``UserMetadata(...).syncio``",
+    ),
     (r"class AsyncioFunctions\(RecipeInterface\)", "class BlockingFunctions"),
-    (r", RecipeInterface", ""),
+    (r"    RecipeInterface,\n", ""),
     (r"AsyncioRunner", "BlockingRunner"),
-    (r"\((await .*)\)\.metadata", r"\1.metadata"),
+    (r"\((await .*)\)(\.metadata|\.by_app|\[\"dave\"\])", r"\1\2"),
     (r"\bawait ", ""),
     (r"\basync def ", "def "),
 ]

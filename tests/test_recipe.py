@@ -258,13 +258,62 @@ def test_a_wrong_storage_is_refused_at_once(use: Any, storage: Any, message: str
         use(storage)
 
 
-def test_init_twice_is_an_error() -> None:
-    """The error of the second ``init`` says what to do, and the first stays in force."""
+def test_another_init_is_an_error() -> None:
+    """The error of an ``init`` that would change something says what to do; the first stays."""
     usermetadata.init("memory://")
     syncio.update_user_metadata("alice", {"n": 1})
-    with pytest.raises(UsageError, match=r"UserMetadataRecipe.reset\(\)"):
-        usermetadata.init("memory://")
+    for arguments in (
+        ("memory://?app_id=shop",),
+        ("memory://", UserMetadataOverrideConfig(functions=Shouting)),
+        (InMemoryStorage(),),
+    ):
+        with pytest.raises(UsageError, match=r"usermetadata.close\(\)"):
+            usermetadata.init(*arguments)
     assert syncio.get_user_metadata("alice").metadata == {"n": 1}
+
+
+def test_init_may_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second ``init`` that changes nothing does nothing, as in a notebook; the data stays."""
+    monkeypatch.chdir(tmp_path)
+    storage = InMemoryStorage()
+    override = UserMetadataOverrideConfig(functions=lambda original: original)
+    for arguments in ((), ("memory://",), (Path("users.db"),), (storage,), ("memory://", override)):
+        usermetadata.init(*arguments)
+        syncio.update_user_metadata("alice", {"n": 1})
+        usermetadata.init(*arguments)
+        assert syncio.get_user_metadata("alice").metadata == {"n": 1}
+        usermetadata.close()
+
+
+def test_a_relative_path_in_another_directory_is_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``init`` is not repeated silently where the same text names another file."""
+    monkeypatch.chdir(tmp_path)
+    usermetadata.init("users.db")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    with pytest.raises(UsageError, match="with other arguments"):
+        usermetadata.init("users.db")
+
+
+def test_threads_that_initialise_at_once_share_one_storage() -> None:
+    """Several threads may call ``init``: no acknowledged write vanishes in a second storage."""
+    for _ in range(50):
+        together = threading.Barrier(4)
+
+        def update(number: int, together: threading.Barrier = together) -> None:
+            together.wait(30)
+            usermetadata.init("memory://")
+            syncio.update_user_metadata("alice", {str(number): True})
+
+        threads = [threading.Thread(target=update, args=[number]) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(syncio.get_user_metadata("alice").metadata) == 4
+        usermetadata.close()
 
 
 def test_a_call_before_init_names_the_line_to_write(facade: Any) -> None:

@@ -8,12 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from usermetadata._core.recipe import (
-    InputOverrideConfig,
-    UserMetadataOverrideConfig,
-    UserMetadataRecipe,
-    init,
-)
+from usermetadata.client import UserMetadata, UserMetadataRecipe, close, init, within
 from usermetadata.exceptions import (
     DamagedMetadataError,
     InvalidInputError,
@@ -24,6 +19,7 @@ from usermetadata.exceptions import (
     UsageError,
     UserMetadataError,
 )
+from usermetadata.interfaces import InputOverrideConfig, UserMetadataOverrideConfig
 from usermetadata.merge import merge_metadata
 
 if TYPE_CHECKING:
@@ -62,9 +58,12 @@ __all__ = [
     "StorageError",
     "StorageUnavailableError",
     "UsageError",
+    "UserMetadata",
     "UserMetadataError",
     "UserMetadataOverrideConfig",
     "UserMetadataRecipe",
+    "close",
     "init",
     "merge_metadata",
+    "within",
 ]

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from typing_extensions import TypeVar
 
-class MetadataResult:
+    M = TypeVar("M", bound=Mapping[str, Any], default=dict[str, Any])
+    U = TypeVar("U", bound=Mapping[str, Any], default=M, contravariant=True)  # noqa: PLC0105 - it is shown
+else:
+    from typing import TypeVar
+
+    M, U = TypeVar("M"), TypeVar("U")
+
+
+class MetadataResult(Generic[M]):
     """A user's metadata.
 
     Attributes:
@@ -20,7 +29,7 @@ class MetadataResult:
         'dark'
     """
 
-    def __init__(self, metadata: dict[str, Any]) -> None:
+    def __init__(self, metadata: M) -> None:
         self.metadata = metadata
 
     def __repr__(self) -> str:
@@ -34,24 +43,47 @@ class ClearUserMetadataResult:
         return "ClearUserMetadataResult()"
 
 
+class EraseUserResult(Generic[M]):
+    """What was stored about a user before it was erased.
+
+    Attributes:
+        metadata: the metadata in the app that was asked, ``{}`` if nothing was stored there.
+        by_app: the metadata by app id, for each app in which the user had a row and was erased.
+
+    Example:
+        >>> EraseUserResult({"theme": "dark"}, {"public": {"theme": "dark"}}).metadata
+        {'theme': 'dark'}
+    """
+
+    def __init__(self, metadata: M, by_app: dict[str, M]) -> None:
+        self.metadata = metadata
+        self.by_app = by_app
+
+    def __repr__(self) -> str:
+        return f"EraseUserResult(metadata={self.metadata!r}, by_app={self.by_app!r})"
+
+
 class RecipeInterface(ABC):
     """The functions behind both facades; an override replaces or wraps them.
 
-    The first three are abstract, as in the SDK. An override class need not define the other four:
-    the recipe then uses the original's.
+    The first three are abstract, as in the SDK. An override class need not define the others: the
+    original's are used. ``check_change`` is no function of the facades: it is called by all
+    functions that write.
 
     Each method is called with the arguments that the facade got, by position, not yet checked;
     ``user_context`` is never ``None``. The facade returns what the method returns.
     """
 
     @abstractmethod
-    async def get_user_metadata(self, user_id: str, user_context: dict[str, Any]) -> MetadataResult:
+    async def get_user_metadata(
+        self, user_id: str, user_context: dict[str, Any]
+    ) -> MetadataResult[Any]:
         """See :func:`usermetadata.syncio.get_user_metadata`."""
 
     @abstractmethod
     async def update_user_metadata(
         self, user_id: str, metadata_update: dict[str, Any], user_context: dict[str, Any]
-    ) -> MetadataResult:
+    ) -> MetadataResult[Any]:
         """See :func:`usermetadata.syncio.update_user_metadata`."""
 
     @abstractmethod
@@ -62,27 +94,90 @@ class RecipeInterface(ABC):
 
     async def set_user_metadata(
         self, user_id: str, metadata: dict[str, Any], user_context: dict[str, Any]
-    ) -> MetadataResult:
+    ) -> MetadataResult[Any]:
         """See :func:`usermetadata.syncio.set_user_metadata`."""
         raise NotImplementedError
 
     async def modify_user_metadata(
         self,
         user_id: str,
-        function: Callable[[dict[str, Any]], Mapping[str, Any]],
+        function: Callable[[Any], Mapping[str, Any]],
         user_context: dict[str, Any],
-    ) -> MetadataResult:
+    ) -> MetadataResult[Any]:
         """See :func:`usermetadata.syncio.modify_user_metadata`."""
         raise NotImplementedError
 
     async def get_bulk_user_metadata(
         self, user_ids: Iterable[str], user_context: dict[str, Any]
-    ) -> dict[str, MetadataResult]:
+    ) -> dict[str, MetadataResult[Any]]:
         """See :func:`usermetadata.syncio.get_bulk_user_metadata`."""
         raise NotImplementedError
 
     async def update_bulk_user_metadata(
         self, metadata_updates: Mapping[str, Mapping[str, Any]], user_context: dict[str, Any]
-    ) -> dict[str, MetadataResult]:
+    ) -> dict[str, MetadataResult[Any]]:
         """See :func:`usermetadata.syncio.update_bulk_user_metadata`."""
         raise NotImplementedError
+
+    async def erase_user(
+        self,
+        user_id: str,
+        all_apps: bool,  # noqa: FBT001 - an override gets it by position, like all others
+        user_context: dict[str, Any],
+    ) -> EraseUserResult[Any]:
+        """See :func:`usermetadata.syncio.erase_user`."""
+        raise NotImplementedError
+
+    def check_change(  # noqa: B027 - without an override it checks nothing
+        self,
+        user_id: str,
+        old: dict[str, Any] | None,
+        new: dict[str, Any] | None,
+        user_context: dict[str, Any],
+    ) -> None:
+        """Check a change before it is stored; to refuse it, raise an exception.
+
+        Every write of every function passes here once for each user, inside the storage's lock or
+        transaction, so ``old`` is what the change replaces. It may be called again if the storage
+        retries. It must be quick, must not call this library, and is no ``async`` function. With it
+        a damaged row cannot be set or cleared.
+
+        Args:
+            user_id: whose metadata it is.
+            old: the stored metadata; ``None`` if there is no row.
+            new: what would be stored; ``None`` if the row would be removed.
+            user_context: what the caller of the function passed.
+
+        Raises:
+            Exception: any exception refuses the change. It propagates unchanged to the caller of
+                the function, and nothing is written.
+        """
+
+
+class UserMetadataOverrideConfig:
+    """Replaces or wraps the functions; an argument of ``init`` and of ``UserMetadata``.
+
+    Args:
+        functions: takes the original implementation and returns the one to use: the original with
+            methods replaced by ``async`` functions, or an instance of a subclass of
+            ``RecipeInterface`` that calls the original.
+
+    Example:
+        >>> def functions(original: RecipeInterface) -> RecipeInterface:
+        ...     get_original = original.get_user_metadata
+        ...     async def get_user_metadata(user_id, user_context):
+        ...         return await get_original(user_id.lower(), user_context)
+        ...     original.get_user_metadata = get_user_metadata
+        ...     return original
+        >>> override = UserMetadataOverrideConfig(functions=functions)
+
+    The pattern is that of SuperTokens' SDKs, whose older name for it is ``InputOverrideConfig``.
+    """
+
+    def __init__(
+        self, functions: Callable[[RecipeInterface], RecipeInterface] | None = None
+    ) -> None:
+        self.functions = functions
+
+
+InputOverrideConfig = UserMetadataOverrideConfig

@@ -265,7 +265,7 @@ class _Server:
             checked = copy_metadata(update, "metadata_update")
             return check_user_id(user_id), _LimitedMerge(checked, self._max_metadata_size)
 
-        [metadata] = await runner.write([await self._body(request, check)])
+        [metadata] = await runner.write([await self._body(request, check)], {})
         return await _encode_all([{"metadata": metadata, "status": "OK"}])
 
     async def _remove(self, request: Request, runner: AsyncioRunner) -> bytes:

@@ -24,6 +24,11 @@ class OfOneApp:
     def __init__(self, app_id: str) -> None:
         self._app_id = check_app_id(app_id)
 
+    @property
+    def app_id(self) -> str:
+        """The app whose rows these are."""
+        return self._app_id
+
     def for_app(self, app_id: str) -> Self:
         """Return the same storage for another app."""
         other = copy.copy(self)

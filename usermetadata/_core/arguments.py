@@ -51,8 +51,11 @@ def merges_of(metadata_updates: Mapping[str, Mapping[str, Any]]) -> list[tuple[s
     ]
 
 
-def modify_with(function: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Modify:
-    """Return a change that calls the function, in the caller's context, and checks its result."""
+def modify_with(store: object, function: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Modify:
+    """Return a change that calls the function, in the caller's context, and checks its result.
+
+    The function must not use ``store``.
+    """
     if not callable(function):
         raise InvalidInputError(
             f"function: {type(function).__name__} cannot be called; pass a function that"
@@ -61,8 +64,9 @@ def modify_with(function: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Modi
     in_context = copy_context().run  # a storage may call the function in another thread
 
     def checked(old: Metadata) -> Metadata:
+        result = in_context(call_guarded, store, function, old)
         try:
-            return _result_of(in_context(call_guarded, function, old))
+            return _result_of(result)
         except Exception as error:
             raise ChangeError(error) from error
 

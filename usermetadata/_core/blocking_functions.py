@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from usermetadata._core.arguments import merges_of, modify_with, user_ids_of
 from usermetadata.changes import Clear, Merge, Replace
-from usermetadata.interfaces import ClearUserMetadataResult, MetadataResult
+from usermetadata.interfaces import (
+    ClearUserMetadataResult,
+    EraseUserResult,
+    MetadataResult,
+)
 from usermetadata.validation import check_user_id, copy_metadata
 
 if TYPE_CHECKING:
@@ -24,54 +28,64 @@ class BlockingFunctions:
     def __init__(self, runner: BlockingRunner) -> None:
         self._runner = runner
 
-    def get_user_metadata(self, user_id: str, user_context: dict[str, Any]) -> MetadataResult:
+    def get_user_metadata(self, user_id: str, user_context: dict[str, Any]) -> MetadataResult[Any]:
         user_id = check_user_id(user_id)
         found = self._runner.read([user_id])
         return MetadataResult(found.get(user_id, {}))
 
     def update_user_metadata(
         self, user_id: str, metadata_update: Mapping[str, Any], user_context: dict[str, Any]
-    ) -> MetadataResult:
+    ) -> MetadataResult[Any]:
         change = Merge(copy_metadata(metadata_update, "metadata_update"))
-        [metadata] = self._runner.write([(check_user_id(user_id), change)])
+        [metadata] = self._runner.write([(check_user_id(user_id), change)], user_context)
         return MetadataResult(metadata or {})
 
     def clear_user_metadata(
         self, user_id: str, user_context: dict[str, Any]
     ) -> ClearUserMetadataResult:
-        self._runner.write([(check_user_id(user_id), Clear())])
+        self._runner.write([(check_user_id(user_id), Clear())], user_context)
         return ClearUserMetadataResult()
 
     def set_user_metadata(
         self, user_id: str, metadata: Mapping[str, Any], user_context: dict[str, Any]
-    ) -> MetadataResult:
+    ) -> MetadataResult[Any]:
         change = Replace(copy_metadata(metadata, "metadata"))
-        [stored] = self._runner.write([(check_user_id(user_id), change)])
+        [stored] = self._runner.write([(check_user_id(user_id), change)], user_context)
         return MetadataResult(stored or {})
 
     def modify_user_metadata(
         self,
         user_id: str,
-        function: Callable[[dict[str, Any]], Mapping[str, Any]],
+        function: Callable[[Any], Mapping[str, Any]],
         user_context: dict[str, Any],
-    ) -> MetadataResult:
-        change = modify_with(function)
-        [metadata] = self._runner.write([(check_user_id(user_id), change)])
+    ) -> MetadataResult[Any]:
+        change = modify_with(self._runner.store, function)
+        [metadata] = self._runner.write([(check_user_id(user_id), change)], user_context)
         return MetadataResult(metadata or {})
 
     def get_bulk_user_metadata(
         self, user_ids: Iterable[str], user_context: dict[str, Any]
-    ) -> dict[str, MetadataResult]:
+    ) -> dict[str, MetadataResult[Any]]:
         checked = user_ids_of(user_ids)
         found = self._runner.read(checked)
         return {user_id: MetadataResult(found.get(user_id, {})) for user_id in checked}
 
     def update_bulk_user_metadata(
         self, metadata_updates: Mapping[str, Mapping[str, Any]], user_context: dict[str, Any]
-    ) -> dict[str, MetadataResult]:
+    ) -> dict[str, MetadataResult[Any]]:
         changes = merges_of(metadata_updates)
-        written = self._runner.write(changes)
+        written = self._runner.write(changes, user_context)
         return {
             user_id: MetadataResult(metadata or {})
             for (user_id, _), metadata in zip(changes, written, strict=True)
         }
+
+    def erase_user(
+        self,
+        user_id: str,
+        all_apps: bool,  # noqa: FBT001 - as the interface has it
+        user_context: dict[str, Any],
+    ) -> EraseUserResult[Any]:
+        user_id = check_user_id(user_id)
+        erased = self._runner.erase(user_id, user_context, all_apps=all_apps)
+        return EraseUserResult(erased.get(self._runner.app_id, {}), erased)

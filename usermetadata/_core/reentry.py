@@ -1,4 +1,4 @@
-"""Calling the function given to ``modify``: what it must not do, and what it raises."""
+"""Calling a caller's function in the storage's lock: what it must not do, and what it raises."""
 
 from __future__ import annotations
 
@@ -10,23 +10,42 @@ from usermetadata.exceptions import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-A = TypeVar("A")
+    from typing_extensions import ParamSpec
+
+    P = ParamSpec("P")
+
 R = TypeVar("R")
 
-# The list is not empty while the function runs. Tasks and threads that the function starts
-# inherit the list, and find it empty once the function has returned.
-inside: ContextVar[list[object]] = ContextVar("usermetadata_inside_function", default=[])  # noqa: B039 - it stays empty
+# The stores in whose locks this code runs, each in a list. Tasks and threads that the function
+# starts inherit the lists, and find one empty once its function has returned.
+inside: ContextVar[tuple[list[object], ...]] = ContextVar("usermetadata_inside", default=())
 
 
-def call_guarded(function: Callable[[A], R], argument: A) -> R:
-    """Return ``function(argument)``; during the call, ``inside.get()`` is true."""
-    running: list[object] = [function]
-    token = inside.set(running)
+def call_guarded(store: object, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call the function; during the call, ``check_outside(store)`` raises.
+
+    Raises:
+        ChangeError: the function raised an exception.
+    """
+    running = [store]
+    token = inside.set((*inside.get(), running))
     try:
-        return function(argument)
+        return function(*args, **kwargs)
+    except Exception as error:
+        raise ChangeError(error) from error
     finally:
         inside.reset(token)
         running.clear()
+
+
+def check_outside(store: object) -> None:
+    """Refuse a call that comes from a function that runs inside the store's lock."""
+    if any(store in running for running in inside.get()):
+        raise UsageError(
+            "usermetadata: called by a function given to modify_user_metadata or by check_change,"
+            " which runs inside the storage's lock; read what the function needs before, and write"
+            " the rest after"
+        )
 
 
 class ChangeError(Exception):
@@ -39,11 +58,3 @@ class ChangeError(Exception):
     def __init__(self, error: BaseException) -> None:
         super().__init__(error)
         self.error = error
-
-
-def called_inside() -> UsageError:
-    """Return the error of a call from within ``call_guarded``, where ``inside.get()`` is true."""
-    return UsageError(
-        "usermetadata: called by a function given to modify_user_metadata, which runs inside the"
-        " storage's lock; read what the function needs before, and write the rest after"
-    )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from contextvars import ContextVar, copy_context
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from usermetadata._core.erasing import Erasure, Removal
 from usermetadata._core.greenlets import call_here, patched_by, run_in_real_thread
-from usermetadata._core.reentry import ChangeError, called_inside, inside
+from usermetadata._core.reentry import ChangeError, check_outside, inside
 from usermetadata.codec import decode_metadata, encode_metadata
 from usermetadata.exceptions import StorageError, UsageError
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import ParamSpec
 
+    from usermetadata._core.checks import Checks
     from usermetadata._core.greenlets import Call
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
@@ -32,23 +35,57 @@ T = TypeVar("T")
 
 
 class BlockingRunner:
-    """Reads and writes in the calling thread."""
+    """Reads and writes in the calling thread.
 
-    def __init__(self, storage: Storage) -> None:
+    Args:
+        storage: where to read and write.
+        store: what ``modify`` locks; the same for all apps of a storage.
+
+    Attributes:
+        store: the same.
+        app_id: the app of the storage.
+        checks: what is checked before each write.
+    """
+
+    def __init__(self, storage: Storage, store: object = None) -> None:
         self._storage = storage
+        self.store = store or self
+        self.app_id: str = getattr(storage, "app_id", "public")
+        self.checks: Checks | None = None
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         """Read some users."""
         if inside.get():
-            raise called_inside()
+            check_outside(self.store)
         return self._storage.read(user_ids)
 
-    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+    def write(
+        self, changes: Sequence[tuple[str, Change]], user_context: dict[str, Any]
+    ) -> list[Metadata | None]:
         """Change some users."""
         if inside.get():
-            raise called_inside()
+            check_outside(self.store)
         try:
+            if self.checks is not None:
+                changes = self.checks.of_changes(changes, user_context)
             return self._storage.write(changes)
+        except ChangeError as failed:
+            error = failed.error
+        raise error
+
+    def erase(
+        self, user_id: str, user_context: dict[str, Any], *, all_apps: bool
+    ) -> dict[str, Metadata]:
+        """Remove a user; return what was stored, by app id."""
+        if not all_apps:
+            removal = Removal()
+            self.write([(user_id, removal)], user_context)
+            return removal.by_app(self.app_id)
+        if inside.get():
+            check_outside(self.store)
+        check = None if self.checks is None else self.checks.of_user(user_id, user_context)
+        try:
+            return Erasure(user_id, check).of(self._storage)
         except ChangeError as failed:
             error = failed.error
         raise error
@@ -61,13 +98,22 @@ class AsyncioRunner:
         storage: where to read and write. Its ``reads_in_flight`` and ``writes_in_flight`` say how
             many batches of each may run at a time: 1 where it does not say; 0 means that it never
             waits and is called on the event loop.
+        store: as ``BlockingRunner`` has it.
+
+    Attributes:
+        store: the same.
+        app_id: likewise.
+        checks: likewise.
     """
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, store: object = None) -> None:
         from usermetadata._core.batching import LoopBatches
 
         self._storage = storage
-        self._app_id: str | None = None  # None: whichever app the storage is for
+        self.store = store or self
+        self.app_id: str = getattr(storage, "app_id", "public")
+        self.checks: Checks | None = None
+        self._key: str | None = None  # of batches: the app id, unless it is the storage's own
         self._reads_at_once: int = getattr(storage, "reads_in_flight", 1)
         self._writes_at_once: int = getattr(storage, "writes_in_flight", 1)
         self._reads = LoopBatches(_read_together, self._reads_at_once)
@@ -80,25 +126,55 @@ class AsyncioRunner:
             InvalidInputError: the app id is not valid.
         """
         other = copy.copy(self)
-        other._storage, other._app_id = self._storage.for_app(app_id), app_id
+        other._storage, other.checks = self._storage.for_app(app_id), None
+        other.app_id = other._key = app_id
         return other
 
     async def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         """Read some users."""
         if inside.get():
-            raise called_inside()
-        if _must_not_block() and self._reads_at_once:
-            return await self._reads.submit(self._app_id, (self._storage, user_ids))
-        return _call.get()(self._storage.read, user_ids)
+            check_outside(self.store)
+        storage, call = self._here()
+        if call is None and self._reads_at_once:
+            return await self._reads.submit(self._key, (storage, user_ids))
+        return (call or call_here)(storage.read, user_ids)
 
-    async def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+    async def write(
+        self, changes: Sequence[tuple[str, Change]], user_context: dict[str, Any]
+    ) -> list[Metadata | None]:
         """Change some users; writes take effect in the order of the calls."""
         if inside.get():
-            raise called_inside()
+            check_outside(self.store)
         try:
-            if _must_not_block() and self._writes_at_once:
-                return await self._writes.submit(self._app_id, (self._storage, changes))
-            return _call.get()(self._storage.write, changes)
+            if self.checks is not None:
+                changes = self.checks.of_changes(changes, user_context)
+            storage, call = self._here()
+            if call is None and self._writes_at_once:
+                return await self._writes.submit(self._key, (storage, changes))
+            return (call or call_here)(storage.write, changes)
+        except ChangeError as failed:
+            error = failed.error
+        raise error
+
+    async def erase(
+        self, user_id: str, user_context: dict[str, Any], *, all_apps: bool
+    ) -> dict[str, Metadata]:
+        """Remove a user; return what was stored, by app id."""
+        if not all_apps:
+            removal = Removal()
+            await self.write([(user_id, removal)], user_context)
+            return removal.by_app(self.app_id)
+        if inside.get():
+            check_outside(self.store)
+        check = None if self.checks is None else self.checks.of_user(user_id, user_context)
+        erasure = Erasure(user_id, check)
+        try:
+            storage, call = self._here()
+            if call is None and self._writes_at_once:
+                # Its key is another one, so that it is executed alone.
+                [by_app] = await self._writes.submit(erasure, (storage, erasure))
+                return by_app or {}
+            return (call or call_here)(erasure.of, storage)
         except ChangeError as failed:
             error = failed.error
         raise error
@@ -107,6 +183,25 @@ class AsyncioRunner:
         """Wait until the calls under way are executed, and end the worker threads."""
         self._reads.close()
         self._writes.close()
+
+    def _here(self) -> tuple[Storage, Call | None]:
+        """Return the storage, and how to call it in this thread; ``None`` if that must not block.
+
+        Another thread must call it if the running event loop has other work than this call.
+        """
+        import asyncio
+
+        place = _place.get()
+        if place.runner is self and place.joined is not None:
+            return place.joined, place.call
+        try:
+            is_private = asyncio.get_running_loop() is place.loop
+        except RuntimeError:
+            raise UsageError(
+                "usermetadata.asyncio: no asyncio event loop is running; under trio, call a"
+                " function of usermetadata.syncio with trio.to_thread.run_sync"
+            ) from None
+        return self._storage, place.call if is_private else None
 
 
 def _read_together(calls: list[tuple[Storage, Sequence[str]]]) -> list[dict[str, Metadata]]:
@@ -129,10 +224,13 @@ def _read_together(calls: list[tuple[Storage, Sequence[str]]]) -> list[dict[str,
 
 
 def _write_together(
-    calls: list[tuple[Storage, Sequence[tuple[str, Change]]]],
+    calls: list[tuple[Storage, Sequence[tuple[str, Change]] | Erasure]],
 ) -> list[list[Metadata | None]]:
-    storage = calls[0][0]
-    together = [change for _, changes in calls for change in changes]
+    storage, first = calls[0]
+    if isinstance(first, Erasure):
+        return [[first.of(storage)]]
+    writes = [changes for _, changes in calls if not isinstance(changes, Erasure)]
+    together = [change for changes in writes for change in changes]
     written = storage.write(together)
     if len(written) != len(together):
         raise StorageError(
@@ -140,39 +238,54 @@ def _write_together(
             " return one for each"
         )
     results = iter(written)
-    return [list(islice(results, len(changes))) for _, changes in calls]
+    return [list(islice(results, len(changes))) for changes in writes]
 
 
 class BlockingOverride:
-    """The functions as an override left them, blocking; each method is that of ``functions``."""
+    """The functions as an override left them, blocking; each method is that of ``functions``.
 
-    def __init__(self, functions: RecipeInterface) -> None:
+    Args:
+        functions: the override's.
+        runner: that of the original functions.
+        joined: the storage that the runner uses in place of its own: one that is part of the
+            caller's transaction.
+    """
+
+    def __init__(
+        self, functions: RecipeInterface, runner: AsyncioRunner, joined: Storage | None = None
+    ) -> None:
         self._functions = functions
+        self._place = _Place(runner, joined)
 
     def __getattr__(self, name: str) -> Callable[..., object]:
-        return partial(wait_for, getattr(self._functions, name))
+        return partial(_wait_for, self._place, getattr(self._functions, name))
 
 
-# The event loop that `wait_for` made for one call. Blocking it is safe: nothing else runs in it.
-_private_loop: ContextVar[AbstractEventLoop | None] = ContextVar("usermetadata_loop", default=None)
-# How the storage is called there.
-_call: ContextVar[Call] = ContextVar("usermetadata_call", default=call_here)
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a blocking call executes an override.
+
+    Args:
+        runner: the runner of the original functions.
+        joined: the storage that it uses in place of its own.
+        loop: the event loop that was made for the call. Blocking it is safe: nothing else runs in
+            it.
+        call: how the storage is called there.
+    """
+
+    runner: AsyncioRunner | None = None
+    joined: Storage | None = None
+    loop: AbstractEventLoop | None = None
+    call: Call = call_here
 
 
-def _must_not_block() -> bool:
-    """Tell whether the running event loop has other work than this call."""
-    import asyncio
-
-    try:
-        return asyncio.get_running_loop() is not _private_loop.get()
-    except RuntimeError:
-        raise UsageError(
-            "usermetadata.asyncio: no asyncio event loop is running; under trio, call a function of"
-            " usermetadata.syncio with trio.to_thread.run_sync"
-        ) from None
+_NOWHERE = _Place()
+_place: ContextVar[_Place] = ContextVar("usermetadata_place", default=_NOWHERE)
 
 
-def wait_for(function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+def _wait_for(
+    place: _Place, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+) -> T:
     """Call an ``async`` function and wait for its result, also where an event loop is running.
 
     The function runs in a new event loop, with a copy of the caller's context variables. The loop
@@ -181,8 +294,7 @@ def wait_for(function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwa
     import asyncio
 
     async def main(call: Call) -> T:
-        _private_loop.set(asyncio.get_running_loop())
-        _call.set(call)
+        _place.set(replace(place, loop=asyncio.get_running_loop(), call=call))
         return await function(*args, **kwargs)
 
     def run(call: Call = call_here) -> T:
@@ -199,6 +311,9 @@ def wait_for(function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwa
     if library is None and not _is_loop_running():
         return run()
     in_context = copy_context().run
+    if place.joined is not None:
+        # The caller's connection may be bound to this thread, or to a greenlet of its event loop.
+        return in_context(partial(_run_without_loop, place, partial(function, *args, **kwargs)))
     if library is not None:
         # There a thread is a greenlet, and all greenlets share the running loop of their real
         # thread.
@@ -222,6 +337,23 @@ def wait_for(function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwa
         return outcome.result()
     finally:
         thread.join()
+
+
+def _run_without_loop(place: _Place, function: Callable[[], Awaitable[T]]) -> T:
+    """Execute an ``async`` function that awaits nothing but the original functions."""
+    _place.set(place)
+    steps = function().__await__()
+    try:
+        next(steps)
+    except StopIteration as ended:
+        result: T = ended.value
+        return result
+    steps.close()
+    raise UsageError(
+        "within: the override waits for something else than the original functions, which is not"
+        " possible in a block where an event loop is running, or under gevent; await it before the"
+        " block"
+    )
 
 
 def _is_loop_running() -> bool:

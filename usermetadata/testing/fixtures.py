@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from usermetadata._core.recipe import UserMetadataRecipe
+from usermetadata.client import UserMetadataRecipe
 from usermetadata.exceptions import UsageError
 from usermetadata.storage.memory import InMemoryStorage
 
@@ -35,14 +35,9 @@ def usermetadata_storage() -> Generator[InMemoryStorage, None, None]:
                 update_user_metadata("alice", {"theme": "dark"})
                 assert get_user_metadata("alice").metadata == {"theme": "dark"}
     """
-    before = UserMetadataRecipe._instance
     storage = InMemoryStorage()
-    UserMetadataRecipe._instance = UserMetadataRecipe(
-        storage, None if before is None else before.override
-    )
-    yield storage
-    UserMetadataRecipe.reset()
-    UserMetadataRecipe._instance = before
+    with UserMetadataRecipe._replaced(storage):
+        yield storage
     storage.close()
 
 

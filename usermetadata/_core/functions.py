@@ -1,0 +1,187 @@
+"""The functions of one store: blocking, for ``asyncio``, as an override left them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Coroutine
+from inspect import iscoroutinefunction
+from typing import TYPE_CHECKING, NoReturn, cast
+
+from usermetadata._core.blocking_functions import BlockingFunctions
+from usermetadata._core.checks import Checks, validator_of
+from usermetadata._core.reentry import check_outside
+from usermetadata._core.runners import AsyncioRunner, BlockingOverride, BlockingRunner
+from usermetadata.exceptions import InvalidInputError, UsageError
+from usermetadata.interfaces import RecipeInterface, UserMetadataOverrideConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from usermetadata._core.checks import Hook
+    from usermetadata.storage import Storage
+
+
+class Store:
+    """A storage, and what its apps share: worker threads, and the mark of a function that runs.
+
+    Args:
+        storage: where the metadata is stored.
+        is_ours: whether ``close`` closes it.
+    """
+
+    def __init__(self, storage: Storage, *, is_ours: bool) -> None:
+        # Here, because importing a facade does not need it.
+        import threading
+
+        self.storage = storage
+        self.lock = threading.RLock()
+        self._is_ours = is_ours
+        self._runner: AsyncioRunner | None = None
+
+    def runner(self, app_id: str | None) -> AsyncioRunner:
+        """Return a runner for an app; without an id, for the app of the storage."""
+        with self.lock:
+            if self._runner is None:
+                self._runner = AsyncioRunner(self.storage, self)
+        return copy.copy(self._runner) if app_id is None else self._runner.for_app(app_id)
+
+    def close(self) -> None:
+        """Complete the calls under way, end the worker threads, close the storage if it is ours."""
+        if self._runner is not None:
+            self._runner.close()
+        if self._is_ours:
+            self.storage.close()
+
+
+class Functions:
+    """The functions of one app of a store.
+
+    Args:
+        store: where they read and write.
+        override: replaces or wraps them.
+        model: validates what they would store.
+        app_id: the app; ``None``: that of the store's storage.
+
+    Attributes:
+        store: the same.
+        storage: that of the app.
+        app_id: likewise.
+        override: the same.
+        model: likewise.
+        blocking: the functions for blocking code; ``usermetadata.syncio`` calls these.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        override: UserMetadataOverrideConfig | None,
+        model: object,
+        app_id: str | None = None,
+    ) -> None:
+        self.store = store
+        self.storage = store.storage if app_id is None else store.storage.for_app(app_id)
+        own_app_id: str = getattr(self.storage, "app_id", "public")
+        self.app_id = own_app_id if app_id is None else app_id
+        self.override = override
+        self.model = model
+        self._app_id = app_id
+        self._checks: Checks | None = None
+        self._asynchronous: RecipeInterface | None = None
+        self._runner: AsyncioRunner | None = None  # that of the functions that are overridden
+        validate = None if model is None else validator_of(model)
+        hook = None
+        if override is not None and override.functions is not None:
+            self._runner = store.runner(app_id)
+            self._asynchronous = _overridden(override.functions, _original(self._runner))
+            hook = _hook_of(self._asynchronous)
+        if hook is not None or validate is not None:
+            self._checks = Checks(store, hook, validate)
+        if self._runner is not None:
+            self._runner.checks = self._checks
+        self.blocking = self._blocking(None)
+
+    @property
+    def asynchronous(self) -> RecipeInterface:
+        """The functions for ``asyncio``; ``usermetadata.asyncio`` calls these."""
+        if self._asynchronous is None:
+            with self.store.lock:
+                if self._asynchronous is None:
+                    runner = self.store.runner(self._app_id)
+                    runner.checks = self._checks
+                    self._asynchronous = _original(runner)
+        return self._asynchronous
+
+    def joined(self, storage: Storage) -> Functions:
+        """Return the same functions, blocking, on a storage that is part of a transaction."""
+        other = copy.copy(self)
+        other.blocking = self._blocking(storage)
+        return other
+
+    def close(self) -> None:
+        """Close the store; a later call raises an error that says so."""
+        check_outside(self.store)
+        self.store.close()
+        self.blocking = cast("BlockingFunctions", _Closed())
+        self._asynchronous = cast("RecipeInterface", _Closed())
+
+    def _blocking(self, joined: Storage | None) -> BlockingFunctions:
+        if self._runner is not None and self._asynchronous is not None:
+            overridden = BlockingOverride(self._asynchronous, self._runner, joined)
+            return cast("BlockingFunctions", overridden)
+        runner = BlockingRunner(joined or self.storage, self.store)
+        runner.app_id, runner.checks = self.app_id, self._checks
+        return BlockingFunctions(runner)
+
+
+class _Closed:
+    def __getattr__(self, name: str) -> NoReturn:
+        raise UsageError("UserMetadata: it is closed; make a new one")
+
+
+def _original(runner: AsyncioRunner) -> RecipeInterface:
+    # Here, because blocking code does not need it.
+    from usermetadata._core.asyncio_functions import AsyncioFunctions
+
+    return AsyncioFunctions(runner)
+
+
+def _hook_of(functions: RecipeInterface) -> Hook | None:
+    hook = functions.check_change
+    if getattr(hook, "__func__", None) is RecipeInterface.check_change:
+        return None
+    if not callable(hook) or iscoroutinefunction(hook):
+        raise InvalidInputError(
+            "override: check_change is not a plain function; make it one without `async`, because"
+            " it is called inside the storage's lock"
+        )
+    return hook
+
+
+def _overridden(
+    functions: Callable[[RecipeInterface], RecipeInterface], original: RecipeInterface
+) -> RecipeInterface:
+    """Return the override's functions, and the original's where it has none."""
+    if not callable(functions):
+        raise InvalidInputError(
+            f"override: functions: {type(functions).__name__} cannot be called; pass a function"
+            " that takes the original and returns a RecipeInterface"
+        )
+    overridden = functions(original)
+    if isinstance(overridden, Coroutine):
+        overridden.close()  # else Python warns that it was never awaited
+    if not isinstance(overridden, RecipeInterface):
+        raise InvalidInputError(
+            f"override: functions returned {type(overridden).__name__}, not a RecipeInterface; make"
+            " it a plain function that returns the original, or an instance of a subclass"
+        )
+    for name in (
+        "set_user_metadata",
+        "modify_user_metadata",
+        "get_bulk_user_metadata",
+        "update_bulk_user_metadata",
+        "erase_user",
+    ):
+        function = getattr(overridden, name)
+        if getattr(function, "__func__", None) is getattr(RecipeInterface, name):
+            setattr(overridden, name, getattr(original, name))
+    return overridden
