@@ -9,19 +9,23 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import certifi
 import pytest
 from asgi_server import serve
+from conftest import CLIENTS
 from supertokens_core import Core
 from test_supertokens import run
 
 from usermetadata import SQLiteStorage
 from usermetadata.changes import Merge
+from usermetadata.server import create_app
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
+END = "-----END CERTIFICATE-----"
 INIT = """
 import asyncio, json, sys
 import usermetadata
@@ -91,8 +95,15 @@ class World:
 
 
 @pytest.fixture
-def world(database: Path) -> Generator[World, None, None]:
+def world(
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Generator[World, None, None]:
     """An empty core, which is running, and an empty storage."""
+    # The SDK makes an HTTP client for each request. Loading all public certificates takes 45 ms.
+    first = Path(certifi.where()).read_text(encoding="utf-8").partition(END)
+    certificate = tmp_path / "certificate.pem"
+    certificate.write_text(first[0] + END, encoding="utf-8")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     core = Core()
     with serve(core.app()) as port:
         yield World(core, f"http://127.0.0.1:{port}", database)
@@ -117,23 +128,29 @@ DELETIONS = [
 ]
 
 
+def add_users(world: World) -> tuple[list[tuple[str, bool]], set[str]]:
+    """Add the users of ``DELETIONS``; return the deletions, and the ids that they erase."""
+    world.add("bystander")
+    deletions: list[tuple[str, bool]] = []
+    all_erased: set[str] = set()
+    for number, (accounts, external, deleted, how, erased) in enumerate(DELETIONS):
+        names = [f"{number}-{account}" for account in accounts]
+        world.add(*names, external=tuple(f"{number}-{account}" for account in external))
+        deletions.append((f"{number}-{deleted}", how))
+        all_erased |= {f"{number}-{user_id}" for user_id in erased}
+    return deletions, all_erased
+
+
 def test_deleting_a_user(world: World) -> None:
     """The metadata of the deleted accounts is erased, under the external ids of the mapping.
 
     The metadata of a primary user stays as long as an account is linked to it.
     """
-    world.add("bystander")
-    deletions: list[tuple[str, bool]] = []
-    expected: set[str] = set()
-    for number, (accounts, external, deleted, how, erased) in enumerate(DELETIONS):
-        names = [f"{number}-{account}" for account in accounts]
-        world.add(*names, external=tuple(f"{number}-{account}" for account in external))
-        deletions.append((f"{number}-{deleted}", how))
-        expected |= {f"{number}-{user_id}" for user_id in erased}
+    deletions, erased = add_users(world)
     world.store_metadata()
     before = world.left()
     world.run(DELETE, json.dumps(deletions))
-    assert before - world.left() == expected
+    assert before - world.left() == erased
     assert world.left() == world.core.metadata
 
 
@@ -318,3 +335,36 @@ def test_the_metadata_of_users_who_are_gone(world: World, monkeypatch: pytest.Mo
         [sys.executable, str(program)], input=exported, capture_output=True, check=True, timeout=60
     )
     assert found.stdout.decode().split() == ["carol", "linked"]
+
+
+@pytest.mark.usefixtures("packages")
+def test_the_sdk_for_node_beside_a_core(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the override of the page, ``supertokens-node`` erases the same ids."""
+    program = """
+require("./beside_a_core");
+const { deleteUser } = require("supertokens-node");
+async function main() {
+  for (const [userId, withLinked] of JSON.parse(process.argv[1])) {
+    await deleteUser(userId, withLinked);
+  }
+}
+main();
+"""
+    deletions, erased = add_users(world)
+    world.store_metadata()
+    before = world.left()
+    core = world.core.app()
+    with contextlib.closing(SQLiteStorage(world.database)) as storage:
+        server = create_app(storage, api_keys=["a key"])
+
+        async def proxy(scope: Any, receive: Any, send: Any) -> None:
+            is_ours = scope["path"].startswith("/recipe/user/metadata")
+            await (server if is_ours else core)(scope, receive, send)
+
+        with serve(proxy, lifespan="off") as port:
+            monkeypatch.setenv("SUPERTOKENS_URI", f"http://127.0.0.1:{port}")
+            monkeypatch.setenv("SUPERTOKENS_API_KEY", "a key")
+            command = ["node", "-e", program, json.dumps(deletions)]
+            subprocess.run(command, cwd=CLIENTS, check=True, timeout=60)
+    assert before - world.left() == erased
+    assert world.left() == world.core.metadata
