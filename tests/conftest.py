@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sqlite3
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,6 @@ from usermetadata import InMemoryStorage, PostgresStorage, SQLiteStorage, UserMe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Generator
-    from pathlib import Path
 
     from usermetadata import Storage
 
@@ -117,3 +118,14 @@ FACADES: dict[str, Any] = {
 def facade(request: pytest.FixtureRequest) -> Any:
     """Both facades in turn, called without ``await``."""
     return FACADES[request.param]
+
+
+CLIENTS = Path(__file__).parent / "clients"
+
+
+@pytest.fixture
+def packages() -> None:
+    """The programs' packages, which ``package.json`` names, are installed."""
+    if not (CLIENTS / "node_modules").exists():
+        assert "CI" not in os.environ, "npm install has to come first"
+        pytest.skip("half a gigabyte of packages is missing: (cd tests/clients && npm install)")

@@ -9,10 +9,10 @@ import os
 import re
 import subprocess
 from http.client import HTTPConnection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from conftest import CLIENTS
 from test_server import served
 
 from usermetadata import InMemoryStorage
@@ -21,16 +21,7 @@ from usermetadata.server import create_app
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-CLIENTS = Path(__file__).parent / "clients"
 KEY = "a key that the server wants to see"
-
-
-@pytest.fixture
-def packages() -> None:
-    """The programs' packages, which ``package.json`` names, are installed."""
-    if not (CLIENTS / "node_modules").exists():
-        assert "CI" not in os.environ, "npm install has to come first"
-        pytest.skip("half a gigabyte of packages is missing: (cd tests/clients && npm install)")
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
-"""An override that lets SuperTokens' Python SDK use this library's storage."""
+"""Overrides that let SuperTokens' Python SDK use this library's storage."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
+    from supertokens_python.asyncio import get_user_id_mapping
+    from supertokens_python.interfaces import GetUserIdMappingOkResult
     from supertokens_python.recipe.usermetadata.interfaces import (
         ClearUserMetadataResult,
         MetadataResult,
@@ -20,6 +22,12 @@ from usermetadata.asyncio import (
     get_user_metadata,
     update_user_metadata,
 )
+from usermetadata.asyncio import clear_user_metadata as erase_user
+from usermetadata.exceptions import UserMetadataError
+
+if TYPE_CHECKING:
+    from supertokens_python.recipe.accountlinking import interfaces as accountlinking
+    from supertokens_python.types import User
 
 
 def use_storage(original: RecipeInterface) -> RecipeInterface:  # noqa: ARG001 - replaced
@@ -64,3 +72,93 @@ class _Functions(RecipeInterface):
     ) -> ClearUserMetadataResult:
         await clear_user_metadata(user_id, user_context)
         return ClearUserMetadataResult()
+
+
+def erase_deleted_users(
+    original: accountlinking.RecipeInterface,
+) -> accountlinking.RecipeInterface:
+    """Let the SDK's ``delete_user`` also erase the metadata that the storage of ``init`` has.
+
+    The SDK's dashboard deletes users with the same function. The metadata of the same ids is erased
+    as in a core: external ids take the place of SuperTokens' ids. They are found before the core
+    deletes the user, and their metadata is erased after that has succeeded.
+
+    Args:
+        original: the SDK's functions. ``delete_user`` is replaced, the others are unchanged.
+
+    Returns:
+        ``original``, for the ``override`` of the SDK's account-linking recipe.
+
+    ``delete_user`` then also raises ``UserMetadataError``, if the core has deleted the user, but
+    some metadata was not erased. The message names the ids, and ``__cause__`` is the first error.
+
+    Example:
+        Beside :func:`use_storage`, in the ``recipe_list`` of the SDK's ``init``::
+
+            from supertokens_python.recipe import accountlinking
+            from usermetadata.supertokens import erase_deleted_users
+
+            accountlinking.init(
+                override=accountlinking.AccountLinkingOverrideConfig(functions=erase_deleted_users)
+            )
+    """
+    get_user, delete_user = original.get_user, original.delete_user
+
+    async def delete_and_erase(
+        user_id: str,
+        remove_all_linked_accounts: bool,  # noqa: FBT001 - the SDK's signature
+        user_context: dict[str, Any],
+    ) -> None:
+        erased: set[str] = set()
+        user = await get_user(user_id, _without_cache(user_context))
+        if user is not None:
+            own_id = await _external_id(user_id, _without_cache(user_context))
+            erased = _erased_ids(user, own_id, with_linked=remove_all_linked_accounts)
+        await delete_user(user_id, remove_all_linked_accounts, user_context)
+        failed: dict[str, Exception] = {}
+        for erased_id in sorted(erased):
+            try:
+                # With ``force``, a mapping's external id can be the id of another user, who keeps
+                # the metadata, as in the core.
+                if await get_user(erased_id, _without_cache(user_context)) is None:
+                    await erase_user(erased_id, user_context)
+            except Exception as error:  # noqa: BLE001 - raised below
+                failed[erased_id] = error
+        if failed:
+            raise UserMetadataError(
+                f"delete_user: the core has deleted the user, but the metadata of"
+                f" {', '.join(map(repr, failed))} was not erased; clear it"
+            ) from next(iter(failed.values()))
+
+    original.delete_user = delete_and_erase  # type: ignore[method-assign]
+    return original
+
+
+def _erased_ids(user: User, own_id: str, *, with_linked: bool) -> set[str]:
+    """Return the ids whose metadata a core removes when it deletes one of a user's accounts.
+
+    The rule is that of ``AuthRecipe.deleteUserHelper`` in the core. The metadata of a primary user
+    stays as long as an account is linked to it.
+
+    Args:
+        user: the user as the core describes it, with external ids where there is a mapping.
+        own_id: the account that is deleted, likewise; the primary user's id is also one.
+        with_linked: whether the linked accounts are deleted as well.
+    """
+    if with_linked:
+        return {user.id, *(method.recipe_user_id.get_as_string() for method in user.login_methods)}
+    if len(user.login_methods) == 1:
+        return {user.id, own_id}
+    return {own_id} - {user.id}
+
+
+async def _external_id(user_id: str, user_context: dict[str, Any]) -> str:
+    mapping = await get_user_id_mapping(user_id, "ANY", user_context)
+    if isinstance(mapping, GetUserIdMappingOkResult):
+        return mapping.external_user_id
+    return user_id
+
+
+def _without_cache(user_context: dict[str, Any]) -> dict[str, Any]:
+    """Return a context with which the SDK asks the core, which another process may have changed."""
+    return {**user_context, "_default": {**user_context.get("_default", {}), "core_call_cache": {}}}
