@@ -9,7 +9,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from usermetadata._core.erasing import Erasure, Removal
+from usermetadata._core.removals import Removal, RemovalEverywhere
 from usermetadata._core.greenlets import call_here, patched_by, run_in_real_thread
 from usermetadata._core.reentry import ChangeError, check_outside, inside
 from usermetadata.codec import decode_metadata, encode_metadata
@@ -85,7 +85,7 @@ class BlockingRunner:
             check_outside(self.store)
         check = None if self.checks is None else self.checks.of_user(user_id, user_context)
         try:
-            return Erasure(user_id, check).of(self._storage)
+            return RemovalEverywhere(user_id, check).of(self._storage)
         except ChangeError as failed:
             error = failed.error
         raise error
@@ -167,14 +167,14 @@ class AsyncioRunner:
         if inside.get():
             check_outside(self.store)
         check = None if self.checks is None else self.checks.of_user(user_id, user_context)
-        erasure = Erasure(user_id, check)
+        removal = RemovalEverywhere(user_id, check)
         try:
             storage, call = self._here()
             if call is None and self._writes_at_once:
                 # Its key is another one, so that it is executed alone.
-                [by_app] = await self._writes.submit(erasure, (storage, erasure))
+                [by_app] = await self._writes.submit(removal, (storage, removal))
                 return by_app or {}
-            return (call or call_here)(erasure.of, storage)
+            return (call or call_here)(removal.of, storage)
         except ChangeError as failed:
             error = failed.error
         raise error
@@ -224,12 +224,12 @@ def _read_together(calls: list[tuple[Storage, Sequence[str]]]) -> list[dict[str,
 
 
 def _write_together(
-    calls: list[tuple[Storage, Sequence[tuple[str, Change]] | Erasure]],
+    calls: list[tuple[Storage, Sequence[tuple[str, Change]] | RemovalEverywhere]],
 ) -> list[list[Metadata | None]]:
     storage, first = calls[0]
-    if isinstance(first, Erasure):
+    if isinstance(first, RemovalEverywhere):
         return [[first.of(storage)]]
-    writes = [changes for _, changes in calls if not isinstance(changes, Erasure)]
+    writes = [changes for _, changes in calls if not isinstance(changes, RemovalEverywhere)]
     together = [change for changes in writes for change in changes]
     written = storage.write(together)
     if len(written) != len(together):

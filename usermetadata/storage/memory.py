@@ -8,12 +8,13 @@ from heapq import nsmallest
 from typing import TYPE_CHECKING, Any
 
 from usermetadata._core.apps import OfOneApp
+from usermetadata._core.erasing import Erasure
 from usermetadata._core.forking import ForkHooks, notice, watch
 from usermetadata.changes import apply_in_order
 from usermetadata.exceptions import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
@@ -76,7 +77,20 @@ class InMemoryStorage(OfOneApp):
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order, all or none."""
         notice()
-        store, app_id = self._store, self._app_id
+        return self._write([((self._app_id, user_id), change) for user_id, change in changes])
+
+    def erase(self, user_id: str, check: Callable[[Metadata], None]) -> dict[str, Metadata]:
+        """Remove the rows that a user has in any app, all or none."""
+        notice()
+        erasure = Erasure(user_id, check)
+        with self._store.lock:
+            rows = self._store.rows()
+            keys = [key for key, row in rows.items() if key[1] == user_id and row is not None]
+            self._write(erasure.changes(sorted(app_id for app_id, _ in keys)))
+        return erasure.removed
+
+    def _write(self, keyed: Sequence[tuple[Key, Change]]) -> list[Metadata | None]:
+        store = self._store
         with store.lock:
             rows = store.rows()
             if store.is_writing:
@@ -86,7 +100,6 @@ class InMemoryStorage(OfOneApp):
                 )
             try:
                 store.is_writing = True
-                keyed = [((app_id, user_id), change) for user_id, change in changes]
                 staged = {key: row for key, _ in keyed if (row := rows.get(key)) is not None}
                 results = apply_in_order(
                     keyed, staged, decode=lambda _, row: _decode(row), encode=_encode

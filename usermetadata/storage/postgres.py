@@ -21,6 +21,7 @@ try:
         is_gone,
     )
     from usermetadata._core.postgres.statements import (
+        ERASE,
         HOLD,
         MERGE,
         MERGE_ONE,
@@ -50,7 +51,7 @@ from usermetadata.exceptions import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
     from typing import LiteralString
 
     from psycopg import Connection
@@ -174,6 +175,22 @@ class PostgresStorage(OfOneApp):
             return self._decoded(changes, results)
         raise error
 
+    def erase(self, user_id: str, check: Callable[[Metadata], None]) -> dict[str, Metadata]:
+        """Remove the rows that a user has in any app, in one transaction.
+
+        A role that a row-level policy of the table holds for cannot erase.
+        """
+        if not self._prepare(create=False):
+            return {}
+        try:
+            with self._changeable():
+                return self._connections.run(
+                    lambda connection: self._erase(connection, user_id, check), is_write=True
+                )
+        except ChangeError as failed:
+            error = failed.error
+        raise error
+
     def close(self) -> None:
         """Close the connections that the storage opened itself."""
         self._connections.close()
@@ -207,7 +224,7 @@ class PostgresStorage(OfOneApp):
     ) -> Cursor[tuple[str, str]]:
         # A borrowed pool may make other cursors and rows.
         cursor = Cursor(connection, row_factory=tuple_row)
-        parameters |= {"app_id": self._app_id, "timeout": self._timeout}
+        parameters = {"app_id": self._app_id, "timeout": self._timeout} | parameters
         return cursor.execute(self._table[statement], parameters)
 
     def _read(self, statement: LiteralString, **parameters: object) -> dict[str, Metadata]:
@@ -325,6 +342,54 @@ class PostgresStorage(OfOneApp):
             if text != texts[user_id]:  # a trigger has changed it
                 results[last[user_id]] = text
         return results
+
+    def _erase(
+        self, connection: Connection[Any], user_id: str, check: Callable[[Metadata], None]
+    ) -> dict[str, Metadata]:
+        with before_commit():
+            connection.execute("BEGIN")
+            texts = self._remove_from_all_apps(connection, user_id)
+        try:
+            name = self._connections.name
+            removed = {
+                app_id: decode_row(name, (app_id, user_id), text)
+                for app_id, text in sorted(texts.items())
+            }
+            for metadata in removed.values():
+                check(metadata)
+        except BaseException as error:
+            raise ChangeError(error) from error
+        if is_gone(connection):
+            with before_commit():
+                connection.execute("SELECT 1")  # its error is the server's reason
+            raise UncommittedError
+        check_committed(connection.execute("COMMIT"))
+        return removed
+
+    def _remove_from_all_apps(self, connection: Connection[Any], user_id: str) -> dict[str, str]:
+        """Remove the user's rows until none is left; return their texts by app id."""
+        removed: dict[str, str] = {}
+        held: set[str] = set()
+        while True:
+            found: list[tuple[str, str | None]] = [
+                *self._execute(connection, ERASE, user_id=user_id)
+            ]
+            if connection.pgconn.transaction_status != TransactionStatus.INTRANS:
+                raise UncommittedError("the transaction has ended before its COMMIT")
+            if not found:
+                # As of the last snapshot the user had only the rows that are removed, and locked,
+                # here. Without it, a row could be left that is older than one that is removed.
+                return removed
+            removed |= {
+                app_id: text for app_id, text in found if text is not None and text != _NO_ROW
+            }
+            kept = [app_id for app_id, text in found if text is None]
+            if not held.isdisjoint(kept):
+                raise DataError(NOT_STORED + _dump(user_id))
+            # Another transaction may have removed these. With the row held, that cannot happen.
+            for app_id in kept:
+                self._execute(connection, HOLD, app_id=app_id, rows=_rows([(user_id, _NO_ROW)]))
+            held.update(kept)
 
     def _decode(self, user_id: str, text: str) -> Metadata:
         return decode_row(self._connections.name, (self._app_id, user_id), text)

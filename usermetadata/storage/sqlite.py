@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from sqlite_utils import Database
 
 from usermetadata._core.apps import OfOneApp
+from usermetadata._core.erasing import Erasure
 from usermetadata._core.forking import notice
 from usermetadata._core.reentry import ChangeError
 from usermetadata._core.rows import decode_row
@@ -20,7 +21,7 @@ from usermetadata.changes import Clear, Merge, Replace
 from usermetadata.exceptions import InvalidInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from usermetadata._core.sqlite.connecting import Connections
     from usermetadata.changes import Change
@@ -122,6 +123,22 @@ class SQLiteStorage(OfOneApp):
             return connections.batches.call(keyed, alone=alone)
         except ChangeError as failed:
             error = failed.error
+        raise error
+
+    def erase(self, user_id: str, check: Callable[[Metadata], None]) -> dict[str, Metadata]:
+        """Remove the rows that a user has in any app, in one transaction.
+
+        The apps are found in the index of the key, one after the other, or in an index of
+        ``user_id`` if the table has one.
+        """
+        notice()
+        erasure = Erasure(user_id, check)
+        try:
+            self._connections.batches.call(erasure, alone=True)
+        except ChangeError as failed:
+            error = failed.error
+        else:
+            return erasure.removed
         raise error
 
     def close(self) -> None:

@@ -176,8 +176,44 @@ WHERE user_id NOT IN (SELECT user_id FROM gone) AND (
 """
 )
 
+# Finds the apps as `_APPS_WITHOUT_INDEX` of SQLite does. What is in `found` and not removed was
+# removed by another transaction meanwhile, or a trigger has kept it. A role that a row-level policy
+# holds for may not see all rows.
+ERASE = (
+    """
+WITH RECURSIVE users (have_index) AS (
+    SELECT EXISTS (
+        SELECT FROM pg_index JOIN pg_attribute ON attrelid = indrelid AND attnum = indkey[0]
+        WHERE indrelid = {name}::regclass AND indpred IS NULL AND attname = 'user_id')
+), app (id) AS (
+    (SELECT app_id FROM {table} WHERE NOT (SELECT have_index FROM users) ORDER BY app_id LIMIT 1)
+    UNION ALL
+    SELECT (SELECT app_id FROM {table} WHERE app_id > id ORDER BY app_id LIMIT 1)
+    FROM app WHERE id IS NOT NULL
+), found AS (
+    SELECT app_id FROM app JOIN {table} ON app_id = id AND user_id = %(user_id)s
+    UNION ALL
+    SELECT app_id FROM {table} WHERE (SELECT have_index FROM users) AND user_id = %(user_id)s
+), gone AS (
+    DELETE FROM {table} AS stored
+    USING (
+        SELECT app_id{lock_of_app}
+        FROM found, set_config('lock_timeout', %(timeout)s, true)
+        ORDER BY app_id) AS rows
+    WHERE stored.app_id = rows.app_id AND stored.user_id = %(user_id)s
+    RETURNING stored.app_id, stored.user_metadata
+)
+SELECT app_id::text, user_metadata FROM found LEFT JOIN gone USING (app_id)
+UNION ALL
+SELECT """
+    + _RAISE.replace("{user_id}", "%(user_id)s")
+    + """, NULL WHERE row_security_active({name})
+"""
+)
+
 # A SuperTokens core reads, merges and writes under this lock and no other.
 _CORES_LOCK = ", pg_advisory_xact_lock(hashtext(%(app_id)s || '~' || user_id))"
+_CORES_LOCK_OF_APP = ", pg_advisory_xact_lock(hashtext(app_id || '~' || %(user_id)s))"
 
 
 _COLUMNS = {
@@ -201,7 +237,7 @@ class Table:
     def __init__(self, *name: str, is_session_ours: bool) -> None:
         self._given = self._name = name
         self._is_session_ours = is_session_ours
-        self._lock = SQL("")
+        self._lock = self._lock_of_app = SQL("")
         self._statements: dict[str, bytes] = {}
         self.user_id_length = 0
 
@@ -231,6 +267,7 @@ class Table:
                 described: dict[str, _Column] = json.loads(columns)
                 self._check(kind, described, has_key=has_key)
                 self._lock = SQL(_CORES_LOCK if is_shared else "")
+                self._lock_of_app = SQL(_CORES_LOCK_OF_APP if is_shared else "")
                 self._statements = {}
                 self.user_id_length = described["user_id"][2] or USER_ID_MAX_LENGTH
 
@@ -253,7 +290,10 @@ class Table:
             # A single percent sign would begin a parameter.
             table = Identifier(*(part.replace("%", "%%") for part in self._name))
             composed = SQL(template).format(
-                table=table, name=Literal(table.as_string()), lock=self._lock
+                table=table,
+                name=Literal(table.as_string()),
+                lock=self._lock,
+                lock_of_app=self._lock_of_app,
             )
             statement = statements[template] = composed.as_bytes(None)
         return statement

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Sequence
 
-    from usermetadata._core.sqlite.statements import Changes, Results
+    from usermetadata._core.sqlite.statements import Call, Results
 
 _EXIT_TIMEOUT = 1.0  # seconds
 
@@ -50,12 +50,12 @@ class Connections(ForkHooks, ABC):
         """Close the connections that are not the caller's; calls under way are completed."""
 
     @abstractmethod
-    def _write_together(self, calls: Sequence[Changes]) -> list[Results]:
+    def _write_together(self, calls: Sequence[Call]) -> list[Results]:
         """Execute the changes of some calls in one transaction."""
 
     def _start(self, *opened: list[sqlite3.Connection]) -> None:
         """Begin without calls that wait: in a new object, or in a new process."""
-        self.batches: ThreadBatches[Changes, Results] = ThreadBatches(
+        self.batches: ThreadBatches[Call, Results] = ThreadBatches(
             self._write_together, self._timeout, self.name
         )
         self._has_turn_for_fork = False

@@ -23,7 +23,7 @@ from usermetadata.exceptions import OutcomeUnknownError, StorageBusyError, Stora
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from usermetadata._core.sqlite.statements import Changes, Results
+    from usermetadata._core.sqlite.statements import Call, Results
 
 _LOOK_EVERY = 0.1  # seconds
 _MOST_READERS = 8  # each takes two or three file descriptors
@@ -110,7 +110,7 @@ class FileConnections(Connections):
         except sqlite3.Error as error:
             raise translate(error, self.name) from error
 
-    def _write_together(self, calls: Sequence[Changes]) -> list[Results]:
+    def _write_together(self, calls: Sequence[Call]) -> list[Results]:
         if self._closed:
             raise closed(self.name)
         try:

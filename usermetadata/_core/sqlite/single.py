@@ -16,7 +16,7 @@ from usermetadata._core.sqlite.statements import fetch, write_together
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-    from usermetadata._core.sqlite.statements import Changes, Results
+    from usermetadata._core.sqlite.statements import Call, Results
 
 
 class SingleConnection(Connections):
@@ -48,7 +48,7 @@ class SingleConnection(Connections):
             with self._in_use():
                 return fetch(self._connection, query, parameters)
 
-    def _write_together(self, calls: Sequence[Changes]) -> list[Results]:
+    def _write_together(self, calls: Sequence[Call]) -> list[Results]:
         if self._closed:
             raise closed(self.name)
         with self._in_use():

@@ -7,12 +7,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from usermetadata._core import forking
+from usermetadata._core.erasing import Erasure
 from usermetadata._core.reentry import ChangeError
 from usermetadata._core.rows import decode_row
 from usermetadata._core.sqlite.errors import inherited, not_stored, still_open, unknown_if_io_error
 from usermetadata._core.sqlite.schema import create_table
 from usermetadata.changes import BLIND, apply_in_order
 from usermetadata.codec import encode_metadata
+from usermetadata.exceptions import DamagedMetadataError
 
 if TYPE_CHECKING:
     import sqlite3
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     Key = tuple[str, str]
     """The ids of an app and of a user."""
     Changes = Sequence[tuple[Key, Change]]
+    Call = Changes | Erasure
     Results = list[Metadata | None]
 
 READ_ONE = "SELECT user_id, user_metadata FROM user_metadata WHERE app_id = ? AND user_id = ?"
@@ -42,6 +45,21 @@ _STORE = (
     " ON CONFLICT (app_id, user_id) DO UPDATE SET user_metadata = excluded.user_metadata"
 )
 _REMOVE = "DELETE FROM user_metadata WHERE app_id = ? AND user_id = ?"
+_HAS_INDEX_OF_USERS = """
+SELECT idx.name, NULL
+FROM pragma_index_list('user_metadata') AS idx, pragma_index_info(idx.name) AS col
+WHERE NOT partial AND seqno = 0 AND col.name = 'user_id'
+"""
+_APPS = "SELECT app_id, NULL FROM user_metadata WHERE user_id = ?"
+# The key begins with the app, so `_APPS` would read every row. This jumps in the key's index from
+# each app to the next.
+_APPS_WITHOUT_INDEX = """
+WITH RECURSIVE app (id) AS (
+    SELECT min(app_id) FROM user_metadata
+    UNION ALL
+    SELECT (SELECT min(app_id) FROM user_metadata WHERE app_id > id) FROM app WHERE id IS NOT NULL)
+SELECT app_id, NULL FROM app CROSS JOIN user_metadata ON app_id = id AND user_id = ?
+"""
 
 
 def fetch(
@@ -73,7 +91,7 @@ def _text_or_bytes(value: bytes) -> str | bytes:
 
 def write_together(
     connection: sqlite3.Connection,
-    calls: Sequence[Changes],
+    calls: Sequence[Call],
     name: str,
     *,
     create: Database | None = None,
@@ -82,7 +100,7 @@ def write_together(
 
     Args:
         connection: a connection without another user, whose rows are tuples of ``str``.
-        calls: the changes of each call, in order.
+        calls: the changes of each call, in order, or an erasure.
         name: the name of the database, for error messages.
         create: the database of the connection, if it has no table yet.
 
@@ -104,11 +122,12 @@ def write_together(
         begun = True
         if create is not None:
             create_table(create)
-        if len(calls) == 1:
-            results = [_write(cursor, calls[0], name)]
+        changes = [_changes(cursor, call, name) for call in calls]
+        if len(changes) == 1:
+            results = [_write(cursor, changes[0], name)]
         else:
-            together = iter(_write(cursor, [change for each in calls for change in each], name))
-            results = [[next(together) for _ in each] for each in calls]
+            together = iter(_write(cursor, [change for each in changes for change in each], name))
+            results = [[next(together) for _ in each] for each in changes]
         if forking.process != process:  # a change has forked: the parent has the transaction
             raise inherited(name)
         try:
@@ -134,6 +153,20 @@ _JOINED = (
     "RELEASE usermetadata",
     ["ROLLBACK TO usermetadata", "RELEASE usermetadata"],
 )
+
+
+def _changes(cursor: sqlite3.Cursor, call: Call, name: str) -> Changes:
+    if not isinstance(call, Erasure):
+        return call
+    query = _APPS if fetch(cursor, _HAS_INDEX_OF_USERS, ()) else _APPS_WITHOUT_INDEX
+    app_ids = [app_id for app_id, _ in fetch(cursor, query, (call.user_id,))]
+    for app_id in app_ids:
+        if not isinstance(app_id, str):  # of a row that another program wrote
+            raise DamagedMetadataError(
+                f"{name}: an app id of user {call.user_id!r} is not text: {app_id!r}; remove the"
+                " row"
+            )
+    return call.changes(sorted(app_ids))
 
 
 def _write(cursor: sqlite3.Cursor, changes: Changes, name: str) -> Results:
