@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from usermetadata.codec import encode_metadata
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Sequence
+    from collections.abc import Generator, Sequence
 
     from sqlite_utils import Database
 
@@ -71,12 +72,31 @@ def _text_or_bytes(value: bytes) -> str | bytes:
         return value
 
 
+@contextmanager
+def plain_rows(connection: sqlite3.Connection) -> Generator[None, None, None]:
+    """Get rows as tuples of ``str`` in a block, whatever the caller has set."""
+    row_factory, text_factory = connection.row_factory, connection.text_factory
+    try:
+        connection.row_factory, connection.text_factory = None, str
+        yield
+    finally:
+        connection.row_factory, connection.text_factory = row_factory, text_factory
+
+
+def main_file(connection: sqlite3.Connection) -> str:
+    """Return the path of the connection's file; empty if the database is in memory."""
+    rows = connection.execute("PRAGMA database_list").fetchall()
+    files: dict[str, str] = {name: file for _, name, file in rows}
+    return files["main"]
+
+
 def write_together(
     connection: sqlite3.Connection,
     calls: Sequence[Changes],
     name: str,
     *,
     create: Database | None = None,
+    leave_open: bool = False,
 ) -> list[Results]:
     """Apply the changes of some calls in one transaction, or in the one that is open.
 
@@ -85,6 +105,7 @@ def write_together(
         calls: the changes of each call, in order.
         name: the name of the database, for error messages.
         create: the database of the connection, if it has no table yet.
+        leave_open: whether the caller commits a transaction that is begun here.
 
     Returns:
         The results of each call.
@@ -96,14 +117,13 @@ def write_together(
     """
     process = forking.process
     joins = connection.in_transaction
-    begin, commit, undo = _JOINED if joins else _OWN
+    begin, commit, undo = _JOINED if joins else _LEFT_OPEN if leave_open else _OWN
     begun = False
     cursor = connection.cursor()
     try:
         cursor.execute(begin)
         begun = True
-        if create is not None:
-            create_table(create)
+        _prepare(cursor, create, joins=joins)
         if len(calls) == 1:
             results = [_write(cursor, calls[0], name)]
         else:
@@ -117,7 +137,7 @@ def write_together(
             if not joins:
                 unknown_if_io_error(error, name)
             raise
-        if not joins and connection.in_transaction:
+        if commit == "COMMIT" and connection.in_transaction:
             raise still_open(name)
     except BaseException:
         # SQLite has undone some transactions itself, for example on a full disk.
@@ -129,11 +149,22 @@ def write_together(
 
 
 _OWN = ("BEGIN IMMEDIATE", "COMMIT", ["ROLLBACK"])
+_LEFT_OPEN = ("BEGIN IMMEDIATE", "", ["ROLLBACK"])
 _JOINED = (
     "SAVEPOINT usermetadata",
     "RELEASE usermetadata",
     ["ROLLBACK TO usermetadata", "RELEASE usermetadata"],
 )
+# Makes a transaction that has read nothing wait for other writers, as BEGIN IMMEDIATE does. If it
+# read first, it could not write any more once another had written.
+_LOCK = "DELETE FROM user_metadata WHERE 0"
+
+
+def _prepare(cursor: sqlite3.Cursor, create: Database | None, *, joins: bool) -> None:
+    if create is not None:
+        create_table(create)
+    elif joins:
+        cursor.execute(_LOCK)
 
 
 def _write(cursor: sqlite3.Cursor, changes: Changes, name: str) -> Results:
