@@ -1,0 +1,251 @@
+"""The caller's PostgreSQL connection behind one interface, for three kinds of connections."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import AsyncCursor, Cursor, errors
+from psycopg.pq import PipelineStatus, TransactionStatus
+from psycopg.rows import tuple_row
+
+from usermetadata._core.joining import unsupported
+from usermetadata._core.postgres.transactions import Answer, answer
+from usermetadata.exceptions import StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from psycopg import AsyncConnection, Connection
+
+    from usermetadata._core.joining import DriversConnection
+    from usermetadata._core.postgres.transactions import Statement
+
+_WHAT_WORKS = (
+    "a connection of psycopg 3, a Session or Connection of SQLAlchemy with psycopg 3 or asyncpg, or"
+    " Django's connection to PostgreSQL with psycopg 3"
+)
+
+
+class Channel(ABC):
+    """Sends statements to the server through a connection of the caller's.
+
+    Attributes:
+        connection: the driver's connection.
+    """
+
+    connection: Any
+
+    @property
+    @abstractmethod
+    def encoding(self) -> str:
+        """The client's encoding, by Python's name."""
+
+    @property
+    @abstractmethod
+    def is_closed(self) -> bool:
+        """Whether the connection is closed or known to be lost."""
+
+    @abstractmethod
+    def enter(self) -> bool:
+        """Make the connection ready; return whether it is one in autocommit mode, and idle."""
+
+    @abstractmethod
+    def exchange(self, statements: Sequence[Statement]) -> list[Answer]:
+        """Execute the statements, in one round trip if the driver can.
+
+        Raises:
+            psycopg.Error: the first error; no later statement was executed.
+        """
+
+
+class _PsycopgChannel(Channel):
+    def __init__(self, connection: Connection[Any]) -> None:
+        self.connection = connection
+
+    @property
+    def encoding(self) -> str:
+        return str(self.connection.info.encoding)
+
+    @property
+    def is_closed(self) -> bool:
+        return bool(self.connection.closed)
+
+    def enter(self) -> bool:
+        if self.connection.pgconn.pipeline_status != PipelineStatus.OFF:
+            try:
+                self._synchronise()
+            except psycopg.Error as error:
+                raise StorageError(
+                    "the caller's connection: an earlier statement in its pipeline has failed; roll"
+                    " the transaction back and repeat it"
+                ) from error
+        status = self.connection.pgconn.transaction_status
+        if status == TransactionStatus.INERROR:
+            raise StorageError(
+                "the caller's connection: an earlier statement in its transaction has failed; roll"
+                " the transaction back, at least to a savepoint"
+            )
+        return bool(self.connection.autocommit) and status == TransactionStatus.IDLE
+
+    def exchange(self, statements: Sequence[Statement]) -> list[Answer]:
+        with self.connection.pipeline():
+            # The caller may use other cursors and rows.
+            cursors = [
+                Cursor(self.connection, row_factory=tuple_row).execute(
+                    text, parameters, prepare=None if parameters else False
+                )
+                for text, parameters in statements
+            ]
+        return [answer(cursor) for cursor in cursors]
+
+    def _synchronise(self) -> None:
+        with self.connection.pipeline() as pipeline:
+            pipeline.sync()
+
+
+class _AsyncPsycopgChannel(_PsycopgChannel):
+    def __init__(self, connection: AsyncConnection[Any], adapter: Any) -> None:
+        self.connection = connection
+        self._adapter = adapter
+
+    def exchange(self, statements: Sequence[Statement]) -> list[Answer]:
+        async def exchange(connection: AsyncConnection[Any]) -> list[Answer]:
+            async with connection.pipeline():
+                cursors = [
+                    await AsyncCursor(connection, row_factory=tuple_row).execute(
+                        text, parameters, prepare=None if parameters else False
+                    )
+                    for text, parameters in statements
+                ]
+            return [
+                Answer(
+                    await cursor.fetchall() if cursor.description else [],
+                    cursor.rowcount,
+                    cursor.statusmessage,
+                )
+                for cursor in cursors
+            ]
+
+        answers: list[Answer] = self._adapter.run_async(exchange)
+        return answers
+
+    def _synchronise(self) -> None:
+        async def synchronise(connection: AsyncConnection[Any]) -> None:
+            async with connection.pipeline() as pipeline:
+                await pipeline.sync()
+
+        self._adapter.run_async(synchronise)
+
+
+class _AsyncpgChannel(Channel):
+    encoding = "utf-8"
+
+    def __init__(self, connection: Any, adapter: Any) -> None:
+        self.connection = connection
+        self._adapter = adapter
+
+    @property
+    def is_closed(self) -> bool:
+        return bool(self.connection.is_closed())
+
+    def enter(self) -> bool:
+        if self.connection.is_in_transaction():
+            return False
+        if self._adapter.autocommit:
+            return True
+        # SQLAlchemy begins the transaction together with its first statement.
+        cursor = self._adapter.cursor()
+        try:
+            cursor.execute("SELECT")
+        except Exception as error:
+            raise _translated(error.__cause__ or error) from error
+        finally:
+            cursor.close()
+        return False
+
+    def exchange(self, statements: Sequence[Statement]) -> list[Answer]:
+        async def exchange(connection: Any) -> list[Answer]:
+            answers: list[Answer] = []
+            for several in _grouped(statements):
+                if several[0].parameters is None:
+                    # The simple protocol takes several, and returns the last one's answer.
+                    text = b";".join(statement.text for statement in several).decode()
+                    status = await connection.execute(text)
+                    answers += [Answer([], 0, status)] * len(several)
+                else:
+                    [(template, parameters)] = several
+                    kinds = tuple((name, type(value)) for name, value in parameters.items())
+                    text, names = _numbered(template, kinds)
+                    rows = await connection.fetch(text, *[parameters[name] for name in names])
+                    answers.append(Answer([tuple(row) for row in rows], len(rows), None))
+            return answers
+
+        try:
+            answers: list[Answer] = self._adapter.run_async(exchange)
+        except Exception as error:
+            raise _translated(error) from error
+        return answers
+
+
+def _grouped(statements: Sequence[Statement]) -> Iterator[list[Statement]]:
+    several: list[Statement] = []
+    for statement in statements:
+        if statement.parameters is None:
+            several.append(statement)
+            continue
+        if several:
+            yield several
+            several = []
+        yield [statement]
+    if several:
+        yield several
+
+
+@lru_cache
+def _numbered(template: bytes, kinds: tuple[tuple[str, type], ...]) -> tuple[str, list[str]]:
+    """Return a statement with numbered parameters, and their names in this order.
+
+    Each is cast, so that no codec of the application's for JSON applies to it.
+    """
+    types = dict(kinds)
+    names: list[str] = []
+
+    def replace(found: re.Match[str]) -> str:
+        name = found[1]
+        if name is None:
+            return "%"
+        if name not in names:
+            names.append(name)
+        return f"${names.index(name) + 1}::{'bigint' if types[name] is int else 'text'}"
+
+    return re.sub(r"%%|%\((\w+)\)s", replace, template.decode()), names
+
+
+def _translated(error: BaseException) -> psycopg.Error:
+    """Return psycopg's error for one of asyncpg's, or of the network's."""
+    state = getattr(error, "sqlstate", None)
+    text = str(error) or type(error).__name__
+    try:
+        return errors.lookup(state)(text) if state else psycopg.OperationalError(text)
+    except KeyError:
+        return psycopg.DatabaseError(text)
+
+
+def open_channel(found: DriversConnection) -> Channel:
+    """Return the channel of a connection.
+
+    Raises:
+        InvalidInputError: it is of no kind that works.
+    """
+    kind, connection, adapter = found
+    if kind == "psycopg.Connection":
+        return _PsycopgChannel(connection)
+    if kind == "psycopg.AsyncConnection":
+        return _AsyncPsycopgChannel(connection, adapter)
+    if kind == "asyncpg.connection.Connection":
+        return _AsyncpgChannel(connection, adapter)
+    raise unsupported(connection, _WHAT_WORKS)
