@@ -126,10 +126,10 @@ class PostgresStorage(OfOneApp):
                     f"{argument}: {name!r} is not a name; pass a text without U+0000"
                 )
         self._name = tuple(names.values())
-        table = Table(*self._name, is_session_ours=not isinstance(database, str))
-        connections = Connections(database, max_connections, timeout)
         self._connections: PooledConnections | JoinedConnection = PooledConnections(
-            connections, table, timeout
+            Connections(database, max_connections, timeout),
+            Table(*self._name, is_session_ours=not isinstance(database, str)),
+            timeout,
         )
         self._joined_tables: Tables = WeakKeyDictionary()
 
@@ -201,7 +201,8 @@ class PostgresStorage(OfOneApp):
             [found] = transaction.at_once([self._statement(transaction, template, **parameters)])
             return found.rows
 
-        rows = self._connections.run(read, [])
+        nothing: list[tuple[Any, ...]] = []
+        rows = self._connections.run(read, nothing)
         return {user_id: self._decode(user_id, text) for user_id, text in rows}
 
     def _apply(
@@ -242,8 +243,8 @@ class PostgresStorage(OfOneApp):
             statements.insert(0, self._statement(transaction, HOLD, rows=rows))
         answers = transaction.at_once(statements)[-len(groups) :] if groups else []
         for (kind, by_user), answer in zip(groups, answers, strict=True):
-            if is_alone and kind is not Clear and not answer.count:
-                raise DataError(NOT_STORED + _dump([*by_user][0]))
+            if is_alone and kind is not Clear and not answer.affected:
+                raise DataError(NOT_STORED + _dump(next(iter(by_user))))
             for user_id, text in answer.rows:
                 texts[by_user[user_id][0]] = text
         return texts

@@ -17,7 +17,7 @@ from usermetadata._core.postgres.transactions import Answer, answer
 from usermetadata.exceptions import StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from psycopg import AsyncConnection, Connection
 
@@ -170,16 +170,14 @@ class _AsyncpgChannel(Channel):
     def exchange(self, statements: Sequence[Statement]) -> list[Answer]:
         async def exchange(connection: Any) -> list[Answer]:
             answers: list[Answer] = []
-            for several in _grouped(statements):
-                if several[0].parameters is None:
+            for parameters, texts in _grouped(statements):
+                if parameters is None:
                     # The simple protocol takes several, and returns the last one's answer.
-                    text = b";".join(statement.text for statement in several).decode()
-                    status = await connection.execute(text)
-                    answers += [Answer([], 0, status)] * len(several)
+                    status = await connection.execute(b";".join(texts).decode())
+                    answers += [Answer([], 0, status)] * len(texts)
                 else:
-                    [(template, parameters)] = several
                     kinds = tuple((name, type(value)) for name, value in parameters.items())
-                    text, names = _numbered(template, kinds)
+                    text, names = _numbered(texts[0], kinds)
                     rows = await connection.fetch(text, *[parameters[name] for name in names])
                     answers.append(Answer([tuple(row) for row in rows], len(rows), None))
             return answers
@@ -191,18 +189,21 @@ class _AsyncpgChannel(Channel):
         return answers
 
 
-def _grouped(statements: Sequence[Statement]) -> Iterator[list[Statement]]:
-    several: list[Statement] = []
-    for statement in statements:
-        if statement.parameters is None:
-            several.append(statement)
+def _grouped(
+    statements: Sequence[Statement],
+) -> Iterator[tuple[Mapping[str, object] | None, list[bytes]]]:
+    """Put those without parameters together that follow each other."""
+    simple: list[bytes] = []
+    for text, parameters in statements:
+        if parameters is None:
+            simple.append(text)
             continue
-        if several:
-            yield several
-            several = []
-        yield [statement]
-    if several:
-        yield several
+        if simple:
+            yield None, simple
+            simple = []
+        yield parameters, [text]
+    if simple:
+        yield None, simple
 
 
 @lru_cache

@@ -11,7 +11,12 @@ import psycopg
 from psycopg import errors
 
 from usermetadata._core.postgres.channels import open_channel
-from usermetadata._core.postgres.outcomes import before_commit, check_committed, translate
+from usermetadata._core.postgres.outcomes import (
+    before_commit,
+    check_committed,
+    translate,
+    translate_joined,
+)
 from usermetadata._core.postgres.statements import OF_THE_TABLE, Table
 from usermetadata._core.postgres.transactions import Statement, Transaction
 from usermetadata.exceptions import StorageUnavailableError, UsageError
@@ -149,9 +154,9 @@ class JoinedConnection:
             except psycopg.Error as error:
                 if isinstance(error, OF_THE_TABLE):
                     table.forget()
-                raise translate(
-                    error, self.name, is_write=is_write and is_own, is_joined=not is_own
-                ) from error
+                if is_own:
+                    raise translate(error, self.name, is_write=is_write) from error
+                raise translate_joined(error, self.name) from error
 
     def check_open(self) -> None:
         """Raise ``UsageError`` if the block has ended."""

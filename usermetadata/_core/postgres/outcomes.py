@@ -118,16 +118,13 @@ def is_lost(error: psycopg.Error) -> bool:
     return state is None or state.startswith("08") or state == errors.CrashShutdown.sqlstate
 
 
-def translate(
-    error: psycopg.Error, name: str, *, is_write: bool, is_joined: bool = False
-) -> Exception:
+def translate(error: psycopg.Error, name: str, *, is_write: bool) -> Exception:
     """Return the library's error for the driver's, after an attempt that is not repeated.
 
     Args:
         error: the driver's error.
         name: the name of the database.
         is_write: whether the work may have written.
-        is_joined: whether it was part of a transaction of the caller's.
     """
     _, is_not_stored, rest = (error.diag.message_primary or str(error)).partition(NOT_STORED)
     # The further lines quote rows, also in a traceback.
@@ -145,19 +142,12 @@ def translate(
             f"{text}; pass the app_id of an app of the SuperTokens core whose table this is"
         )
     if isinstance(error, _IN_THE_WAY):
-        if is_joined:
-            return StorageBusyError(f"{text}: roll the whole transaction back and repeat it")
         return StorageBusyError(f"{text}: nothing was done, so the call may be repeated")
     if is_write and is_lost(error) and not isinstance(error, UNDONE):
         if not isinstance(error, UnsettledError):
             text += ": the connection was lost during a write"
         return OutcomeUnknownError(
             f"{text}; the write was done whole or not at all: read to find out"
-        )
-    if is_joined and (isinstance(error, errors.AdminShutdown) or is_lost(error)):
-        return StorageUnavailableError(
-            f"{text}: the connection was lost before the transaction was committed, so nothing of"
-            " it is stored; repeat it on another connection"
         )
     if isinstance(error, errors.AdminShutdown) or is_lost(error):
         if isinstance(error, UncommittedError) or "statement pooling mode" in text:
@@ -179,6 +169,19 @@ def translate(
             " written; drop the rule, or name another table"
         )
     return StorageError(text)
+
+
+def translate_joined(error: psycopg.Error, name: str) -> Exception:
+    """Return the library's error for the driver's, from inside a transaction of the caller's."""
+    translated = translate(error, name, is_write=False)
+    if isinstance(translated, StorageBusyError):
+        return StorageBusyError(f"{name}: {error}; roll the whole transaction back and repeat it")
+    if isinstance(translated, StorageUnavailableError):
+        return StorageUnavailableError(
+            f"{name}: {error}: it was lost before the transaction was committed, so nothing of the"
+            " transaction is stored; repeat it on another connection"
+        )
+    return translated
 
 
 # For one socket poll is faster than epoll.

@@ -36,7 +36,7 @@ class Answer(NamedTuple):
     """The answer to a statement: its rows, how many it has stored, and PostgreSQL's word for it."""
 
     rows: list[tuple[Any, ...]]
-    count: int
+    affected: int
     status: str | None
 
 
