@@ -7,6 +7,7 @@ import contextlib
 import sqlite3
 import subprocess
 import sys
+import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def _sqlite3(databases: Databases) -> Generator[Application, None, None]:
     with contextlib.closing(sqlite3.connect(databases.path, **options)) as connection:
         connection.row_factory, connection.text_factory = sqlite3.Row, bytes
         yield Application(
-            Database(connection) if kind == "sqlite-utils" else connection,
+            Database(connection, execute_plugins=False) if kind == "sqlite-utils" else connection,
             lambda statement: [tuple(row) for row in connection.execute(statement)],
             connection.commit,
             connection.rollback,
@@ -648,3 +649,516 @@ def test_nothing_is_imported_that_is_not_used(database: Path) -> None:
     """
     command = [sys.executable, "-c", script, str(database)]
     assert subprocess.check_output(command, text=True) == "[]\n"
+
+
+# SQLite.
+
+
+def test_a_connection_to_another_file_is_refused(on_sqlite3: Databases, tmp_path: Path) -> None:
+    """The storage's own reads would not see the rows; a link to the file is the same file."""
+    storage = on_sqlite3.storage
+    storage.read(["alice"])
+    link = tmp_path / "link.db"
+    link.symlink_to(on_sqlite3.path)
+    with contextlib.closing(sqlite3.connect(link)) as connection:
+        with storage.within(connection) as joined:
+            assert joined.read(["alice"]) == {}
+    with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as connection:
+        for each in (storage, SQLiteStorage(":memory:"), SQLiteStorage(Database(memory=True))):
+            with pytest.raises(InvalidInputError, match=r"its database is '.*other.db'"):
+                with each.within(connection):
+                    pass
+            if each is not storage:
+                each.close()
+
+
+def test_a_database_in_memory_is_joined(on_sqlite3: Databases) -> None:
+    """So an application's tests may replace the file, as Django's do."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        for storage in (on_sqlite3.storage, SQLiteStorage(":memory:")):
+            with storage.within(connection) as joined:
+                joined.write([("alice", Merge({"n": 1}))])
+                assert joined.read(["alice"]) == {"alice": {"n": 1}}
+            connection.rollback()
+            assert storage.read(["alice"]) == {}
+    storage.close()
+
+
+def test_the_connection_is_left_as_it_was(on_sqlite3: Databases) -> None:
+    """Its row factory, its text factory, its settings and its functions are the application's."""
+
+    def body(application: Application) -> None:
+        connection = application.connection
+        names = ["recursive_triggers", "foreign_keys", "journal_mode", "synchronous"]
+        settings = [application.execute(f"PRAGMA {name}") for name in names]
+        application.order()
+        with on_sqlite3.storage.within(connection) as joined:
+            joined.write([("alice", Merge({"n": 1}))])
+            with pytest.raises(LookupError):
+                joined.write([("alice", Modify(fail))])
+            joined.read(["alice"])
+        assert connection.row_factory is sqlite3.Row
+        assert connection.text_factory is bytes
+        assert [application.execute(f"PRAGMA {name}") for name in names] == settings
+        connection.rollback()
+
+    on_sqlite3.run(body)
+
+
+def test_a_first_write_that_fails_leaves_no_lock(on_sqlite3: Databases) -> None:
+    """The transaction that it began is undone, so that other writers need not wait for its end."""
+
+    def body(application: Application) -> None:
+        with on_sqlite3.storage.within(application.connection) as joined:
+            with pytest.raises(LookupError):
+                joined.write([("alice", Modify(fail))])
+            joined.write([])
+        assert not application.connection.in_transaction
+        on_sqlite3.others("INSERT INTO orders VALUES (1)")
+
+    on_sqlite3.storage.write([("bob", Merge({}))])
+    on_sqlite3.run(body)
+
+
+@pytest.mark.parametrize("first", ["nothing", "a write", "a read"])
+def test_a_locked_file_is_busy(on_sqlite3: Databases, first: str) -> None:
+    """The connection's own timeout applies; a transaction that has read is not repeated."""
+    on_sqlite3.storage.write([("alice", Merge({"n": 1}))])
+
+    def body(application: Application) -> None:
+        connection = application.connection
+        connection.execute("PRAGMA busy_timeout = 10")
+        other = sqlite3.connect(on_sqlite3.path, isolation_level=None)
+        with contextlib.closing(other):
+            connection.execute("BEGIN") if first != "nothing" else None
+            connection.execute("SELECT * FROM orders") if first == "a read" else None
+            other.execute("BEGIN IMMEDIATE")
+            with on_sqlite3.storage.within(connection) as joined:
+                with pytest.raises(StorageBusyError, match="timed out waiting for another writer"):
+                    joined.write([("alice", Modify(count))])
+                other.execute("INSERT INTO orders VALUES (1)")
+                other.execute("COMMIT")
+                if first == "a read":
+                    with pytest.raises(StorageBusyError):
+                        joined.write([("alice", Modify(count))])
+                    connection.rollback()
+                assert joined.write([("alice", Modify(count))]) == [{"n": 2}]
+            connection.commit()
+
+    on_sqlite3.run(body)
+    assert on_sqlite3.orders() == 1
+    assert on_sqlite3.storage.read(["alice"]) == {"alice": {"n": 2}}
+
+
+def test_a_transaction_that_has_read_nothing_waits_for_its_turn(on_sqlite3: Databases) -> None:
+    """``BEGIN`` alone, as Django sends it, does not make a metadata update fail under load."""
+    on_sqlite3.storage.write([("alice", Replace({"n": 0}))])
+
+    def body(application: Application) -> None:
+        for _ in range(50):
+            application.execute("BEGIN")
+            with on_sqlite3.storage.within(application.connection) as joined:
+                joined.write([("alice", Modify(count))])
+            application.commit()
+
+    with ThreadPoolExecutor(2) as executor:
+        for done in [executor.submit(on_sqlite3.run, body) for _ in range(2)]:
+            done.result()
+    assert on_sqlite3.storage.read(["alice"]) == {"alice": {"n": 100}}
+
+
+def test_a_trigger_may_end_the_whole_transaction(on_sqlite3: Databases) -> None:
+    """Then the error says that SQLite has rolled it back."""
+    on_sqlite3.storage.write([("alice", Merge({"n": 1}))])
+    end = "BEGIN SELECT RAISE(ROLLBACK, 'no'); END"
+    on_sqlite3.others(f"CREATE TRIGGER refuse BEFORE UPDATE ON user_metadata {end}")
+
+    def body(application: Application) -> None:
+        application.order()
+        with on_sqlite3.storage.within(application.connection) as joined:
+            with pytest.raises(StorageError, match="has rolled back the whole transaction"):
+                joined.write([("alice", Merge({"n": 2}))])
+        application.commit()
+
+    on_sqlite3.run(body)
+    assert on_sqlite3.orders() == 0
+
+
+def test_another_thread_and_a_closed_connection_are_named(on_sqlite3: Databases) -> None:
+    """SQLite's own rules hold for the connection, and its reasons are in the error."""
+
+    def body(application: Application) -> None:
+        with on_sqlite3.storage.within(application.connection) as joined:
+            with ThreadPoolExecutor(1) as executor:
+                reading = executor.submit(joined.read, ["alice"])
+                with pytest.raises(StorageError, match="same thread"):
+                    reading.result()
+            application.connection.close()
+            with pytest.raises(StorageError, match="closed database"):
+                joined.write([("alice", Merge({}))])
+
+    on_sqlite3.run(body)
+
+
+def test_a_change_that_writes_is_refused(on_sqlite3: Databases) -> None:
+    """Its write would be overwritten by the outer one."""
+
+    def body(application: Application) -> None:
+        with on_sqlite3.storage.within(application.connection) as joined:
+
+            def change(old: Metadata | None) -> Metadata:
+                joined.write([("alice", Merge({"n": 1}))])
+                return {}
+
+            with pytest.raises(UsageError, match="a write inside a write"):
+                joined.write([("alice", change)])
+        application.rollback()
+
+    on_sqlite3.run(body)
+
+
+def test_a_table_of_another_program_is_checked(on_sqlite3: Databases) -> None:
+    """As it is outside the block: before anything is written."""
+    on_sqlite3.others("CREATE TABLE user_metadata (id int)")
+
+    def body(application: Application) -> None:
+        application.order()
+        with pytest.raises(StorageError, match="it has no column app_id"):
+            with on_sqlite3.storage.within(application.connection):
+                pass
+        application.commit()
+
+    on_sqlite3.run(body)
+    assert on_sqlite3.orders() == 1
+
+
+# PostgreSQL.
+
+
+@pytest.fixture
+def proxy() -> Generator[Proxy, None, None]:
+    """A network between the application and the server, which counts round trips."""
+    with contextlib.closing(Proxy(server_url())) as proxy:
+        yield proxy
+
+
+@pytest.mark.parametrize(
+    ("kind", "update", "function"),
+    [
+        ("psycopg", 1, 2),
+        ("postgres: Session", 1, 2),
+        ("postgres: Django, atomic", 1, 2),
+        ("postgres: AsyncSession, psycopg", 1, 2),
+        ("postgres: AsyncSession, asyncpg", 3, 5),
+        ("psycopg, autocommit", 1, 2),
+        ("postgres: AsyncSession, asyncpg, AUTOCOMMIT", 3, 5),
+    ],
+)
+def test_an_update_takes_one_round_trip(  # noqa: PLR0913 - fixtures
+    request: pytest.FixtureRequest,
+    database: Path,
+    proxy: Proxy,
+    kind: str,
+    update: int,
+    function: int,
+) -> None:
+    """The savepoint and the check of the table are sent with it; asyncpg sends one at a time."""
+    with open_databases(kind, request, database) as databases:
+        local = conninfo_to_dict(proxy.url)
+        databases.url = make_conninfo(
+            databases.url,
+            **{name: local[name] for name in ("host", "port", "sslmode", "gssencmode")},
+        )
+
+        def body(application: Application) -> None:
+            application.order()
+            with databases.storage.within(application.connection) as joined:
+                joined.write([("alice", Merge({"n": 0})), ("bob", Clear())])
+
+                def trips(work: Callable[[], object]) -> int:
+                    before = proxy.round_trips
+                    work()
+                    return proxy.round_trips - before
+
+                # asyncpg prepares each statement before it is executed for the first time.
+                for work in (
+                    lambda: joined.write([("alice", Merge({"n": 1}))]),
+                    lambda: joined.read(["alice"]),
+                    lambda: joined.write([("alice", Modify(count))]),
+                ):
+                    work()
+                for _ in range(8):  # psycopg prepares statements after the fifth
+                    assert trips(lambda: joined.write([("alice", Merge({"n": 1}))])) == update
+                    assert trips(lambda: joined.read(["alice"])) == update
+                    assert trips(lambda: joined.write([("alice", Modify(count))])) == function
+
+        databases.run(body)
+
+
+def test_a_deadlock_is_reported(on_psycopg: Databases) -> None:
+    """One of two transactions gets ``StorageBusyError``, and may continue or be repeated."""
+    storage = on_psycopg.storage
+    storage.write([("alice", Merge({"n": 0})), ("bob", Merge({"n": 0}))])
+    barrier = threading.Barrier(2, timeout=30)
+
+    def write(first: str, second: str) -> bool:
+        done = False
+
+        def body(application: Application) -> None:
+            nonlocal done
+            with storage.within(application.connection) as joined:
+                joined.write([(first, Modify(count))])
+                barrier.wait()
+                try:
+                    joined.write([(second, Modify(count))])
+                    done = True
+                except StorageBusyError as error:
+                    assert "roll the whole transaction back and repeat it" in str(error)
+                    application.execute("SELECT 1")
+            application.commit()
+
+        on_psycopg.run(body)
+        return done
+
+    with ThreadPoolExecutor(2) as executor:
+        done = list(executor.map(write, ["alice", "bob"], ["bob", "alice"]))
+    assert sorted(done) == [False, True]
+    found = storage.read(["alice", "bob"])
+    assert sorted(metadata["n"] for metadata in found.values()) == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["psycopg", "postgres: AsyncSession, asyncpg"])
+def test_the_callers_lock_timeout_applies_and_stays(
+    request: pytest.FixtureRequest, database: Path, kind: str
+) -> None:
+    """A row that another transaction has locked is ``StorageBusyError`` after that time."""
+    with open_databases(kind, request, database) as databases:
+        databases.storage.write([("alice", Merge({"n": 0}))])
+
+        def body(application: Application) -> None:
+            with databases.storage.within(application.connection) as joined:
+                joined.write([("bob", Merge({"n": 1}))])
+                assert application.execute("SELECT current_setting('lock_timeout')") == [("0",)]
+                application.execute("SET LOCAL lock_timeout = '20ms'")
+                with psycopg.connect(databases.url) as other:
+                    other.execute("SELECT FROM user_metadata WHERE user_id = 'alice' FOR UPDATE")
+                    for change in (Merge({"n": 1}), Modify(count), Clear()):
+                        with pytest.raises(StorageBusyError, match="lock timeout"):
+                            joined.write([("alice", change)])
+                assert application.execute("SELECT current_setting('lock_timeout')") == [("20ms",)]
+                joined.write([("alice", Merge({"n": 1}))])
+            application.commit()
+            assert application.execute("SELECT current_setting('lock_timeout')") == [("0",)]
+
+        databases.run(body)
+        found = databases.storage.read(["alice", "bob"])
+        assert found == {"alice": {"n": 1}, "bob": {"n": 1}}
+
+
+@pytest.mark.parametrize(
+    "kind", ["psycopg", "postgres: AsyncSession, psycopg", "postgres: AsyncSession, asyncpg"]
+)
+def test_the_table_is_the_one_that_the_name_means_now(
+    request: pytest.FixtureRequest, database: Path, kind: str
+) -> None:
+    """A connection may set its search_path, and a table may be dropped or changed meanwhile."""
+    with open_databases(kind, request, database) as databases:
+        [(first,)] = databases.others("SELECT current_schema()")
+        second = f"{first}_second"
+        databases.others(f"CREATE SCHEMA {second}")
+        request.addfinalizer(lambda: databases.others(f"DROP SCHEMA {second} CASCADE"))
+
+        def body(application: Application) -> None:
+            with databases.storage.within(application.connection) as joined:
+                for n in range(8):
+                    for schema in (first, second):
+                        application.execute(f"SET LOCAL search_path = {schema}")
+                        written = joined.write([("alice", Merge({f"{schema} {n}": n}))])
+                        assert joined.read(["alice"]) == {"alice": written[0]}
+                        assert written[0] == {f"{schema} {each}": each for each in range(n + 1)}
+                application.commit()
+                databases.others(f"DROP TABLE {first}.user_metadata")
+                assert joined.read(["alice"]) == {}
+                assert joined.write([("alice", Merge({"n": 1}))]) == [{"n": 1}]
+                application.commit()
+                for kind in ("varchar(128)", "text"):
+                    databases.others(f"ALTER TABLE user_metadata ALTER COLUMN user_id TYPE {kind}")
+                    assert joined.read(["alice"]) == {"alice": {"n": 1}}
+                    assert joined.write([("alice", Merge({"n": 1}))]) == [{"n": 1}]
+                    application.commit()
+
+        databases.run(body)
+
+
+def test_a_user_id_that_the_column_cannot_hold_is_refused(on_psycopg: Databases) -> None:
+    """The transaction goes on."""
+    on_psycopg.storage.write([("alice", Merge({}))])
+    on_psycopg.others("ALTER TABLE user_metadata ALTER COLUMN user_id TYPE varchar(10)")
+
+    def body(application: Application) -> None:
+        application.order()
+        with on_psycopg.storage.within(application.connection) as joined:
+            with pytest.raises(InvalidInputError, match="takes 10"):
+                joined.write([("a" * 11, Merge({}))])
+        application.commit()
+
+    on_psycopg.run(body)
+    assert on_psycopg.orders() == 1
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["psycopg", "psycopg, pipeline", "postgres: AsyncSession, psycopg", "postgres: Session"],
+)
+def test_a_failed_transaction_says_so(
+    request: pytest.FixtureRequest, database: Path, kind: str
+) -> None:
+    """An earlier statement of the application has failed: only its rollback helps."""
+    with open_databases(kind, request, database) as databases:
+
+        def body(application: Application) -> None:
+            with databases.storage.within(application.connection) as joined:
+                with contextlib.suppress(psycopg.Error, sqlalchemy.exc.DBAPIError):
+                    application.execute("SELECT 1 / 0")
+                for call in (
+                    lambda: joined.read(["alice"]),
+                    lambda: joined.write([("alice", Merge({}))]),
+                ):
+                    with pytest.raises(StorageError, match="has failed; roll the transaction back"):
+                        call()
+                application.rollback()
+                joined.write([("alice", Merge({}))])
+
+        databases.run(body)
+
+
+def test_an_earlier_error_of_a_pipeline_is_the_applications(
+    request: pytest.FixtureRequest, database: Path
+) -> None:
+    """Its statements are executed first; their error is the cause of the storage's."""
+    with open_databases("psycopg, pipeline", request, database) as databases:
+
+        def body(application: Application) -> None:
+            with databases.storage.within(application.connection) as joined:
+                application.execute("INSERT INTO orders SELECT 1 / 0")
+                with pytest.raises(StorageError, match="in its pipeline has failed") as caught:
+                    joined.write([("alice", Merge({}))])
+                assert isinstance(caught.value.__cause__, psycopg.errors.DivisionByZero)
+                application.rollback()
+                joined.write([("alice", Merge({}))])
+                application.commit()
+
+        databases.run(body)
+        assert databases.storage.read(["alice"]) == {"alice": {}}
+
+
+LOST = ["psycopg", "postgres: AsyncSession, psycopg", "postgres: AsyncSession, asyncpg"]
+
+
+@pytest.mark.parametrize("kind", [*LOST, "psycopg, autocommit"])
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SAWarning")
+def test_a_lost_connection_has_stored_nothing_of_a_transaction(
+    request: pytest.FixtureRequest, database: Path, proxy: Proxy, kind: str
+) -> None:
+    """So the error is ``StorageUnavailableError``; a transaction of its own may be committed."""
+    with open_databases(kind, request, database) as databases:
+        databases.storage.write([("bob", Merge({}))])
+        local = conninfo_to_dict(proxy.url)
+        databases.url = make_conninfo(
+            databases.url,
+            **{name: local[name] for name in ("host", "port", "sslmode", "gssencmode")},
+        )
+        is_own = kind.endswith("autocommit")
+        error = OutcomeUnknownError if is_own else StorageUnavailableError
+
+        def body(application: Application) -> None:
+            application.order()
+            with databases.storage.within(application.connection) as joined:
+                joined.write([("alice", Merge({"n": 1}))])
+                proxy.replies_to_lose = 1
+                with pytest.raises(error, match="read to find out" if is_own else "nothing of the"):
+                    joined.write([("alice", Merge({"n": 2}))])
+                with pytest.raises(StorageUnavailableError):
+                    joined.read(["alice"])
+            with contextlib.suppress(psycopg.Error, sqlalchemy.exc.DBAPIError):
+                application.rollback()
+
+        with contextlib.suppress(sqlalchemy.exc.DBAPIError, psycopg.Error):
+            databases.run(body)
+        expected = {"alice": {"n": 2}} if is_own else {}
+        assert databases.storage.read(["alice"]) == expected
+
+
+def test_no_value_is_in_an_error(on_psycopg: Databases) -> None:
+    """Not in its text, nor in the text of its cause."""
+    on_psycopg.storage.write([("alice", Merge({}))])
+    on_psycopg.others('ALTER TABLE user_metadata ADD CHECK (user_metadata <> \'{"key":"secret"}\')')
+
+    def body(application: Application) -> None:
+        with on_psycopg.storage.within(application.connection) as joined:
+            for change in (Merge({"key": "secret"}), Modify(lambda _: {"key": "secret"})):
+                with pytest.raises(StorageError) as caught:
+                    joined.write([("alice", change)])
+                assert "secret" not in f"{caught.value}{caught.value.__cause__}"
+
+    on_psycopg.run(body)
+
+
+def test_u_0000_is_stored(on_psycopg: Databases) -> None:
+    """PostgreSQL's JSON functions refuse it, so the merge is done again in Python."""
+
+    def body(application: Application) -> None:
+        application.order()
+        with on_psycopg.storage.within(application.connection) as joined:
+            for n in range(3):
+                joined.write([("alice", Merge({"key\0": "value\0", "n": n}))])
+            assert joined.read(["alice"]) == {"alice": {"key\0": "value\0", "n": 2}}
+        application.commit()
+
+    on_psycopg.run(body)
+    assert on_psycopg.orders() == 1
+
+
+# Django.
+
+
+@pytest.mark.parametrize("kind", ["sqlite: Django, atomic", "postgres: Django, atomic"])
+def test_a_broken_atomic_block_is_respected(
+    request: pytest.FixtureRequest, database: Path, kind: str
+) -> None:
+    """Django will roll it back, and refuses queries until then; so does the storage."""
+    with open_databases(kind, request, database) as databases:
+
+        def body(application: Application) -> None:
+            with databases.storage.within(application.connection) as joined:
+                transaction.set_rollback(True, using=application.connection.alias)
+                with pytest.raises(StorageError, match="until the end of the 'atomic' block"):
+                    joined.write([("alice", Merge({}))])
+                application.rollback()
+                joined.write([("alice", Merge({}))])
+
+        databases.run(body)
+
+
+# The promises of every storage.
+
+
+class TestJoinedStorage(StorageConformance):
+    """Inside a block all promises are kept, as far as one connection can keep them."""
+
+    @pytest.fixture(params=["sqlite3", "psycopg", "sqlite3 in autocommit mode"])
+    def storage(
+        self, request: pytest.FixtureRequest, database: Path
+    ) -> Generator[Storage, None, None]:
+        if request.param == "psycopg":
+            schema = request.getfixturevalue("schema")
+            url = make_conninfo(server_url(), options=f"-csearch_path={schema}")
+            storage: SQLiteStorage | PostgresStorage = PostgresStorage(url)
+            connection: Any = psycopg.connect(url)
+        else:
+            level = None if "autocommit" in request.param else ""
+            storage = SQLiteStorage(database)
+            connection = sqlite3.connect(database, isolation_level=level, check_same_thread=False)
+        with contextlib.closing(storage), contextlib.closing(connection):
+            with storage.within(connection) as joined:
+                yield joined
