@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,7 +46,7 @@ class JoinedTransaction(Transaction):
         super().__init__(table)
         self._channel = channel
         self._is_own = is_own
-        self._begin, self._commit, *self._undo = _OWN if is_own else _SAVEPOINT
+        self._begin, self._commit = _OWN if is_own else _SAVEPOINT
         self._is_open = False
 
     def at_once(self, statements: Sequence[Statement]) -> list[Answer]:
@@ -73,9 +74,18 @@ class JoinedTransaction(Transaction):
         """Roll back to the savepoint, which leaves the caller's transaction usable."""
         if self._is_open and not self._channel.is_closed:
             self._is_open = False
+            # The error of a pipeline may have left psycopg with statements that it believes to be
+            # prepared. It forgets all of them after a ROLLBACK, if it has not seen its text before.
+            number = next(_numbers)
+            statements = [Statement(b"ROLLBACK /* %d */" % number)]
+            if not self._is_own:
+                statements = [
+                    Statement(b"ROLLBACK TO usermetadata /* %d */" % number),
+                    self._commit,
+                ]
             # The first error matters more.
             with suppress(psycopg.Error):
-                self._channel.exchange(self._undo)
+                self._channel.exchange(statements)
 
     def _check(self) -> list[Statement]:
         return [Statement(self.table.check)] if self.table.check else []
@@ -86,13 +96,9 @@ class JoinedTransaction(Transaction):
             check_committed(answer.status)
 
 
-_OWN = (Statement(b"BEGIN"), Statement(b"COMMIT"), Statement(b"ROLLBACK"))
-_SAVEPOINT = (
-    Statement(b"SAVEPOINT usermetadata"),
-    Statement(b"RELEASE usermetadata"),
-    Statement(b"ROLLBACK TO usermetadata"),
-    Statement(b"RELEASE usermetadata"),
-)
+_OWN = (Statement(b"BEGIN"), Statement(b"COMMIT"))
+_SAVEPOINT = (Statement(b"SAVEPOINT usermetadata"), Statement(b"RELEASE usermetadata"))
+_numbers = itertools.count()
 
 
 class JoinedConnection:

@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 from contextlib import closing, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -16,7 +17,7 @@ from sqlite_utils.db import NoTable
 from usermetadata._core.forking import notice
 from usermetadata._core.sqlite.connecting import Connections, close_all, connect
 from usermetadata._core.sqlite.errors import closed, inherited, is_read_only, moved, translate
-from usermetadata._core.sqlite.schema import check_table, has_table
+from usermetadata._core.sqlite.schema import check_table, create_table, has_table
 from usermetadata._core.sqlite.statements import fetch, write_together
 from usermetadata.exceptions import OutcomeUnknownError, StorageBusyError, StorageError
 
@@ -192,7 +193,7 @@ class FileConnections(Connections):
             if has_table(writer):
                 check_table(writer, self.name)
             else:
-                write_together(writer, [()], self.name, create=database)
+                write_together(writer, [()], self.name, prepare=partial(create_table, database))
             self._writers.append(writer)
         except BaseException:
             writer.close()

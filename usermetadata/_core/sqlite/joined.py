@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from contextvars import copy_context
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlite_utils import Database
@@ -13,7 +14,7 @@ from sqlite_utils.db import NoTable
 from usermetadata._core.joining import unsupported
 from usermetadata._core.sqlite.connecting import Connections
 from usermetadata._core.sqlite.errors import closed, ended, translate
-from usermetadata._core.sqlite.schema import check_table, has_table
+from usermetadata._core.sqlite.schema import check_table, create_table, has_table
 from usermetadata._core.sqlite.statements import fetch, main_file, plain_rows, write_together
 from usermetadata.exceptions import InvalidInputError, StorageError
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _LEGACY = getattr(sqlite3, "LEGACY_TRANSACTION_CONTROL", -1)  # since Python 3.12
+_LOCK = "DELETE FROM user_metadata WHERE 0"
 _WHAT_WORKS = (
     "a connection of sqlite3, a sqlite_utils.Database, a Session or Connection of SQLAlchemy with"
     " sqlite3 or aiosqlite, or Django's connection to SQLite"
@@ -52,7 +54,9 @@ class JoinedConnection(Connections):
     def __init__(self, find: Callable[[], DriversConnection], storages: Connections) -> None:
         self._find = find
         self._storages = storages
-        self._seen: object = None  # the last connection whose file and table were checked
+        # The last connection whose file, and whose table, were checked.
+        self._seen: object = None
+        self._checked: object = None
         super().__init__("the caller's connection", storages.timeout)
         if storages.is_closed:
             raise closed(storages.name)
@@ -66,27 +70,51 @@ class JoinedConnection(Connections):
         """Return the rows of a query; none if there is no table."""
 
         def fetch_if_table(connection: Any) -> list[tuple[str, object]]:
-            return fetch(connection, query, parameters) if has_table(connection) else []
+            return fetch(connection, query, parameters) if self._has_table(connection) else []
 
         with self.batches.turn:
             return self._run(fetch_if_table)
 
     def _write_together(self, calls: Sequence[Changes]) -> list[Results]:
         def write(connection: Any) -> list[Results]:
-            is_in_transaction = connection.in_transaction
-            create = None if has_table(connection) else _wrapped(connection)
+            joins = connection.in_transaction
             try:
                 return write_together(
-                    connection, calls, self.name, create=create, leave_open=_leaves_open(connection)
+                    connection,
+                    calls,
+                    self.name,
+                    prepare=partial(self._prepare, connection, joins=joins),
+                    leave_open=_leaves_open(connection),
                 )
             except connection.Error as error:
-                if is_in_transaction and not connection.in_transaction:
+                if joins and not connection.in_transaction:
                     raise StorageError(
                         f"{self.name}: {error}; SQLite has rolled back the whole transaction"
                     ) from error
                 raise
 
         return self._run(write) if any(calls) else [[] for _ in calls]
+
+    def _prepare(self, connection: Any, *, joins: bool) -> None:
+        """Lock the database for this writer, and create the table if it is missing."""
+        if joins:
+            # This waits for other writers, as BEGIN IMMEDIATE does. If the transaction read first,
+            # it could not write any more once another had written.
+            try:
+                connection.execute(_LOCK)
+            except connection.OperationalError as error:
+                if "no such table" not in str(error):
+                    raise
+        if not self._has_table(connection):
+            create_table(_wrapped(connection))
+
+    def _has_table(self, connection: Any) -> bool:
+        if not has_table(connection):
+            return False
+        if connection is not self._checked:
+            check_table(connection, self.name)
+            self._checked = connection
+        return True
 
     def close(self) -> None:
         """End the block."""
@@ -114,8 +142,6 @@ class JoinedConnection(Connections):
             with plain_rows(connection):
                 if connection is not self._seen:
                     self._check_file(connection)
-                    if has_table(connection):
-                        check_table(connection, self.name)
                     self._seen = connection
                 return work(connection)
         except (connection.Error, NoTable) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sqlite_utils import Database
@@ -10,7 +11,7 @@ from sqlite_utils.db import NoTable
 
 from usermetadata._core.sqlite.connecting import Connections, connect
 from usermetadata._core.sqlite.errors import closed, translate
-from usermetadata._core.sqlite.schema import check_table, has_table
+from usermetadata._core.sqlite.schema import check_table, create_table, has_table
 from usermetadata._core.sqlite.statements import fetch, main_file, plain_rows, write_together
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ class SingleConnection(Connections):
             self._is_checked = True
             results: list[Results] = [[]]
             if missing or calls != [()]:  # `fetch` only prepares
-                create = self._database if missing else None
-                results = write_together(self._connection, calls, self.name, create=create)
+                prepare = partial(create_table, self._database) if missing else None
+                results = write_together(self._connection, calls, self.name, prepare=prepare)
             # The caller may yet roll back a transaction in which the table was created.
             self._is_prepared = not self._connection.in_transaction
             return results

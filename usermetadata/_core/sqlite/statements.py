@@ -11,15 +11,12 @@ from usermetadata._core import forking
 from usermetadata._core.reentry import ChangeError
 from usermetadata._core.rows import decode_row
 from usermetadata._core.sqlite.errors import inherited, not_stored, still_open, unknown_if_io_error
-from usermetadata._core.sqlite.schema import create_table
 from usermetadata.changes import BLIND, apply_in_order
 from usermetadata.codec import encode_metadata
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Generator, Sequence
-
-    from sqlite_utils import Database
+    from collections.abc import Callable, Generator, Sequence
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
@@ -95,7 +92,7 @@ def write_together(
     calls: Sequence[Changes],
     name: str,
     *,
-    create: Database | None = None,
+    prepare: Callable[[], object] | None = None,
     leave_open: bool = False,
 ) -> list[Results]:
     """Apply the changes of some calls in one transaction, or in the one that is open.
@@ -104,7 +101,7 @@ def write_together(
         connection: a connection without another user, whose rows are tuples of ``str``.
         calls: the changes of each call, in order.
         name: the name of the database, for error messages.
-        create: the database of the connection, if it has no table yet.
+        prepare: called first in the transaction; it creates the table if that is missing.
         leave_open: whether the caller commits a transaction that is begun here.
 
     Returns:
@@ -123,7 +120,8 @@ def write_together(
     try:
         cursor.execute(begin)
         begun = True
-        _prepare(cursor, create, joins=joins)
+        if prepare is not None:
+            prepare()
         if len(calls) == 1:
             results = [_write(cursor, calls[0], name)]
         else:
@@ -155,16 +153,6 @@ _JOINED = (
     "RELEASE usermetadata",
     ["ROLLBACK TO usermetadata", "RELEASE usermetadata"],
 )
-# Makes a transaction that has read nothing wait for other writers, as BEGIN IMMEDIATE does. If it
-# read first, it could not write any more once another had written.
-_LOCK = "DELETE FROM user_metadata WHERE 0"
-
-
-def _prepare(cursor: sqlite3.Cursor, create: Database | None, *, joins: bool) -> None:
-    if create is not None:
-        create_table(create)
-    elif joins:
-        cursor.execute(_LOCK)
 
 
 def _write(cursor: sqlite3.Cursor, changes: Changes, name: str) -> Results:
