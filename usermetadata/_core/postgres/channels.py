@@ -142,11 +142,13 @@ class _AsyncPsycopgChannel(_PsycopgChannel):
 
 
 class _AsyncpgChannel(Channel):
-    encoding = "utf-8"
-
     def __init__(self, connection: Any, adapter: Any) -> None:
         self.connection = connection
         self._adapter = adapter
+
+    @property
+    def encoding(self) -> str:
+        return "utf-8"  # asyncpg has no other
 
     @property
     def is_closed(self) -> bool:
