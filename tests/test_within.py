@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import traceback
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -392,6 +393,21 @@ def test_both_are_committed_or_neither(databases: Databases, *, order_first: boo
         assert storage.read(["alice"]) == {"alice": {"n": 2, "m": 1}}
 
     databases.run(body)
+
+
+def test_metadata_alone_is_a_transaction(databases: Databases) -> None:
+    """The application commits it, or rolls it back, without a statement of its own."""
+    storage = databases.storage
+
+    def body(application: Application) -> None:
+        for n, end in ((1, application.rollback), (2, application.commit)):
+            with storage.within(application.connection) as joined:
+                joined.write([("alice", Merge({"n": n}))])
+            assert storage.read(["alice"]) == {}
+            end()
+
+    databases.run(body)
+    assert storage.read(["alice"]) == {"alice": {"n": 2}}
 
 
 def test_a_failed_write_leaves_the_transaction_usable(databases: Databases) -> None:
@@ -1101,19 +1117,59 @@ def test_a_lost_connection_has_stored_nothing_of_a_transaction(
         assert databases.storage.read(["alice"]) == expected
 
 
-def test_no_value_is_in_an_error(on_psycopg: Databases) -> None:
-    """Not in its text, nor in the text of its cause."""
-    on_psycopg.storage.write([("alice", Merge({}))])
-    on_psycopg.others('ALTER TABLE user_metadata ADD CHECK (user_metadata <> \'{"key":"secret"}\')')
+@pytest.mark.parametrize("kind", LOST)
+def test_no_value_is_in_an_error(request: pytest.FixtureRequest, database: Path, kind: str) -> None:
+    """Not in its text, nor in the traceback with its causes."""
+    with open_databases(kind, request, database) as databases:
+        databases.storage.write([("alice", Merge({}))])
+        databases.others("ALTER TABLE user_metadata ADD CHECK (user_metadata NOT LIKE '%secret%')")
 
-    def body(application: Application) -> None:
-        with on_psycopg.storage.within(application.connection) as joined:
-            for change in (Merge({"key": "secret"}), Modify(lambda _: {"key": "secret"})):
-                with pytest.raises(StorageError) as caught:
-                    joined.write([("alice", change)])
-                assert "secret" not in f"{caught.value}{caught.value.__cause__}"
+        def body(application: Application) -> None:
+            with databases.storage.within(application.connection) as joined:
+                for change in (Merge({"key": "secret"}), Modify(lambda _: {"key": "secret"})):
+                    with pytest.raises(StorageError, match="violates check") as caught:
+                        joined.write([("alice", change)])
+                    assert "secret" not in "".join(
+                        line
+                        for line in traceback.format_exception(caught.value)
+                        if not line.startswith("  File")
+                    )
 
-    on_psycopg.run(body)
+        databases.run(body)
+
+
+@pytest.mark.parametrize("kind", ["sqlite: Session", "postgres: Session"])
+def test_a_failed_session_says_so(
+    request: pytest.FixtureRequest, database: Path, kind: str
+) -> None:
+    """The application must roll it back; the error does not quote what it has tried to store."""
+    with open_databases(kind, request, database) as databases:
+        databases.others("CREATE TABLE names (name text PRIMARY KEY CHECK (name <> 'secret'))")
+
+        class Name:
+            """A row of the table above."""
+
+        registry = sqlalchemy.orm.registry()
+        column = sqlalchemy.Column("name", sqlalchemy.Text, primary_key=True)
+        registry.map_imperatively(Name, sqlalchemy.Table("names", registry.metadata, column))
+
+        def body(application: Application) -> None:
+            session = application.connection
+            name: Any = Name()
+            name.name = "secret"
+            session.add(name)
+            with databases.storage.within(session) as joined:
+                with pytest.raises(exc.IntegrityError):
+                    session.flush()
+                with pytest.raises(StorageError, match="has been rolled back") as caught:
+                    joined.write([("alice", Merge({"n": 1}))])
+                assert "secret" not in str(caught.value)
+                session.rollback()
+                joined.write([("alice", Merge({"n": 1}))])
+            session.commit()
+
+        databases.run(body)
+        assert databases.storage.read(["alice"]) == {"alice": {"n": 1}}
 
 
 def test_u_0000_is_stored(on_psycopg: Databases) -> None:

@@ -126,7 +126,9 @@ def _sqlalchemys_errors() -> Generator[None, None, None]:
             f"connection: {line}; check the database and repeat the transaction"
         ) from error
     except exc.SQLAlchemyError as error:
-        raise StorageError(f"connection: {error.args[0] if error.args else error}") from error
+        # What follows quotes the statement that failed before, and its parameters.
+        text, _, _ = str(error.args[0] if error.args else error).partition(" Original exception")
+        raise StorageError(f"connection: {text}") from error
 
 
 def _from_django(connection: Any) -> DriversConnection:

@@ -163,8 +163,8 @@ class _AsyncpgChannel(Channel):
         cursor = self._adapter.cursor()
         try:
             cursor.execute("SELECT")
-        except Exception as error:
-            raise _translated(error.__cause__ or error) from error
+        except self._adapter.dbapi.Error as error:
+            raise self._translated(error.__cause__ or error) from None
         finally:
             cursor.close()
         return False
@@ -184,11 +184,25 @@ class _AsyncpgChannel(Channel):
                     answers.append(Answer([tuple(row) for row in rows], len(rows), None))
             return answers
 
+        import asyncpg
+
         try:
             answers: list[Answer] = self._adapter.run_async(exchange)
-        except Exception as error:
-            raise _translated(error) from error
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+            raise self._translated(error) from None  # its text quotes rows
         return answers
+
+    def _translated(self, error: BaseException) -> psycopg.Error:
+        """Return psycopg's error for one of asyncpg's, or of the network's."""
+        state = getattr(error, "sqlstate", None)
+        text = str(error) or type(error).__name__
+        if state:
+            try:
+                return errors.lookup(state)(text)
+            except KeyError:
+                return psycopg.DatabaseError(text)
+        is_lost = self.is_closed or isinstance(error, OSError)
+        return psycopg.OperationalError(text) if is_lost else psycopg.ProgrammingError(text)
 
 
 def _grouped(
@@ -226,16 +240,6 @@ def _numbered(template: bytes, kinds: tuple[tuple[str, type], ...]) -> tuple[str
         return f"${names.index(name) + 1}::{'bigint' if types[name] is int else 'text'}"
 
     return re.sub(r"%%|%\((\w+)\)s", replace, template.decode()), names
-
-
-def _translated(error: BaseException) -> psycopg.Error:
-    """Return psycopg's error for one of asyncpg's, or of the network's."""
-    state = getattr(error, "sqlstate", None)
-    text = str(error) or type(error).__name__
-    try:
-        return errors.lookup(state)(text) if state else psycopg.OperationalError(text)
-    except KeyError:
-        return psycopg.DatabaseError(text)
 
 
 def open_channel(found: DriversConnection) -> Channel:
