@@ -92,19 +92,34 @@ class _PsycopgChannel(Channel):
         return bool(self.connection.autocommit) and status == TransactionStatus.IDLE
 
     def exchange(self, statements: Sequence[Statement]) -> list[Answer]:
-        with self.connection.pipeline():
-            # The caller may use other cursors and rows.
-            cursors = [
-                Cursor(self.connection, row_factory=tuple_row).execute(
-                    text, parameters, prepare=None if parameters else False
-                )
-                for text, parameters in statements
-            ]
+        cursors: list[Cursor[tuple[Any, ...]]] = []
+        failed: psycopg.Error | None = None
+        try:
+            with self.connection.pipeline():
+                try:
+                    for text, parameters in statements:
+                        # The caller may use other cursors and rows.
+                        cursor = Cursor(self.connection, row_factory=tuple_row)
+                        cursors.append(
+                            cursor.execute(text, parameters, prepare=_prepare(parameters))
+                        )
+                except psycopg.Error as error:
+                    failed = error  # psycopg would log the error of the pipeline's end
+        except psycopg.Error:
+            if failed is None:
+                raise
+        if failed is not None:
+            raise failed
         return [answer(cursor) for cursor in cursors]
 
     def _synchronise(self) -> None:
         with self.connection.pipeline() as pipeline:
             pipeline.sync()
+
+
+def _prepare(parameters: object) -> bool | None:
+    """Leave room among psycopg's prepared statements: only those with parameters take long."""
+    return None if parameters else False
 
 
 class _AsyncPsycopgChannel(_PsycopgChannel):
@@ -114,13 +129,23 @@ class _AsyncPsycopgChannel(_PsycopgChannel):
 
     def exchange(self, statements: Sequence[Statement]) -> list[Answer]:
         async def exchange(connection: AsyncConnection[Any]) -> list[Answer]:
-            async with connection.pipeline():
-                cursors = [
-                    await AsyncCursor(connection, row_factory=tuple_row).execute(
-                        text, parameters, prepare=None if parameters else False
-                    )
-                    for text, parameters in statements
-                ]
+            cursors: list[AsyncCursor[tuple[Any, ...]]] = []
+            failed: psycopg.Error | None = None
+            try:
+                async with connection.pipeline():
+                    try:
+                        for text, parameters in statements:
+                            cursor = AsyncCursor(connection, row_factory=tuple_row)
+                            cursors.append(
+                                await cursor.execute(text, parameters, prepare=_prepare(parameters))
+                            )
+                    except psycopg.Error as error:
+                        failed = error
+            except psycopg.Error:
+                if failed is None:
+                    raise
+            if failed is not None:
+                raise failed
             return [
                 Answer(
                     await cursor.fetchall() if cursor.description else [],
@@ -184,7 +209,7 @@ class _AsyncpgChannel(Channel):
                     answers.append(Answer([tuple(row) for row in rows], len(rows), None))
             return answers
 
-        import asyncpg
+        import asyncpg  # pyright: ignore[reportMissingTypeStubs]
 
         try:
             answers: list[Answer] = self._adapter.run_async(exchange)

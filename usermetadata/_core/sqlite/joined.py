@@ -52,14 +52,14 @@ class JoinedConnection(Connections):
     shares_batches = False
 
     def __init__(self, find: Callable[[], DriversConnection], storages: Connections) -> None:
+        if storages.is_closed:
+            raise closed(storages.name)
         self._find = find
         self._storages = storages
         # The last connection whose file, and whose table, were checked.
         self._seen: object = None
         self._checked: object = None
         super().__init__("the caller's connection", storages.timeout)
-        if storages.is_closed:
-            raise closed(storages.name)
         self._run(lambda _: None)
 
     def file(self) -> str:
@@ -149,7 +149,7 @@ class JoinedConnection(Connections):
 
     def _check_file(self, connection: Any) -> None:
         theirs = main_file(connection)
-        ours = self._storages.file()
+        ours = theirs and self._storages.file()
         if theirs and not (ours and _is_same(theirs, ours)):
             raise InvalidInputError(
                 f"connection: its database is {theirs!r}, and that of the storage"
