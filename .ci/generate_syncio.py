@@ -42,7 +42,7 @@ RULES = [
     (r"class AsyncioFunctions\(RecipeInterface\)", "class BlockingFunctions"),
     (r"    RecipeInterface,\n", ""),
     (r"AsyncioRunner", "BlockingRunner"),
-    (r"\((await .*)\)(\.metadata|\.by_app|\[\"dave\"\])", r"\1\2"),
+    (r"\((await .*)\)\.(metadata|by_app)", r"\1.\2"),
     (r"\bawait ", ""),
     (r"\basync def ", "def "),
 ]

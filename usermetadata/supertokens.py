@@ -19,11 +19,11 @@ except ImportError as error:
 
 from usermetadata.asyncio import (
     clear_user_metadata,
+    erase_user,
     get_user_metadata,
     update_user_metadata,
 )
-from usermetadata.asyncio import clear_user_metadata as erase_user
-from usermetadata.exceptions import UserMetadataError
+from usermetadata.exceptions import DamagedMetadataError, UserMetadataError
 
 if TYPE_CHECKING:
     from supertokens_python.recipe.accountlinking import interfaces as accountlinking
@@ -121,7 +121,7 @@ def erase_deleted_users(
                 # With ``force``, a mapping's external id can be the id of another user, who keeps
                 # the metadata, as in the core.
                 if await get_user(erased_id, _without_cache(user_context)) is None:
-                    await erase_user(erased_id, user_context)
+                    await _erase(erased_id, user_context)
             except Exception as error:  # noqa: BLE001 - raised below
                 failed[erased_id] = error
         if failed:
@@ -132,6 +132,13 @@ def erase_deleted_users(
 
     original.delete_user = delete_and_erase  # type: ignore[method-assign]
     return original
+
+
+async def _erase(user_id: str, user_context: dict[str, Any]) -> None:
+    try:
+        await erase_user(user_id, user_context)
+    except DamagedMetadataError:
+        await clear_user_metadata(user_id, user_context)  # it does not read the row
 
 
 def _erased_ids(user: User, own_id: str, *, with_linked: bool) -> set[str]:

@@ -9,9 +9,9 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from usermetadata._core.removals import Removal, RemovalEverywhere
 from usermetadata._core.greenlets import call_here, patched_by, run_in_real_thread
 from usermetadata._core.reentry import ChangeError, check_outside, inside
+from usermetadata._core.removals import Removal, RemovalEverywhere
 from usermetadata.codec import decode_metadata, encode_metadata
 from usermetadata.exceptions import StorageError, UsageError
 
@@ -167,14 +167,14 @@ class AsyncioRunner:
         if inside.get():
             check_outside(self.store)
         check = None if self.checks is None else self.checks.of_user(user_id, user_context)
-        removal = RemovalEverywhere(user_id, check)
+        everywhere = RemovalEverywhere(user_id, check)
         try:
             storage, call = self._here()
             if call is None and self._writes_at_once:
                 # Its key is another one, so that it is executed alone.
-                [by_app] = await self._writes.submit(removal, (storage, removal))
+                [by_app] = await self._writes.submit(everywhere, (storage, everywhere))
                 return by_app or {}
-            return (call or call_here)(removal.of, storage)
+            return (call or call_here)(everywhere.of, storage)
         except ChangeError as failed:
             error = failed.error
         raise error

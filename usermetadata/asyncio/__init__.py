@@ -273,7 +273,8 @@ class AsyncioUserMetadata(Generic[M, U]):
 
         Example:
             >>> updates = {"carol": {"seat": 1}, "dave": {"seat": 2}}
-            >>> (await update_bulk_user_metadata(updates))["dave"].metadata
+            >>> updated = await update_bulk_user_metadata(updates)
+            >>> updated["dave"].metadata
             {'seat': 2}
         """
         context = {} if user_context is None else user_context

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 try:
-    from psycopg import Cursor, DataError, NotSupportedError, ProgrammingError
-    from psycopg.pq import TransactionStatus
-    from psycopg.rows import tuple_row
+    from psycopg import DataError
 
     from usermetadata._core.postgres.connections import Connections
-    from usermetadata._core.postgres.outcomes import (
-        NOT_STORED,
-        UncommittedError,
-        before_commit,
-        check_committed,
-        is_gone,
-    )
+    from usermetadata._core.postgres.joined import JoinedConnection
+    from usermetadata._core.postgres.outcomes import NOT_STORED
+    from usermetadata._core.postgres.pooled import PooledConnections
     from usermetadata._core.postgres.statements import (
         ERASE,
         HOLD,
@@ -33,12 +29,14 @@ try:
         STORE_ONE,
         Table,
     )
+    from usermetadata._core.postgres.transactions import Statement
 except ImportError as error:
     raise ImportError(
         "PostgresStorage needs psycopg; pip install 'psycopg[binary,pool]>=3.2'"
     ) from error
 
 from usermetadata._core.apps import OfOneApp
+from usermetadata._core.joining import recognise
 from usermetadata._core.reentry import ChangeError
 from usermetadata._core.rows import decode_row
 from usermetadata.changes import Clear, Merge, Replace, apply_in_order
@@ -52,16 +50,16 @@ from usermetadata.exceptions import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
-    from typing import LiteralString
+    from typing import LiteralString, Self
 
-    from psycopg import Connection
     from psycopg_pool import ConnectionPool
 
+    from usermetadata._core.postgres.joined import Tables
+    from usermetadata._core.postgres.transactions import Transaction
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
 
 _MIN_TIMEOUT, _MAX_TIMEOUT = 0.001, 1_000_000  # seconds
-_OF_THE_TABLE = (ProgrammingError, NotSupportedError, DataError)
 _NATIVE = {Merge, Replace, Clear}
 _MOST_STATEMENTS = 3  # with more of them, one round trip takes longer than two without
 _NAME = re.compile("[^\0\ud800-\udfff]+\\Z")
@@ -128,9 +126,13 @@ class PostgresStorage(OfOneApp):
                 raise InvalidInputError(
                     f"{argument}: {name!r} is not a name; pass a text without U+0000"
                 )
-        self._connections = Connections(database, max_connections, timeout)
-        self._table = Table(*names.values(), is_session_ours=not isinstance(database, str))
-        self._timeout = str(round(timeout * 1000))
+        self._name = tuple(names.values())
+        self._connections: PooledConnections | JoinedConnection = PooledConnections(
+            Connections(database, max_connections, timeout),
+            Table(*self._name, is_session_ours=not isinstance(database, str)),
+            timeout,
+        )
+        self._joined_tables: Tables = WeakKeyDictionary()
 
     def __repr__(self) -> str:
         return f"PostgresStorage({self._connections.name!r}, app_id={self._app_id!r})"
@@ -155,20 +157,10 @@ class PostgresStorage(OfOneApp):
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order in one transaction; without a function, in one round trip."""
-        length = self._prepare(create=True)
-        for user_id, _ in changes:
-            if len(user_id) > length:
-                raise InvalidInputError(
-                    f"user_id: has {len(user_id)} characters; the column user_id of this"
-                    f" database's table takes {length}"
-                )
-        is_native = {type(change) for _, change in changes} <= _NATIVE
-        apply = self._apply_natively if is_native else self._apply_holding
         try:
-            with self._changeable():
-                results = self._connections.run(
-                    lambda connection: apply(connection, changes), is_write=True
-                )
+            results = self._connections.run(
+                lambda transaction: self._apply(transaction, changes), is_write=True
+            )
         except ChangeError as failed:
             error = failed.error
         else:
@@ -180,91 +172,97 @@ class PostgresStorage(OfOneApp):
 
         A role that a row-level policy of the table holds for cannot erase.
         """
-        if not self._prepare(create=False):
-            return {}
+        nothing: dict[str, Metadata] = {}
         try:
-            with self._changeable():
-                return self._connections.run(
-                    lambda connection: self._erase(connection, user_id, check), is_write=True
-                )
+            return self._connections.run(
+                lambda transaction: self._erase(transaction, user_id, check), nothing, is_write=True
+            )
         except ChangeError as failed:
             error = failed.error
         raise error
+
+    @contextmanager
+    def within(self, connection: object) -> Generator[Self, None, None]:
+        """Yield a storage that is part of the transaction of the caller's connection.
+
+        The table is found through that connection.
+
+        Args:
+            connection: a ``psycopg.Connection``, a ``Session`` or ``Connection`` of SQLAlchemy, or
+                Django's ``connection``.
+        """
+        self._connections.check_open()
+        joined = copy.copy(self)
+        joined._connections = JoinedConnection(
+            recognise(connection), self._joined_tables, self._name
+        )
+        try:
+            yield joined
+        finally:
+            joined.close()
 
     def close(self) -> None:
         """Close the connections that the storage opened itself."""
         self._connections.close()
 
-    def _prepare(self, *, create: bool) -> int:
-        """Describe the table; return the length of the longest user id, 0 without a table."""
-        # Another thread may forget the description at any time.
-        length = self._table.user_id_length
-        if not length:
-            self._connections.run_first(self._table.describe)
-            length = self._table.user_id_length
-        while create and not length:
-            # Its creation is committed before it is described.
-            self._connections.run(self._table.create)
-            self._connections.run(self._table.describe)
-            length = self._table.user_id_length
-        return length
+    def _statement(
+        self, transaction: Transaction, template: LiteralString, **parameters: object
+    ) -> Statement:
+        parameters = {"app_id": self._app_id, "timeout": transaction.timeout} | parameters
+        return Statement(transaction.table[template], parameters)
 
-    @contextmanager
-    def _changeable(self) -> Generator[None, None, None]:
-        """Let no error of a table that was changed or dropped outlive it."""
-        try:
-            yield
-        except StorageError as error:
-            if isinstance(error.__cause__, _OF_THE_TABLE):
-                self._table.forget()
-            raise
+    def _read(self, template: LiteralString, **parameters: object) -> dict[str, Metadata]:
+        def read(transaction: Transaction) -> list[tuple[Any, ...]]:
+            [found] = transaction.at_once([self._statement(transaction, template, **parameters)])
+            return found.rows
 
-    def _execute(
-        self, connection: Connection[Any], statement: LiteralString, **parameters: object
-    ) -> Cursor[tuple[str, str]]:
-        # A borrowed pool may make other cursors and rows.
-        cursor = Cursor(connection, row_factory=tuple_row)
-        parameters = {"app_id": self._app_id, "timeout": self._timeout} | parameters
-        return cursor.execute(self._table[statement], parameters)
-
-    def _read(self, statement: LiteralString, **parameters: object) -> dict[str, Metadata]:
-        if not self._prepare(create=False):
-            return {}
-        with self._changeable():
-            rows = self._connections.run(
-                lambda connection: self._execute(connection, statement, **parameters).fetchall()
-            )
+        nothing: list[tuple[Any, ...]] = []
+        rows = self._connections.run(read, nothing)
         return {user_id: self._decode(user_id, text) for user_id, text in rows}
 
-    def _apply_natively(
-        self, connection: Connection[Any], changes: Sequence[tuple[str, Change]]
+    def _apply(
+        self, transaction: Transaction, changes: Sequence[tuple[str, Change]]
     ) -> Sequence[str | Metadata | None]:
-        texts: list[str | None] = [None] * len(changes)
-        groups = list(_grouped(changes))
-        users = {user_id for user_id, _ in changes}
-        if len(groups) > _MOST_STATEMENTS:
-            return self._apply_holding(connection, changes)
-        try:
-            # A pipeline is one transaction, without BEGIN and COMMIT.
-            with connection.pipeline() if len(groups) > 1 else nullcontext():
-                if len(groups) > 1 and len(users) > 1:
-                    # Each statement locks in the order of the ids; several together do not.
-                    self._execute(connection, HOLD, rows=_rows((user, "{}") for user in users))
-                cursors = [
-                    self._send(connection, *group, is_alone=len(groups) == 1) for group in groups
-                ]
-            for (_, by_user), cursor in zip(groups, cursors, strict=True):
-                for user_id, text in cursor.fetchall():
-                    texts[by_user[user_id][0]] = text
-        except DataError:
-            pass  # its text quotes the row: what follows must not have it as its context
-        else:
-            return texts
-        # The server's JSON refuses U+0000 in a value and a damaged row; Python's may not. Why a row
-        # was not removed is unknown until the rows are held.
-        with before_commit():
-            connection.rollback()  # of a transaction that a pooler has left open
-        return self._apply_holding(connection, changes)
+        length = transaction.user_id_length
+        for user_id, _ in changes:
+            if len(user_id) > length:
+                raise InvalidInputError(
+                    f"user_id: has {len(user_id)} characters; the column user_id of this"
+                    f" database's table takes {length}"
+                )
+        is_native = {type(change) for _, change in changes} <= _NATIVE
+        groups = list(_grouped(changes)) if is_native else []
+        if is_native and len(groups) <= _MOST_STATEMENTS:
+            try:
+                return self._apply_natively(transaction, groups, len(changes))
+            except DataError:
+                pass  # its text quotes the row: what follows must not have it as its context
+            # The server's JSON refuses U+0000 in a value and a damaged row; Python's may not. Why a
+            # row was not removed is unknown until the rows are held.
+            transaction.undo()
+        return self._apply_holding(transaction, changes)
+
+    def _apply_natively(
+        self,
+        transaction: Transaction,
+        groups: Sequence[tuple[type, dict[str, tuple[int, Any]]]],
+        number: int,
+    ) -> Sequence[str | None]:
+        texts: list[str | None] = [None] * number
+        users = {user_id for _, by_user in groups for user_id in by_user}
+        is_alone = len(groups) == 1
+        statements = [self._native(transaction, *group, is_alone=is_alone) for group in groups]
+        if not is_alone and len(users) > 1:
+            # Each statement locks in the order of the ids; several together do not.
+            rows = _rows((user, "{}") for user in users)
+            statements.insert(0, self._statement(transaction, HOLD, rows=rows))
+        answers = transaction.at_once(statements)[-len(groups) :] if groups else []
+        for (kind, by_user), answer in zip(groups, answers, strict=True):
+            if is_alone and kind is not Clear and not answer.affected:
+                raise DataError(NOT_STORED + _dump(next(iter(by_user))))
+            for user_id, text in answer.rows:
+                texts[by_user[user_id][0]] = text
+        return texts
 
     def _decoded(
         self,
@@ -280,16 +278,16 @@ class PostgresStorage(OfOneApp):
             # PostgreSQL's JSON has numbers that no float can hold.
             raise OutcomeUnknownError(f"{error}; the write was done") from error
 
-    def _send(
+    def _native(
         self,
-        connection: Connection[Any],
+        transaction: Transaction,
         kind: type,
         by_user: dict[str, tuple[int, Any]],
         *,
         is_alone: bool,
-    ) -> Cursor[tuple[str, str]]:
+    ) -> Statement:
         if kind is Clear:
-            return self._execute(connection, REMOVE, user_ids=_dump(list(by_user)))
+            return self._statement(transaction, REMOVE, user_ids=_dump(list(by_user)))
         texts = {
             user_id: encode_metadata(change(None) or {}) for user_id, (_, change) in by_user.items()
         }
@@ -298,59 +296,44 @@ class PostgresStorage(OfOneApp):
             keys = {user_id: [*change.update] for user_id, (_, change) in by_user.items()}
             parameters["keys"] = _dump(keys)
         if len(texts) > 1 or not is_alone:
-            statement = MERGE if kind is Merge else STORE
-            return self._execute(connection, statement, rows=_rows(texts.items()), **parameters)
+            template = MERGE if kind is Merge else STORE
+            return self._statement(transaction, template, rows=_rows(texts.items()), **parameters)
         [(user_id, text)] = texts.items()
-        statement = MERGE_ONE if kind is Merge else STORE_ONE
-        cursor = self._execute(
-            connection, statement, user_id=user_id, user_metadata=text, **parameters
+        template = MERGE_ONE if kind is Merge else STORE_ONE
+        return self._statement(
+            transaction, template, user_id=user_id, user_metadata=text, **parameters
         )
-        if not cursor.rowcount:
-            raise DataError(NOT_STORED + _dump(user_id))
-        return cursor
 
     def _apply_holding(
-        self, connection: Connection[Any], changes: Sequence[tuple[str, Change]]
+        self, transaction: Transaction, changes: Sequence[tuple[str, Change]]
     ) -> Sequence[str | Metadata | None]:
         users = dict.fromkeys(user_id for user_id, _ in changes)
-        # Two round trips: one begins and locks the rows, one writes and commits. An error between
-        # them leaves a transaction open, which `Connections` rolls back.
-        with before_commit(), connection.pipeline():
-            connection.execute("BEGIN")
-            held = self._execute(connection, HOLD, rows=_rows((user, _NO_ROW) for user in users))
-        if connection.pgconn.transaction_status != TransactionStatus.INTRANS:
-            raise UncommittedError("the transaction has ended before its COMMIT")
-        texts = {user_id: text for user_id, text in held.fetchall() if text != _NO_ROW}
+        # Two round trips: one begins and locks the rows, one writes and commits.
+        rows = _rows((user, _NO_ROW) for user in users)
+        [held] = transaction.begin([self._statement(transaction, HOLD, rows=rows)])
+        texts = {user_id: text for user_id, text in held.rows if text != _NO_ROW}
         results: list[str | Metadata | None] = []
         try:
             results += apply_in_order(changes, texts, decode=self._decode, encode=encode_metadata)
         except BaseException as error:
             raise ChangeError(error) from error
+        statements = [self._statement(transaction, STORE, rows=_rows(texts.items()))]
         gone = [user_id for user_id in users if user_id not in texts]
-        if is_gone(connection):
-            with before_commit():
-                connection.execute("SELECT 1")  # its error is the server's reason
-            raise UncommittedError
-        with connection.pipeline():
-            stored = self._execute(connection, STORE, rows=_rows(texts.items()))
-            if gone:
-                self._execute(connection, REMOVE, user_ids=_dump(gone))
-            committed = connection.execute("COMMIT")
-        check_committed(committed)
+        if gone:
+            statements.append(self._statement(transaction, REMOVE, user_ids=_dump(gone)))
+        stored, *_ = transaction.end(statements)
         last = {user_id: position for position, (user_id, _) in enumerate(changes)}
-        for user_id, text in stored.fetchall():
+        for user_id, text in stored.rows:
             if text != texts[user_id]:  # a trigger has changed it
                 results[last[user_id]] = text
         return results
 
     def _erase(
-        self, connection: Connection[Any], user_id: str, check: Callable[[Metadata], None]
+        self, transaction: Transaction, user_id: str, check: Callable[[Metadata], None]
     ) -> dict[str, Metadata]:
-        with before_commit():
-            connection.execute("BEGIN")
-            texts = self._remove_from_all_apps(connection, user_id)
+        texts = self._remove_from_all_apps(transaction, user_id)
+        name = self._connections.name
         try:
-            name = self._connections.name
             removed = {
                 app_id: decode_row(name, (app_id, user_id), text)
                 for app_id, text in sorted(texts.items())
@@ -359,37 +342,31 @@ class PostgresStorage(OfOneApp):
                 check(metadata)
         except BaseException as error:
             raise ChangeError(error) from error
-        if is_gone(connection):
-            with before_commit():
-                connection.execute("SELECT 1")  # its error is the server's reason
-            raise UncommittedError
-        check_committed(connection.execute("COMMIT"))
+        transaction.end([])
         return removed
 
-    def _remove_from_all_apps(self, connection: Connection[Any], user_id: str) -> dict[str, str]:
+    def _remove_from_all_apps(self, transaction: Transaction, user_id: str) -> dict[str, str]:
         """Remove the user's rows until none is left; return their texts by app id."""
         removed: dict[str, str] = {}
         held: set[str] = set()
-        while True:
-            found: list[tuple[str, str | None]] = [
-                *self._execute(connection, ERASE, user_id=user_id)
-            ]
-            if connection.pgconn.transaction_status != TransactionStatus.INTRANS:
-                raise UncommittedError("the transaction has ended before its COMMIT")
-            if not found:
-                # As of the last snapshot the user had only the rows that are removed, and locked,
-                # here. Without it, a row could be left that is older than one that is removed.
-                return removed
+        erase = self._statement(transaction, ERASE, user_id=user_id)
+        [found] = transaction.begin([erase])
+        # The last time nothing is found: as of that snapshot the user had only the rows that are
+        # removed, and locked, here. Else a row could be left that is older than a removed one.
+        while found.rows:
+            texts: dict[str, str | None] = dict(found.rows)
             removed |= {
-                app_id: text for app_id, text in found if text is not None and text != _NO_ROW
+                app_id: text for app_id, text in texts.items() if text not in (None, _NO_ROW)
             }
-            kept = [app_id for app_id, text in found if text is None]
+            kept = [app_id for app_id, text in texts.items() if text is None]
             if not held.isdisjoint(kept):
                 raise DataError(NOT_STORED + _dump(user_id))
             # Another transaction may have removed these. With the row held, that cannot happen.
-            for app_id in kept:
-                self._execute(connection, HOLD, app_id=app_id, rows=_rows([(user_id, _NO_ROW)]))
+            row = _rows([(user_id, _NO_ROW)])
+            holds = [self._statement(transaction, HOLD, app_id=each, rows=row) for each in kept]
             held.update(kept)
+            *_, found = transaction.go_on([*holds, erase])
+        return removed
 
     def _decode(self, user_id: str, text: str) -> Metadata:
         return decode_row(self._connections.name, (self._app_id, user_id), text)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from sqlite_utils import Database
@@ -12,16 +14,19 @@ from sqlite_utils import Database
 from usermetadata._core.apps import OfOneApp
 from usermetadata._core.erasing import Erasure
 from usermetadata._core.forking import notice
+from usermetadata._core.joining import recognise
 from usermetadata._core.reentry import ChangeError
 from usermetadata._core.rows import decode_row
 from usermetadata._core.sqlite.file import FileConnections
+from usermetadata._core.sqlite.joined import JoinedConnection
 from usermetadata._core.sqlite.single import SingleConnection
 from usermetadata._core.sqlite.statements import READ_AFTER, READ_MANY, READ_ONE
 from usermetadata.changes import Clear, Merge, Replace
 from usermetadata.exceptions import InvalidInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
+    from typing import Self
 
     from usermetadata._core.sqlite.connecting import Connections
     from usermetadata.changes import Change
@@ -140,6 +145,22 @@ class SQLiteStorage(OfOneApp):
         else:
             return erasure.removed
         raise error
+
+    @contextmanager
+    def within(self, connection: object) -> Generator[Self, None, None]:
+        """Yield a storage that is part of the transaction of the caller's connection.
+
+        Args:
+            connection: a ``sqlite3.Connection``, a ``sqlite_utils.Database``, a ``Session`` or
+                ``Connection`` of SQLAlchemy, or Django's ``connection``. It is one to the file of
+                this storage, or to a database in memory, as in tests.
+        """
+        joined = copy.copy(self)
+        joined._connections = JoinedConnection(recognise(connection), self._connections)
+        try:
+            yield joined
+        finally:
+            joined.close()
 
     def close(self) -> None:
         """Close the connections that the storage opened itself."""

@@ -268,7 +268,8 @@ class SyncioUserMetadata(Generic[M, U]):
 
         Example:
             >>> updates = {"carol": {"seat": 1}, "dave": {"seat": 2}}
-            >>> update_bulk_user_metadata(updates)["dave"].metadata
+            >>> updated = update_bulk_user_metadata(updates)
+            >>> updated["dave"].metadata
             {'seat': 2}
         """
         context = {} if user_context is None else user_context

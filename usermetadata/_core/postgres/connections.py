@@ -188,6 +188,11 @@ class Connections(ForkHooks):
             time.sleep(random.uniform(0, min(_LONGEST_PAUSE, 0.01 * 2**attempt)))  # noqa: S311
             attempt += 1
 
+    def check_open(self) -> None:
+        """Raise ``UsageError`` after ``close``."""
+        if self._closed:
+            raise UsageError(f"{self.name}: this PostgresStorage is closed; make a new one")
+
     def close(self) -> None:
         """Close the pool, unless it is the caller's."""
         with self._lock:
@@ -278,8 +283,7 @@ class Connections(ForkHooks):
         notice()
         _check_greenlets()
         with self._lock:
-            if self._closed:
-                raise UsageError(f"{self.name}: this PostgresStorage is closed; make a new one")
+            self.check_open()
             if self._borrowed is not None:
                 if self._borrowed in _of_the_parent_process:
                     raise UsageError(

@@ -71,11 +71,11 @@ def before_commit() -> Generator[None, None, None]:
         raise
 
 
-def check_committed(cursor: Cursor[Any]) -> None:
+def check_committed(status: str | None) -> None:
     """Check the answer to the COMMIT of a transaction that was begun with BEGIN."""
     # A server answers the COMMIT of an aborted transaction with ROLLBACK, which is no error.
-    if cursor.statusmessage != "COMMIT":
-        raise UncommittedError(f"COMMIT was answered with {cursor.statusmessage}")
+    if status != "COMMIT":
+        raise UncommittedError(f"COMMIT was answered with {status}")
 
 
 def settle(connection: Connection[Any]) -> None:
@@ -169,6 +169,19 @@ def translate(error: psycopg.Error, name: str, *, is_write: bool) -> Exception:
             " written; drop the rule, or name another table"
         )
     return StorageError(text)
+
+
+def translate_joined(error: psycopg.Error, name: str) -> Exception:
+    """Return the library's error for the driver's, from inside a transaction of the caller's."""
+    translated = translate(error, name, is_write=False)
+    if isinstance(translated, StorageBusyError):
+        return StorageBusyError(f"{name}: {error}; roll the whole transaction back and repeat it")
+    if isinstance(translated, StorageUnavailableError):
+        return StorageUnavailableError(
+            f"{name}: {error}: it was lost before the transaction was committed, so nothing of the"
+            " transaction is stored; repeat it on another connection"
+        )
+    return translated
 
 
 # For one socket poll is faster than epoll.

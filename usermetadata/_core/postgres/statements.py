@@ -10,19 +10,23 @@ import json
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from psycopg import Cursor, errors
+from psycopg import Cursor, DataError, NotSupportedError, ProgrammingError, errors
 from psycopg.rows import tuple_row
 from psycopg.sql import SQL, Identifier, Literal
 
 from usermetadata._core.postgres.outcomes import NOT_STORED
+from usermetadata._core.postgres.transactions import Statement
 from usermetadata.exceptions import InvalidInputError, StorageError
 from usermetadata.validation import APP_ID_MAX_LENGTH, USER_ID_MAX_LENGTH
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from typing import LiteralString
+    from collections.abc import Iterable, Iterator
+    from typing import Any, LiteralString
 
     from psycopg import Connection
+
+OF_THE_TABLE = (ProgrammingError, NotSupportedError, DataError)
+"""Errors of a table that may have changed since it was described."""
 
 _CREATE = """
 CREATE TABLE IF NOT EXISTS {table} (
@@ -38,6 +42,7 @@ SELECT
     coalesce((SELECT nspname FROM pg_namespace WHERE oid = relnamespace), current_schema()),
     (SELECT setting = reset_val FROM pg_settings WHERE name = 'search_path'),
     coalesce(relkind::text, ''),
+    found.oid::oid::text,
     EXISTS (SELECT FROM pg_constraint WHERE conrelid = found.oid AND contype = 'f'),
     EXISTS (
         SELECT FROM pg_index
@@ -60,6 +65,8 @@ SELECT
         WHERE attrelid = found.oid AND attnum > 0 AND NOT attisdropped)
 FROM to_regclass(%(table)s) AS found (oid) LEFT JOIN pg_class ON pg_class.oid = found.oid
 """
+# Divides by zero if the name does not mean that table.
+_CHECK = "SELECT 1 / coalesce(to_regclass({name}) = {oid}::regclass, false)::integer"
 _TABLES = ("r", "p")  # partitioned or not; a view has the key of the table behind it
 # Type, whether it tells any two texts apart, length, whether it must be given.
 _Column = tuple[str, bool, int, bool]
@@ -84,14 +91,18 @@ WHERE app_id = %(app_id)s AND user_id > %(user_id)s ORDER BY user_id LIMIT %(lim
 # which undoes the whole transaction.
 _RAISE = f"('{NOT_STORED}' || to_json({{user_id}}::text))::integer::text"
 
-# All writers lock users in one order, so that they do not deadlock. The timeout is
-# set in the statement itself, because behind a pooler sessions are shared.
+# The timeout is set in the statement itself, because behind a pooler sessions are shared. NULL
+# leaves it as it is.
+_TIMEOUT = SQL(
+    "set_config('lock_timeout', coalesce(%(timeout)s, current_setting('lock_timeout')), true)"
+)
+# All writers lock users in one order, so that they do not deadlock.
 _UPSERT = """
 INSERT INTO {table} AS stored (app_id, user_id, user_metadata)
 SELECT %(app_id)s, user_id, user_metadata
 FROM (
     SELECT user_id, user_metadata{lock}
-    FROM sent, set_config('lock_timeout', %(timeout)s, true)
+    FROM sent, {timeout}
     ORDER BY user_id) AS rows
 ON CONFLICT (app_id, user_id) DO UPDATE SET user_metadata = """
 _STORE = _UPSERT + "excluded.user_metadata"
@@ -160,7 +171,7 @@ WITH sent AS (
     DELETE FROM {table} AS stored
     USING (
         SELECT user_id{lock}
-        FROM sent, set_config('lock_timeout', %(timeout)s, true)
+        FROM sent, {timeout}
         ORDER BY user_id) AS rows
     WHERE stored.app_id = %(app_id)s AND stored.user_id = rows.user_id
     RETURNING stored.user_id
@@ -198,7 +209,7 @@ WITH RECURSIVE users (have_index) AS (
     DELETE FROM {table} AS stored
     USING (
         SELECT app_id{lock_of_app}
-        FROM found, set_config('lock_timeout', %(timeout)s, true)
+        FROM found, {timeout}
         ORDER BY app_id) AS rows
     WHERE stored.app_id = rows.app_id AND stored.user_id = %(user_id)s
     RETURNING stored.app_id, stored.user_metadata
@@ -232,6 +243,7 @@ class Table:
 
     Attributes:
         user_id_length: how many characters a user id may have; 0 while that is unknown.
+        check: a statement that fails if the table's name now means another table, or none.
     """
 
     def __init__(self, *name: str, is_session_ours: bool) -> None:
@@ -239,21 +251,30 @@ class Table:
         self._is_session_ours = is_session_ours
         self._lock = self._lock_of_app = SQL("")
         self._statements: dict[str, bytes] = {}
-        self.user_id_length = 0
+        self.forget()
 
     def describe(self, connection: Connection) -> None:
         """Find the table, if it exists, and check that metadata can be stored in it.
 
         From then on it is named with its schema.
         """
-        if connection.info.encoding != "utf-8":
-            raise InvalidInputError(
-                f"database: its client_encoding is {connection.info.encoding}, which cannot express"
-                " all characters; pass client_encoding=utf8"
-            )
         cursor = Cursor(connection, row_factory=tuple_row)
-        cursor.execute(_DESCRIBE, {"table": Identifier(*self._given).as_string(connection)})
-        for schema, is_path_unchanged, kind, is_shared, has_key, columns in cursor:
+        cursor.execute(*self.description)
+        self.learn(cursor.fetchall(), connection.info.encoding)
+
+    @property
+    def description(self) -> Statement:
+        """The query that describes the table."""
+        return Statement(_DESCRIBE.encode(), {"table": Identifier(*self._given).as_string()})
+
+    def learn(self, rows: Iterable[tuple[Any, ...]], encoding: str) -> None:
+        """Use what the description has returned to a client with that encoding."""
+        if encoding != "utf-8":
+            raise InvalidInputError(
+                f"database: its client_encoding is {encoding}, which cannot express all characters;"
+                " pass client_encoding=utf8"
+            )
+        for schema, is_path_unchanged, kind, oid, is_shared, has_key, columns in rows:
             if len(self._given) == 1:
                 if not (is_path_unchanged or self._is_session_ours):
                     raise StorageError(
@@ -269,18 +290,26 @@ class Table:
                 self._lock = SQL(_CORES_LOCK if is_shared else "")
                 self._lock_of_app = SQL(_CORES_LOCK_OF_APP if is_shared else "")
                 self._statements = {}
+                name = Literal(Identifier(*self._given).as_string())
+                self.check = SQL(_CHECK).format(name=name, oid=Literal(int(oid))).as_bytes()
                 self.user_id_length = described["user_id"][2] or USER_ID_MAX_LENGTH
 
     def forget(self) -> None:
         """Let the next call describe the table anew, because it may have been changed."""
         self.user_id_length = 0
+        self.check = b""
+
+    @property
+    def creation(self) -> list[Statement]:
+        """The statements that create the table if it is missing."""
+        return [Statement(_LOCK_CREATION.encode()), Statement(self[_CREATE], {})]
 
     def create(self, connection: Connection) -> None:
         """Create the table if it is missing."""
         # Another program, for example a core, may create it at once under another lock.
         with suppress(errors.UniqueViolation), connection.transaction():
-            connection.execute(_LOCK_CREATION)
-            connection.execute(self[_CREATE], ())
+            for statement in self.creation:
+                connection.execute(*statement)
 
     def __getitem__(self, template: LiteralString) -> bytes:
         """Return the statement for this table, from a template of this module."""
@@ -294,6 +323,7 @@ class Table:
                 name=Literal(table.as_string()),
                 lock=self._lock,
                 lock_of_app=self._lock_of_app,
+                timeout=_TIMEOUT,
             )
             statement = statements[template] = composed.as_bytes(None)
         return statement

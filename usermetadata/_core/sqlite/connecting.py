@@ -36,14 +36,18 @@ class Connections(ForkHooks, ABC):
 
     def __init__(self, name: str, timeout: float) -> None:
         self.name = name
-        self._timeout = timeout
-        self._closed = False
+        self.timeout = timeout
+        self.is_closed = False
         self._start()
         watch(self)
 
     @abstractmethod
     def fetch(self, query: str, parameters: Sequence[object]) -> list[tuple[str, object]]:
         """Return the rows of a query."""
+
+    @abstractmethod
+    def file(self) -> str:
+        """Return the path of the database's file; empty if it is in memory."""
 
     @abstractmethod
     def close(self) -> None:
@@ -56,7 +60,7 @@ class Connections(ForkHooks, ABC):
     def _start(self, *opened: list[sqlite3.Connection]) -> None:
         """Begin without calls that wait: in a new object, or in a new process."""
         self.batches: ThreadBatches[Call, Results] = ThreadBatches(
-            self._write_together, self._timeout, self.name
+            self._write_together, self.timeout, self.name
         )
         self._has_turn_for_fork = False
         self._at_end = close_at_end(self, self.batches.turn, *opened)
@@ -65,7 +69,7 @@ class Connections(ForkHooks, ABC):
         """Wait for the write under way, for as long as the timeout."""
         # A fork inside a change, or while a change outlasts the timeout, still happens.
         if not self.batches.is_executing_here():
-            self._has_turn_for_fork = acquire(self.batches.turn, self._timeout)
+            self._has_turn_for_fork = acquire(self.batches.turn, self.timeout)
 
     def after_fork_in_parent(self) -> None:
         """Release the lock."""

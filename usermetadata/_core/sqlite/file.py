@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 from contextlib import closing, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
@@ -16,7 +17,7 @@ from sqlite_utils.db import NoTable
 from usermetadata._core.forking import notice
 from usermetadata._core.sqlite.connecting import Connections, close_all, connect
 from usermetadata._core.sqlite.errors import closed, inherited, is_read_only, moved, translate
-from usermetadata._core.sqlite.schema import check_table, has_table
+from usermetadata._core.sqlite.schema import check_table, create_table, has_table
 from usermetadata._core.sqlite.statements import fetch, write_together
 from usermetadata.exceptions import OutcomeUnknownError, StorageBusyError, StorageError
 
@@ -57,6 +58,10 @@ class FileConnections(Connections):
         self._is_forking = False  # and has the lock above
         super()._start(self._writers, self._idle_readers)
 
+    def file(self) -> str:
+        """Return the path of the file."""
+        return self.name
+
     def fetch(self, query: str, parameters: Sequence[object]) -> list[tuple[str, object]]:
         """Return the rows of a query, without waiting for the writer."""
         notice()
@@ -82,7 +87,7 @@ class FileConnections(Connections):
         finally:
             if reader is not None and reader not in self._inherited:
                 self._idle_readers.append(reader)
-            if self._closed or self._is_forking or self._generation != generation:
+            if self.is_closed or self._is_forking or self._generation != generation:
                 self._close_idle_readers()
 
     def _open_for_reading(self) -> bool:
@@ -111,7 +116,7 @@ class FileConnections(Connections):
             raise translate(error, self.name) from error
 
     def _write_together(self, calls: Sequence[Call]) -> list[Results]:
-        if self._closed:
+        if self.is_closed:
             raise closed(self.name)
         try:
             if self._reopen or not self._writers:
@@ -134,13 +139,13 @@ class FileConnections(Connections):
         """Close all connections; a write or read under way is completed."""
         with self.batches.exclusive():
             with self._opening:
-                self._closed = True
+                self.is_closed = True
             self._close_idle_readers()
             close_all(self._writers)
 
     def before_fork(self) -> None:
         """Close all connections, after waiting for those in use for as long as the timeout."""
-        deadline = time.monotonic() + self._timeout
+        deadline = time.monotonic() + self.timeout
         super().before_fork()
         if self._has_turn_for_fork:
             close_all(self._writers)
@@ -185,10 +190,10 @@ class FileConnections(Connections):
                 # Without it macOS leaves the data in the drive's cache; elsewhere it has no effect.
                 writer.execute("PRAGMA fullfsync = ON")
             database = Database(writer, execute_plugins=False)
-            if has_table(database):
-                check_table(database, self.name)
+            if has_table(writer):
+                check_table(writer, self.name)
             else:
-                write_together(writer, [()], self.name, create=database)
+                write_together(writer, [()], self.name, prepare=partial(create_table, database))
             self._writers.append(writer)
         except BaseException:
             writer.close()
@@ -200,7 +205,7 @@ class FileConnections(Connections):
             mode = mode.replace("rwc", "rw")
             self._check_file()
         path = self.name.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-        return connect(f"file:{path}?mode={mode}", self._timeout)
+        return connect(f"file:{path}?mode={mode}", self.timeout)
 
     def _check_file(self) -> None:
         """Check that the path still names the file that is open.
@@ -220,7 +225,7 @@ class FileConnections(Connections):
         self._look_again = time.monotonic() + _LOOK_EVERY
 
     def _use_wal(self, writer: sqlite3.Connection) -> None:
-        deadline = time.monotonic() + self._timeout
+        deadline = time.monotonic() + self.timeout
         while True:
             try:
                 writer.execute("PRAGMA journal_mode = WAL")
@@ -232,10 +237,10 @@ class FileConnections(Connections):
                 time.sleep(0.01)
 
     def _open_reader(self) -> sqlite3.Connection:
-        deadline = time.monotonic() + self._timeout
+        deadline = time.monotonic() + self.timeout
         while True:
             with self._opening:
-                if self._closed:
+                if self.is_closed:
                     raise closed(self.name)
                 if len(self._readers) < _MOST_READERS:
                     reader = self._connect()

@@ -17,6 +17,7 @@ _migrations = Migrations("usermetadata")
 _KEY = ["app_id", "user_id"]
 _COLUMNS = [*_KEY, "user_metadata"]
 _CHANGE = "sqlite-utils transform FILE user_metadata"
+_FIND = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'user_metadata'"
 _DESCRIBE = """
 SELECT name, upper(type), "notnull" AND dflt_value IS NULL, pk
 FROM pragma_table_info('user_metadata')
@@ -48,18 +49,18 @@ def create_table(database: Database) -> None:
     create_user_metadata(database)  # again, if the table was dropped since
 
 
-def has_table(database: Database) -> bool:
+def has_table(connection: sqlite3.Connection) -> bool:
     """Tell whether the table is there; this waits for no writer."""
-    return database.table("user_metadata").exists()
+    return connection.execute(_FIND).fetchone() is not None
 
 
-def check_table(database: Database, name: str) -> None:
+def check_table(connection: sqlite3.Connection, name: str) -> None:
     """Check that the table can hold metadata.
 
     Raises:
         StorageError: it cannot as it is; the message says what to change.
     """
-    cursor = database.conn.cursor()
+    cursor = connection.cursor()
     columns = {column[0]: column[1:] for column in cursor.execute(_DESCRIBE)}
     fault = _fault_of_columns(columns) or _fault_of_key(cursor, columns)
     if fault:

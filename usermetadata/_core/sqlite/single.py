@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sqlite_utils import Database
@@ -10,8 +11,8 @@ from sqlite_utils.db import NoTable
 
 from usermetadata._core.sqlite.connecting import Connections, connect
 from usermetadata._core.sqlite.errors import closed, translate
-from usermetadata._core.sqlite.schema import check_table, has_table
-from usermetadata._core.sqlite.statements import fetch, write_together
+from usermetadata._core.sqlite.schema import check_table, create_table, has_table
+from usermetadata._core.sqlite.statements import fetch, main_file, plain_rows, write_together
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -43,44 +44,45 @@ class SingleConnection(Connections):
         with self.batches.turn:
             if not self._is_prepared:
                 self._write_together([()])
-            if self._closed:
+            if self.is_closed:
                 raise closed(self.name)
             with self._in_use():
                 return fetch(self._connection, query, parameters)
 
     def _write_together(self, calls: Sequence[Call]) -> list[Results]:
-        if self._closed:
+        if self.is_closed:
             raise closed(self.name)
         with self._in_use():
-            missing = not self._is_prepared and not has_table(self._database)
+            missing = not self._is_prepared and not has_table(self._connection)
             if not missing and not self._is_checked:
-                check_table(self._database, self.name)
+                check_table(self._connection, self.name)
             self._is_checked = True
             results: list[Results] = [[]]
             if missing or calls != [()]:  # `fetch` only prepares
-                create = self._database if missing else None
-                results = write_together(self._connection, calls, self.name, create=create)
+                prepare = partial(create_table, self._database) if missing else None
+                results = write_together(self._connection, calls, self.name, prepare=prepare)
             # The caller may yet roll back a transaction in which the table was created.
             self._is_prepared = not self._connection.in_transaction
             return results
 
     @contextmanager
     def _in_use(self) -> Generator[None, None, None]:
-        """Get rows as tuples of ``str``, whatever the caller has set, and translate errors."""
-        connection = self._connection
-        row_factory, text_factory = connection.row_factory, connection.text_factory
+        """Get plain rows, and translate errors."""
         try:
-            connection.row_factory, connection.text_factory = None, str
-            yield
+            with plain_rows(self._connection):
+                yield
         except self._errors as error:
             self._is_prepared = self._is_checked = False
             raise translate(error, self.name) from error
-        finally:
-            connection.row_factory, connection.text_factory = row_factory, text_factory
+
+    def file(self) -> str:
+        """Return the path of the connection's file; empty if the database is in memory."""
+        with self.batches.turn, self._in_use():
+            return main_file(self._connection)
 
     def close(self) -> None:
         """Close the connection, unless it is the caller's."""
         with self.batches.exclusive():
-            self._closed = True
+            self.is_closed = True
             if not self._is_borrowed:
                 self._connection.close()

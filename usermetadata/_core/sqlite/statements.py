@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +12,13 @@ from usermetadata._core.erasing import Erasure
 from usermetadata._core.reentry import ChangeError
 from usermetadata._core.rows import decode_row
 from usermetadata._core.sqlite.errors import inherited, not_stored, still_open, unknown_if_io_error
-from usermetadata._core.sqlite.schema import create_table
 from usermetadata.changes import BLIND, apply_in_order
 from usermetadata.codec import encode_metadata
 from usermetadata.exceptions import DamagedMetadataError
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Sequence
-
-    from sqlite_utils import Database
+    from collections.abc import Callable, Generator, Sequence
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
@@ -89,12 +87,31 @@ def _text_or_bytes(value: bytes) -> str | bytes:
         return value
 
 
+@contextmanager
+def plain_rows(connection: sqlite3.Connection) -> Generator[None, None, None]:
+    """Get rows as tuples of ``str`` in a block, whatever the caller has set."""
+    row_factory, text_factory = connection.row_factory, connection.text_factory
+    try:
+        connection.row_factory, connection.text_factory = None, str
+        yield
+    finally:
+        connection.row_factory, connection.text_factory = row_factory, text_factory
+
+
+def main_file(connection: sqlite3.Connection) -> str:
+    """Return the path of the connection's file; empty if the database is in memory."""
+    rows = connection.execute("PRAGMA database_list").fetchall()
+    files: dict[str, str] = {name: file for _, name, file in rows}
+    return files["main"]
+
+
 def write_together(
     connection: sqlite3.Connection,
     calls: Sequence[Call],
     name: str,
     *,
-    create: Database | None = None,
+    prepare: Callable[[], object] | None = None,
+    leave_open: bool = False,
 ) -> list[Results]:
     """Apply the changes of some calls in one transaction, or in the one that is open.
 
@@ -102,7 +119,8 @@ def write_together(
         connection: a connection without another user, whose rows are tuples of ``str``.
         calls: the changes of each call, in order, or an erasure.
         name: the name of the database, for error messages.
-        create: the database of the connection, if it has no table yet.
+        prepare: called first in the transaction; it creates the table if that is missing.
+        leave_open: whether the caller commits a transaction that is begun here.
 
     Returns:
         The results of each call.
@@ -114,14 +132,14 @@ def write_together(
     """
     process = forking.process
     joins = connection.in_transaction
-    begin, commit, undo = _JOINED if joins else _OWN
+    begin, commit, undo = _JOINED if joins else _LEFT_OPEN if leave_open else _OWN
     begun = False
     cursor = connection.cursor()
     try:
         cursor.execute(begin)
         begun = True
-        if create is not None:
-            create_table(create)
+        if prepare is not None:
+            prepare()
         changes = [_changes(cursor, call, name) for call in calls]
         if len(changes) == 1:
             results = [_write(cursor, changes[0], name)]
@@ -136,7 +154,7 @@ def write_together(
             if not joins:
                 unknown_if_io_error(error, name)
             raise
-        if not joins and connection.in_transaction:
+        if commit == "COMMIT" and connection.in_transaction:
             raise still_open(name)
     except BaseException:
         # SQLite has undone some transactions itself, for example on a full disk.
@@ -148,6 +166,7 @@ def write_together(
 
 
 _OWN = ("BEGIN IMMEDIATE", "COMMIT", ["ROLLBACK"])
+_LEFT_OPEN = ("BEGIN IMMEDIATE", "", ["ROLLBACK"])
 _JOINED = (
     "SAVEPOINT usermetadata",
     "RELEASE usermetadata",

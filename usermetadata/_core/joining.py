@@ -1,0 +1,180 @@
+"""The caller's connections: the driver's connection inside, and errors of what is around it.
+
+Connections are recognised by the names of their classes, so that no driver and no framework is
+imported that the application does not use.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from usermetadata.exceptions import (
+    InvalidInputError,
+    StorageBusyError,
+    StorageError,
+    StorageUnavailableError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+
+_WHAT_WORKS = (
+    "a connection of sqlite3 or psycopg 3, a sqlite_utils.Database, a Session or Connection of"
+    " SQLAlchemy, or Django's connection"
+)
+
+
+class DriversConnection(NamedTuple):
+    """A connection as its driver made it.
+
+    Attributes:
+        kind: the name of its class.
+        connection: the connection.
+        adapter: SQLAlchemy's adapter of a connection for asyncio; its ``run_async`` runs a
+            coroutine function with the connection and waits for the end. Otherwise ``None``.
+    """
+
+    kind: str
+    connection: Any
+    adapter: Any = None
+
+
+def recognise(connection: object) -> Callable[[], DriversConnection]:
+    """Return a function that finds the driver's connection in one of the caller's.
+
+    It may be another one at each call: a session of SQLAlchemy takes one from a pool for each
+    transaction. The function begins a transaction where SQLAlchemy's own ``execute`` would.
+
+    Args:
+        connection: a connection of a driver, sqlite-utils, SQLAlchemy or Django.
+
+    Raises:
+        InvalidInputError: it is none of those.
+    """
+    names = _names(connection)
+    for name, unwrap in _UNWRAPPERS.items():
+        if name in names:
+            return lambda: unwrap(connection)
+    raise unsupported(connection)
+
+
+def unsupported(connection: object, advice: str = _WHAT_WORKS) -> InvalidInputError:
+    """Return the error of a connection that cannot be used.
+
+    Args:
+        connection: the connection.
+        advice: what to pass in its place, unless this module knows better.
+    """
+    kind, names = type(connection), _names(connection)
+    advice = next((known for name, known in _ADVICE.items() if name in names), advice)
+    return InvalidInputError(
+        f"connection: {kind.__module__}.{kind.__qualname__} is not supported; pass {advice}"
+    )
+
+
+def _names(value: object) -> set[str]:
+    return {f"{each.__module__}.{each.__qualname__}" for each in type(value).__mro__}
+
+
+def _from_driver(connection: Any, adapter: Any = None) -> DriversConnection:
+    names = _names(connection)
+    for kind in _ASYNCHRONOUS if adapter is not None else _BLOCKING:
+        if kind in names:
+            return DriversConnection(kind, connection, adapter)
+    raise unsupported(connection)
+
+
+def _from_sqlite_utils(database: Any) -> DriversConnection:
+    # sqlite-utils takes connections of other drivers for SQLite, as long as they are alike.
+    return DriversConnection("sqlite3.Connection", database.conn)
+
+
+def _from_session(session: Any) -> DriversConnection:
+    with _sqlalchemys_errors():
+        connection = session.connection()
+    return _from_sqlalchemy(connection)
+
+
+def _from_sqlalchemy(connection: Any) -> DriversConnection:
+    with _sqlalchemys_errors():
+        if not connection.in_transaction():
+            connection.begin()
+        pooled = connection.connection
+        if connection.dialect.is_async:
+            return _from_driver(pooled.driver_connection, pooled.dbapi_connection)
+        return _from_driver(pooled.dbapi_connection)
+
+
+@contextmanager
+def _sqlalchemys_errors() -> Generator[None, None, None]:
+    from sqlalchemy import exc
+
+    try:
+        yield
+    except exc.UnboundExecutionError as error:
+        raise InvalidInputError(
+            "connection: the session has no engine for all tables; pass"
+            " session.connection(bind_arguments=...)"
+        ) from error
+    except exc.TimeoutError as error:
+        raise StorageBusyError(f"connection: {error.args[0]}") from error
+    except exc.DBAPIError as error:
+        line = (str(error.orig).splitlines() or [type(error).__name__])[0]
+        raise StorageUnavailableError(
+            f"connection: {line}; check the database and repeat the transaction"
+        ) from error
+    except exc.SQLAlchemyError as error:
+        # What follows quotes the statement that failed before, and its parameters.
+        text, _, _ = str(error.args[0] if error.args else error).partition(" Original exception")
+        raise StorageError(f"connection: {text}") from error
+
+
+def _from_django(connection: Any) -> DriversConnection:
+    # django.core.cache.cache is a proxy of the same class.
+    if getattr(connection, "vendor", None) not in ("sqlite", "postgresql"):
+        raise unsupported(connection, "Django's connection to SQLite or PostgreSQL")
+    from django.db.utils import Error
+
+    try:
+        connection.validate_thread_sharing()
+        connection.ensure_connection()
+        connection.validate_no_broken_transaction()
+    except Error as error:
+        what = StorageError if connection.connection else StorageUnavailableError
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise what(f"connection: {line}") from error
+    return _from_driver(connection.connection)
+
+
+_BLOCKING = ("sqlite3.Connection", "psycopg.Connection")
+_ASYNCHRONOUS = (
+    "aiosqlite.core.Connection",
+    "psycopg.AsyncConnection",
+    "asyncpg.connection.Connection",
+)
+_UNWRAPPERS: dict[str, Callable[[Any], DriversConnection]] = {
+    **dict.fromkeys(_BLOCKING, _from_driver),
+    "sqlite_utils.db.Database": _from_sqlite_utils,
+    "sqlalchemy.orm.session.Session": _from_session,
+    "sqlalchemy.orm.scoping.scoped_session": _from_session,
+    "sqlalchemy.engine.base.Connection": _from_sqlalchemy,
+    "django.db.backends.base.base.BaseDatabaseWrapper": _from_django,
+    "django.utils.connection.ConnectionProxy": _from_django,
+}
+_RUN_SYNC = "what AsyncSession.run_sync gives to its function: run_sync(lambda session: ...)"
+_ADVICE = {
+    "sqlalchemy.ext.asyncio.session.AsyncSession": _RUN_SYNC,
+    "sqlalchemy.ext.asyncio.scoping.async_scoped_session": _RUN_SYNC,
+    "sqlalchemy.ext.asyncio.engine.AsyncConnection": _RUN_SYNC,
+    "aiosqlite.core.Connection": _RUN_SYNC,
+    "asyncpg.connection.Connection": _RUN_SYNC,
+    "psycopg.AsyncConnection": _RUN_SYNC,
+    "sqlalchemy.engine.base.Engine": "a Session or Connection of the engine",
+    "psycopg_pool.base.BasePool": "a connection of the pool",
+    "psycopg2.extensions.connection": (
+        "a connection of psycopg 3, which Django prefers once it is installed, and SQLAlchemy uses"
+        " for postgresql+psycopg://"
+    ),
+}

@@ -1,0 +1,83 @@
+"""The storage's pool and its table: described once, and created before the first write."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from usermetadata._core.postgres.statements import OF_THE_TABLE
+from usermetadata._core.postgres.transactions import PooledTransaction
+from usermetadata.exceptions import StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from psycopg import Connection
+
+    from usermetadata._core.postgres.connections import Connections
+    from usermetadata._core.postgres.statements import Table
+    from usermetadata._core.postgres.transactions import Transaction
+
+T = TypeVar("T")
+
+
+class PooledConnections:
+    """Reads and writes through the connections of a pool.
+
+    Args:
+        connections: the pool.
+        table: the table.
+        timeout: seconds that a write waits for row locks.
+    """
+
+    def __init__(self, connections: Connections, table: Table, timeout: float) -> None:
+        self.connections = connections
+        self.name = connections.name
+        self._table = table
+        self._timeout = str(round(timeout * 1000))
+
+    def run(
+        self, work: Callable[[Transaction], T], absent: T | None = None, *, is_write: bool = False
+    ) -> T:
+        """Return what ``work`` returns; it may be called again where that is safe.
+
+        Args:
+            work: the work.
+            absent: what to return if there is no table; without it, the table is created.
+            is_write: whether the work writes.
+        """
+        length = self._prepare(create=absent is None)
+        if not length and absent is not None:
+            return absent
+
+        def work_with(connection: Connection[Any]) -> T:
+            return work(PooledTransaction(self._table, connection, self._timeout, length))
+
+        try:
+            return self.connections.run(work_with, is_write=is_write)
+        except StorageError as error:
+            # No error of a table that was changed or dropped may outlive it.
+            if isinstance(error.__cause__, OF_THE_TABLE):
+                self._table.forget()
+            raise
+
+    def check_open(self) -> None:
+        """Raise ``UsageError`` if the pool is closed."""
+        self.connections.check_open()
+
+    def close(self) -> None:
+        """Close the pool, unless it is the caller's."""
+        self.connections.close()
+
+    def _prepare(self, *, create: bool) -> int:
+        """Describe the table; return the length of the longest user id, 0 without a table."""
+        # Another thread may forget the description at any time.
+        length = self._table.user_id_length
+        if not length:
+            self.connections.run_first(self._table.describe)
+            length = self._table.user_id_length
+        while create and not length:
+            # Its creation is committed before it is described.
+            self.connections.run(self._table.create)
+            self.connections.run(self._table.describe)
+            length = self._table.user_id_length
+        return length

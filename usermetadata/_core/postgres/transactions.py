@@ -1,0 +1,145 @@
+"""What one read or write does in a transaction: of its own in the pool, or inside the caller's."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from psycopg import Cursor
+from psycopg.pq import TransactionStatus
+from psycopg.rows import tuple_row
+
+from usermetadata._core.postgres.outcomes import (
+    UncommittedError,
+    before_commit,
+    check_committed,
+    is_gone,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from psycopg import Connection
+
+    from usermetadata._core.postgres.statements import Table
+
+
+class Statement(NamedTuple):
+    """A statement and its parameters, by name; one without any cannot be prepared."""
+
+    text: bytes
+    parameters: Mapping[str, object] | None = None
+
+
+class Answer(NamedTuple):
+    """The answer to a statement: its rows, how many it has stored, and PostgreSQL's word for it."""
+
+    rows: list[tuple[Any, ...]]
+    affected: int
+    status: str | None
+
+
+class Transaction(ABC):
+    """The transaction of one read or write; each method is one round trip.
+
+    Args:
+        table: the table that the statements are for.
+
+    Attributes:
+        table: the same.
+        timeout: milliseconds that a statement waits for a lock; ``None`` as the session has it.
+        user_id_length: how many characters a user id may have in the table.
+    """
+
+    timeout: str | None = None
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.user_id_length = table.user_id_length
+
+    @abstractmethod
+    def at_once(self, statements: Sequence[Statement]) -> list[Answer]:
+        """Begin, execute the statements and commit."""
+
+    @abstractmethod
+    def begin(self, statements: Sequence[Statement]) -> list[Answer]:
+        """Begin and execute the statements."""
+
+    @abstractmethod
+    def go_on(self, statements: Sequence[Statement]) -> list[Answer]:
+        """Execute the statements in what was begun."""
+
+    @abstractmethod
+    def end(self, statements: Sequence[Statement]) -> list[Answer]:
+        """Execute the statements and commit what was begun."""
+
+    @abstractmethod
+    def undo(self) -> None:
+        """Undo what an error has left open, so that the work can be done in another way."""
+
+
+class PooledTransaction(Transaction):
+    """A transaction on a connection of the storage's pool."""
+
+    def __init__(
+        self, table: Table, connection: Connection[Any], timeout: str, user_id_length: int
+    ) -> None:
+        super().__init__(table)
+        self.timeout = timeout
+        self.user_id_length = user_id_length  # another thread may forget the table's
+        self._connection = connection
+
+    def at_once(self, statements: Sequence[Statement]) -> list[Answer]:
+        """Execute the statements: a pipeline is one transaction, without BEGIN and COMMIT."""
+        with self._connection.pipeline() if len(statements) > 1 else nullcontext():
+            cursors = self._execute(statements)
+        return [answer(cursor) for cursor in cursors]
+
+    def begin(self, statements: Sequence[Statement]) -> list[Answer]:
+        """Begin; an error before ``end`` leaves a transaction, which ``Connections`` rolls back."""
+        with before_commit(), self._connection.pipeline():
+            self._connection.execute("BEGIN")
+            cursors = self._execute(statements)
+        return self._answers(cursors)
+
+    def go_on(self, statements: Sequence[Statement]) -> list[Answer]:
+        """Execute the statements."""
+        with before_commit(), self._connection.pipeline():
+            cursors = self._execute(statements)
+        return self._answers(cursors)
+
+    def _answers(self, cursors: Sequence[Cursor[tuple[Any, ...]]]) -> list[Answer]:
+        if self._connection.pgconn.transaction_status != TransactionStatus.INTRANS:
+            raise UncommittedError("the transaction has ended before its COMMIT")
+        return [answer(cursor) for cursor in cursors]
+
+    def end(self, statements: Sequence[Statement]) -> list[Answer]:
+        """Commit, if the connection is still there."""
+        if is_gone(self._connection):
+            with before_commit():
+                self._connection.execute("SELECT 1")  # its error is the server's reason
+            raise UncommittedError
+        with self._connection.pipeline():
+            cursors = self._execute(statements)
+            committed = self._connection.execute("COMMIT")
+        check_committed(committed.statusmessage)
+        return [answer(cursor) for cursor in cursors]
+
+    def undo(self) -> None:
+        """Roll back a transaction that a pooler has left open."""
+        with before_commit():
+            self._connection.rollback()
+
+    def _execute(self, statements: Sequence[Statement]) -> list[Cursor[tuple[Any, ...]]]:
+        # A borrowed pool may make other cursors and rows.
+        return [
+            Cursor(self._connection, row_factory=tuple_row).execute(*statement)
+            for statement in statements
+        ]
+
+
+def answer(cursor: Cursor[tuple[Any, ...]]) -> Answer:
+    """Return what a cursor has received."""
+    rows = cursor.fetchall() if cursor.description else []
+    return Answer(rows, cursor.rowcount, cursor.statusmessage)
