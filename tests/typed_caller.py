@@ -94,20 +94,12 @@ class SettingsUpdate(TypedDict, total=False):
 
 
 def use_types() -> bool:
-    """Use a store whose metadata has a type; what is wrong is found by mypy and pyright."""
+    """Use a store whose metadata has a type."""
     users = UserMetadata[Settings]("memory://")
     assert_type(users.syncio.update_user_metadata("alice", {"n": 1}), MetadataResult[Settings])
     assert_type(users.for_app("shop").syncio.get_user_metadata("alice").metadata, Settings)
     assert_type(users.syncio.erase_user("bob").by_app, dict[str, Settings])
     users.syncio.modify_user_metadata("alice", lambda found: {"n": found.get("n", 0) + 1})
-
-    def unused() -> None:
-        users.syncio.update_user_metadata("a", {"n": ""})  # type: ignore[typeddict-item] # pyright: ignore[reportArgumentType]
-        users.syncio.set_user_metadata("a", {"m": 1})  # type: ignore[typeddict-unknown-key] # pyright: ignore[reportArgumentType]
-        users.syncio.update_bulk_user_metadata({"a": {"n": ""}})  # type: ignore[typeddict-item] # pyright: ignore[reportArgumentType]
-        users.syncio.modify_user_metadata("a", lambda _: {"n": ""})  # type: ignore[typeddict-item] # pyright: ignore[reportArgumentType]
-
-    assert callable(unused)
     other = UserMetadata[Settings, SettingsUpdate]("memory://")
     other.syncio.update_user_metadata("alice", {"theme": None})
     plain = UserMetadata("memory://")
