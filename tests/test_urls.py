@@ -84,7 +84,7 @@ def test_a_factory_is_named_by_its_module() -> None:
     [
         (
             "mysql://u:secret@host/db",
-            "unsupported storage URL: mysql://; known are broken://, memory://, postgresql://, shelf",
+            "unsupported storage URL: mysql://; known are broken://, memory://, postgresql:",
         ),
         ("broken://x", "dict is not a storage"),
         ("shelf_storage:missing", "shelf_storage:missing: module 'shelf_storage' has no attribute"),
