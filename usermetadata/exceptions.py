@@ -34,6 +34,30 @@ class StorageBusyError(StorageError, TimeoutError):
     """Timed out waiting for another writer, a row lock or a connection; nothing was written."""
 
 
+class NotUniqueError(UserMetadataError, ValueError):
+    """Another user of the app has the same value of a property whose index is unique.
+
+    Nothing was written.
+
+    Args:
+        name: the property.
+        user_id: the user who has the value; ``None`` if that is not known.
+
+    Attributes:
+        name: the same.
+        user_id: likewise.
+    """
+
+    def __init__(self, name: str, user_id: str | None = None) -> None:
+        who = "another user" if user_id is None else f"user {user_id!r}"
+        super().__init__(
+            f"property {name!r}: {who} has this value, and its index is unique; nothing was"
+            " written; choose another value"
+        )
+        self.name = name
+        self.user_id = user_id
+
+
 class DamagedMetadataError(StorageError, ValueError):
     """A stored row is not a JSON object; setting or clearing the user's metadata repairs it.
 

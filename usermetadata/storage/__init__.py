@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
     from typing import Self
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
+    from usermetadata.indexes import Index, Value
 
 
 @runtime_checkable
@@ -182,4 +183,65 @@ class JoiningStorage(Storage, Protocol):
             InvalidInputError: the connection is of no supported kind, or is one to another
                 database.
         """
+        ...
+
+
+@runtime_checkable
+class IndexedStorage(ListingStorage, Protocol):
+    """A storage that finds users by properties that have an index, as the storages here can.
+
+    ``write`` refuses values that cannot be indexed, with ``InvalidInputError``, and a value of a
+    unique index that another user of the app has, with ``NotUniqueError``. Nothing of the whole
+    ``write`` is stored then. What counts is the state after all changes of the ``write``, so two
+    users can swap their values. This holds for all writers, from any thread or process.
+    """
+
+    @property
+    def indexes(self) -> tuple[Index, ...]:
+        """The indexes that were declared."""
+        ...
+
+    def find(self, where: Mapping[str, Value], after: str, limit: int) -> dict[str, Metadata]:
+        """Return the metadata of the next users whose properties have these values.
+
+        Args:
+            where: properties and their values, at least one of them indexed. Equality is of JSON
+                type and value: ``1``, ``1.0``, ``True`` and ``"1"`` differ.
+            after: the last user of the page before; ``""`` to begin.
+            limit: how many users to return at most.
+
+        Returns:
+            The metadata by user id, in the order of ``read_after``, all as of one moment.
+
+        Raises:
+            StorageError: as ``read`` does.
+        """
+        ...
+
+    def count(self, where: Mapping[str, Value] | None) -> int:
+        """Return how many users have these values; without ``where``, how many users there are.
+
+        Raises:
+            StorageError: as ``read`` does.
+        """
+        ...
+
+    def stored_indexes(self) -> tuple[Index, ...]:
+        """Return the indexes that exist in the database, declared or not."""
+        ...
+
+    def build_indexes(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """Build the declared indexes that are missing, all or none; other writers may go on.
+
+        Args:
+            progress: called from time to time with how many rows are done, and of how many.
+
+        Returns:
+            One line for each row that is in the way: whose value cannot be indexed, or is not
+            unique. If there are any, nothing is changed.
+        """
+        ...
+
+    def drop_index(self, name: str) -> None:
+        """Remove an index from the database; without one of this name, nothing happens."""
         ...
