@@ -12,6 +12,7 @@ from usermetadata.client import UserMetadata, UserMetadataRecipe, close, init, w
 from usermetadata.exceptions import (
     DamagedMetadataError,
     InvalidInputError,
+    NotUniqueError,
     OutcomeUnknownError,
     StorageBusyError,
     StorageError,
@@ -23,6 +24,7 @@ from usermetadata.interfaces import InputOverrideConfig, UserMetadataOverrideCon
 from usermetadata.merge import merge_metadata
 
 if TYPE_CHECKING:
+    from usermetadata.indexes import Index
     from usermetadata.storage import Storage
     from usermetadata.storage.memory import InMemoryStorage
     from usermetadata.storage.postgres import PostgresStorage as PostgresStorage
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "InMemoryStorage": "usermetadata.storage.memory",
+    "Index": "usermetadata.indexes",
     "PostgresStorage": "usermetadata.storage.postgres",
     "SQLiteStorage": "usermetadata.storage.sqlite",
     "Storage": "usermetadata.storage",
@@ -49,8 +52,10 @@ def __getattr__(name: str) -> object:
 __all__ = [
     "DamagedMetadataError",
     "InMemoryStorage",
+    "Index",
     "InputOverrideConfig",
     "InvalidInputError",
+    "NotUniqueError",
     "OutcomeUnknownError",
     "SQLiteStorage",
     "Storage",

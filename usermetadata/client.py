@@ -12,12 +12,13 @@ from usermetadata.exceptions import InvalidInputError, UsageError
 from usermetadata.interfaces import M, U, UserMetadataOverrideConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Generator, Iterable, Mapping
     from contextlib import AbstractContextManager
     from typing import Self
 
     from usermetadata._core.functions import Functions
     from usermetadata.asyncio import AsyncioUserMetadata
+    from usermetadata.indexes import Index
     from usermetadata.interfaces import RecipeInterface
     from usermetadata.storage import Storage
     from usermetadata.syncio import SyncioUserMetadata
@@ -44,6 +45,7 @@ class UserMetadata(Generic[M, U]):
             pydantic model, or another object with a method ``validate_python``. What it returns is
             ignored: the metadata is stored as it was passed. An exception becomes the cause of an
             ``InvalidInputError``.
+        indexes: the properties that users can be found by, for a URL or a path.
 
     Attributes:
         syncio: the functions of :mod:`usermetadata.syncio`, on this store.
@@ -68,6 +70,7 @@ class UserMetadata(Generic[M, U]):
         override: UserMetadataOverrideConfig | None = None,
         app_id: str | None = None,
         model: object = None,
+        indexes: Iterable[Index] = (),
     ) -> None:
         if not isinstance(override, (UserMetadataOverrideConfig, type(None))):
             raise InvalidInputError(
@@ -78,7 +81,9 @@ class UserMetadata(Generic[M, U]):
         from usermetadata._core.functions import Functions, Store
         from usermetadata._core.urls import open_storage
 
-        store = Store(open_storage(storage), is_ours=isinstance(storage, (str, os.PathLike)))
+        store = Store(
+            open_storage(storage, indexes), is_ours=isinstance(storage, (str, os.PathLike))
+        )
         self._use(Functions(store, override, model, app_id))
 
     if not TYPE_CHECKING:
@@ -223,16 +228,18 @@ class UserMetadataRecipe(UserMetadata[dict[str, Any], "Mapping[str, Any]"]):
     def init(
         storage: Storage | str | os.PathLike[str] | None = None,
         override: UserMetadataOverrideConfig | None = None,
+        indexes: Iterable[Index] = (),
     ) -> None:
         """See :func:`usermetadata.init`."""
         from usermetadata._core.urls import DEFAULT_URL
 
         if storage is None:
             storage = os.environ.get("USERMETADATA_URL") or DEFAULT_URL
-        recipe = UserMetadataRecipe(storage, override=override)
+        indexes = tuple(indexes)
+        recipe = UserMetadataRecipe(storage, override=override, indexes=indexes)
         # A relative path names another file in another directory; the representation tells.
         is_named = isinstance(storage, (str, os.PathLike))
-        made_by = (str(storage), repr(recipe)) if is_named else (storage, ""), override
+        made_by = (str(storage), repr(recipe)) if is_named else (storage, ""), override, indexes
         with UserMetadataRecipe._lock:
             if UserMetadataRecipe._instance is None:
                 UserMetadataRecipe._replace(recipe, made_by)
@@ -300,6 +307,7 @@ class UserMetadataRecipe(UserMetadata[dict[str, Any], "Mapping[str, Any]"]):
 def init(
     storage: Storage | str | os.PathLike[str] | None = None,
     override: UserMetadataOverrideConfig | None = None,
+    indexes: Iterable[Index] = (),
 ) -> None:
     """Choose where metadata is stored; call it once, before any other function.
 
@@ -314,6 +322,8 @@ def init(
             environment variable ``USERMETADATA_URL``, and ``sqlite:///users.db`` if that is not
             set.
         override: replaces or wraps the functions, for both facades.
+        indexes: the properties that users can be found by, for a URL or a path; a storage gets them
+            in its constructor.
 
     Raises:
         UsageError: ``init`` was called before with other arguments, and ``close`` not since.
@@ -328,7 +338,7 @@ def init(
 
     For more than one store in a process use :class:`usermetadata.UserMetadata`.
     """
-    UserMetadataRecipe.init(storage, override)
+    UserMetadataRecipe.init(storage, override, indexes)
 
 
 def within(

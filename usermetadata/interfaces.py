@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import TypeVar
 
+    from usermetadata.indexes import Value
+
     M = TypeVar("M", bound=Mapping[str, Any], default=dict[str, Any])
     U = TypeVar("U", bound=Mapping[str, Any], default=M, contravariant=True)  # noqa: PLC0105 - it is shown
 else:
@@ -126,6 +128,28 @@ class RecipeInterface(ABC):
         user_context: dict[str, Any],
     ) -> EraseUserResult[Any]:
         """See :func:`usermetadata.syncio.erase_user`."""
+        raise NotImplementedError
+
+    async def list_user_metadata(
+        self,
+        where: Mapping[str, Value] | None,
+        after: str,
+        limit: int,
+        user_context: dict[str, Any],
+    ) -> dict[str, MetadataResult[Any]]:
+        """See :func:`usermetadata.syncio.list_user_metadata`."""
+        raise NotImplementedError
+
+    async def count_user_metadata(
+        self, where: Mapping[str, Value] | None, user_context: dict[str, Any]
+    ) -> int:
+        """See :func:`usermetadata.syncio.count_user_metadata`."""
+        raise NotImplementedError
+
+    async def find_user_id(
+        self, where: Mapping[str, Value], user_context: dict[str, Any]
+    ) -> str | None:
+        """See :func:`usermetadata.syncio.find_user_id`."""
         raise NotImplementedError
 
     def check_change(  # noqa: B027 - without an override it checks nothing

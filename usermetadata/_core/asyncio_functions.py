@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from usermetadata._core.arguments import merges_of, modify_with, user_ids_of
+from usermetadata._core.queries import Count, Owner, Page
 from usermetadata.changes import Clear, Merge, Replace
 from usermetadata.interfaces import (
     ClearUserMetadataResult,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from usermetadata._core.runners import AsyncioRunner
+    from usermetadata.indexes import Value
 
 
 class AsyncioFunctions(RecipeInterface):
@@ -89,3 +91,23 @@ class AsyncioFunctions(RecipeInterface):
         user_id = check_user_id(user_id)
         erased = await self._runner.erase(user_id, user_context, all_apps=all_apps)
         return EraseUserResult(erased.get(self._runner.app_id, {}), erased)
+
+    async def list_user_metadata(
+        self,
+        where: Mapping[str, Value] | None,
+        after: str,
+        limit: int,
+        user_context: dict[str, Any],
+    ) -> dict[str, MetadataResult[Any]]:
+        found = await self._runner.ask(Page(where, after, limit))
+        return {user_id: MetadataResult(metadata) for user_id, metadata in found.items()}
+
+    async def count_user_metadata(
+        self, where: Mapping[str, Value] | None, user_context: dict[str, Any]
+    ) -> int:
+        return await self._runner.ask(Count(where))
+
+    async def find_user_id(
+        self, where: Mapping[str, Value], user_context: dict[str, Any]
+    ) -> str | None:
+        return await self._runner.ask(Owner(where))

@@ -188,6 +188,9 @@ def _overridden(
         "get_bulk_user_metadata",
         "update_bulk_user_metadata",
         "erase_user",
+        "list_user_metadata",
+        "count_user_metadata",
+        "find_user_id",
     ):
         function = getattr(overridden, name)
         if getattr(function, "__func__", None) is getattr(RecipeInterface, name):

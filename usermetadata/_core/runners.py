@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from usermetadata._core.checks import Checks
     from usermetadata._core.greenlets import Call
+    from usermetadata._core.queries import Query
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
     from usermetadata.interfaces import RecipeInterface
@@ -58,6 +59,12 @@ class BlockingRunner:
         if inside.get():
             check_outside(self.store)
         return self._storage.read(user_ids)
+
+    def ask(self, query: Query[T]) -> T:
+        """Return the answer to a query."""
+        if inside.get():
+            check_outside(self.store)
+        return query.of(self._storage)
 
     def write(
         self, changes: Sequence[tuple[str, Change]], user_context: dict[str, Any]
@@ -117,6 +124,7 @@ class AsyncioRunner:
         self._reads_at_once: int = getattr(storage, "reads_in_flight", 1)
         self._writes_at_once: int = getattr(storage, "writes_in_flight", 1)
         self._reads = LoopBatches(_read_together, self._reads_at_once)
+        self._queries = LoopBatches(_ask, self._reads_at_once)
         self._writes = LoopBatches(_write_together, self._writes_at_once)
 
     def for_app(self, app_id: str) -> Self:
@@ -138,6 +146,16 @@ class AsyncioRunner:
         if call is None and self._reads_at_once:
             return await self._reads.submit(self._key, (storage, user_ids))
         return (call or call_here)(storage.read, user_ids)
+
+    async def ask(self, query: Query[T]) -> T:
+        """Return the answer to a query."""
+        if inside.get():
+            check_outside(self.store)
+        storage, call = self._here()
+        if call is None and self._reads_at_once:
+            answer: T = await self._queries.submit(None, (storage, query))
+            return answer
+        return (call or call_here)(query.of, storage)
 
     async def write(
         self, changes: Sequence[tuple[str, Change]], user_context: dict[str, Any]
@@ -181,6 +199,7 @@ class AsyncioRunner:
     def close(self) -> None:
         """Wait until the calls under way are executed, and end the worker threads."""
         self._reads.close()
+        self._queries.close()
         self._writes.close()
 
     def _here(self) -> tuple[Storage, Call | None]:
@@ -220,6 +239,10 @@ def _read_together(calls: list[tuple[Storage, Sequence[str]]]) -> list[dict[str,
         {user_id: take(user_id) for user_id in user_ids if user_id in found}
         for _, user_ids in calls
     ]
+
+
+def _ask(calls: list[tuple[Storage, Query[Any]]]) -> list[Any]:
+    return [query.of(storage) for storage, query in calls]
 
 
 def _write_together(

@@ -8,10 +8,12 @@ from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, cast
 
 from usermetadata.exceptions import InvalidInputError
+from usermetadata.indexes import check_indexes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+    from usermetadata.indexes import Index
     from usermetadata.storage import Storage
 
 DEFAULT_URL = "sqlite:///users.db"
@@ -30,19 +32,34 @@ _PARAMETERS: dict[str, dict[str, Callable[[str], object]]] = {
 }
 
 
-def open_storage(storage: Storage | str | os.PathLike[str]) -> Storage:
+def open_storage(
+    storage: Storage | str | os.PathLike[str], indexes: Iterable[Index] = ()
+) -> Storage:
     """Return the storage that a URL, a factory or a path names, or the storage itself.
 
+    Args:
+        storage: one of these.
+        indexes: the properties that users can be found by.
+
     Raises:
-        InvalidInputError: it is none of these.
+        InvalidInputError: it is none of these, or has its own indexes.
     """
+    arguments = {"indexes": check_indexes(indexes)} if indexes else {}
     if isinstance(storage, os.PathLike):
-        return _open_sqlite(storage)
-    if not isinstance(storage, str):
-        return check_storage(storage)
-    if _FACTORY.fullmatch(storage):
-        return _call_factory(storage)
-    return _open_url(storage) if "://" in storage else _open_sqlite(storage)
+        return _open_sqlite(storage, **arguments)
+    if isinstance(storage, str) and "://" in storage:
+        return _open_url(storage, arguments)
+    if isinstance(storage, str) and not _FACTORY.fullmatch(storage):
+        return _open_sqlite(storage, **arguments)
+    _refuse_indexes(arguments)
+    return _call_factory(storage) if isinstance(storage, str) else check_storage(storage)
+
+
+def _refuse_indexes(arguments: dict[str, Any]) -> None:
+    if arguments:
+        raise InvalidInputError(
+            "indexes: the storage was made already; pass them to its constructor"
+        )
 
 
 def check_storage(storage: object) -> Storage:
@@ -85,7 +102,7 @@ _GROUP = "usermetadata.storages"  # of entry points
 _METHODS = ("read", "write", "for_app", "close")
 
 
-def _open_url(url: str) -> Storage:
+def _open_url(url: str, indexes: dict[str, Any]) -> Storage:
     scheme, _, rest = url.partition("://")
     kind = scheme.lower().partition("+")[0]  # SQLAlchemy adds a driver: postgresql+psycopg
     kind = "postgresql" if kind == "postgres" else kind
@@ -94,6 +111,7 @@ def _open_url(url: str) -> Storage:
     place, _, query = address.partition("?")
     place = f"{credentials}{at}{place}"
     arguments, others = _arguments(kind, query)
+    arguments |= indexes
     if kind == "postgresql":
         from usermetadata.storage.postgres import PostgresStorage
 
@@ -110,6 +128,7 @@ def _open_url(url: str) -> Storage:
         return InMemoryStorage(**arguments)
     if kind == "sqlite" and (place[:1] in ("", "/") or place == ":memory:"):
         return _open_sqlite(place.removeprefix("/") or ":memory:", **arguments)
+    _refuse_indexes(indexes)
     return _open_installed(scheme.lower(), url)
 
 

@@ -21,6 +21,7 @@ from usermetadata.interfaces import (
 if TYPE_CHECKING:
     from usermetadata._core.default import Default
     from usermetadata._core.functions import Functions
+    from usermetadata.indexes import Value
 
 
 class AsyncioUserMetadata(Generic[M, U]):
@@ -323,6 +324,99 @@ class AsyncioUserMetadata(Generic[M, U]):
         context = {} if user_context is None else user_context
         return await self._functions.asynchronous.erase_user(user_id, all_apps, context)
 
+    async def list_user_metadata(
+        self,
+        where: Mapping[str, Value] | None = None,
+        user_context: dict[str, Any] | None = None,
+        *,
+        after: str = "",
+        limit: int = 100,
+    ) -> dict[str, MetadataResult[M]]:
+        """Return the next users and their metadata: all users, or those with some values.
+
+        Args:
+            where: root-level properties and their values, at least one of them indexed: ``str``,
+                ``int`` or ``bool``. Equality is of JSON type and value: ``1``, ``True`` and ``"1"``
+                differ. ``None`` means all users.
+            user_context: passed to an override unchanged; this library ignores it.
+            after: the last user id of the page before; ``""`` to begin.
+            limit: how many users to return at most, 1 or more.
+
+        Returns:
+            The results by user id, in the order of user ids, all as of one moment. The last user id
+            is the next ``after``; the last page has fewer than ``limit`` users.
+
+        Raises:
+            InvalidInputError: an argument is not valid.
+            UsageError: ``usermetadata.init`` was not called, no property of ``where`` is indexed,
+                or the storage cannot find users.
+            StorageError: the storage failed; ``__cause__`` is its driver's error.
+            StorageBusyError: timed out waiting for a writer or a connection.
+            StorageUnavailableError: the server cannot be reached.
+            DamagedMetadataError: the row of one of them is not a JSON object. Its ``user_id`` names
+                the user, so that a caller can go on after that one.
+
+        Example:
+            >>> await set_user_metadata("heidi", {"plan": "pro"})
+            MetadataResult(metadata={'plan': 'pro'})
+            >>> await list_user_metadata(after="h", limit=1)
+            {'heidi': MetadataResult(metadata={'plan': 'pro'})}
+        """
+        context = {} if user_context is None else user_context
+        return await self._functions.asynchronous.list_user_metadata(where, after, limit, context)
+
+    async def count_user_metadata(
+        self,
+        where: Mapping[str, Value] | None = None,
+        user_context: dict[str, Any] | None = None,
+    ) -> int:
+        """Return how many users have metadata, or have some values in it.
+
+        Args:
+            where: as ``list_user_metadata`` takes it.
+            user_context: passed to an override unchanged; this library ignores it.
+
+        Returns:
+            The number of users. A user whose metadata is ``{}`` counts.
+
+        Raises:
+            InvalidInputError: ``where`` is not valid.
+            UsageError: as ``list_user_metadata`` does.
+            StorageError: likewise.
+
+        Example:
+            >>> await count_user_metadata() > 0
+            True
+        """
+        context = {} if user_context is None else user_context
+        return await self._functions.asynchronous.count_user_metadata(where, context)
+
+    async def find_user_id(
+        self, where: Mapping[str, Value], user_context: dict[str, Any] | None = None
+    ) -> str | None:
+        """Return the user who has a value of a unique index.
+
+        Args:
+            where: as ``list_user_metadata`` takes it; one of its properties has a unique index.
+            user_context: passed to an override unchanged; this library ignores it.
+
+        Returns:
+            The user id; ``None`` if no user has these values.
+
+        Raises:
+            InvalidInputError: ``where`` is not valid.
+            UsageError: ``usermetadata.init`` was not called, or no property of ``where`` has a
+                unique index.
+            StorageError: as ``list_user_metadata`` does.
+
+        Example:
+            With ``init(url, indexes=[Index("stripe_customer_id", unique=True)])``::
+
+                user_id = await find_user_id({"stripe_customer_id": "cus_42"})
+        """
+        context = {} if user_context is None else user_context
+        return await self._functions.asynchronous.find_user_id(where, context)
+
 
 _of_init: AsyncioUserMetadata[dict[str, Any], Mapping[str, Any]] = AsyncioUserMetadata(default)
 get_user_metadata = _of_init.get_user_metadata
@@ -333,3 +427,6 @@ modify_user_metadata = _of_init.modify_user_metadata
 get_bulk_user_metadata = _of_init.get_bulk_user_metadata
 update_bulk_user_metadata = _of_init.update_bulk_user_metadata
 erase_user = _of_init.erase_user
+list_user_metadata = _of_init.list_user_metadata
+count_user_metadata = _of_init.count_user_metadata
+find_user_id = _of_init.find_user_id

@@ -5,19 +5,23 @@ from __future__ import annotations
 import marshal
 import threading
 from heapq import nsmallest
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from usermetadata._core.apps import OfOneApp
 from usermetadata._core.erasing import Erasure
 from usermetadata._core.forking import ForkHooks, notice, watch
+from usermetadata._core.lookup import Lookup
 from usermetadata.changes import apply_in_order
 from usermetadata.exceptions import UsageError
+from usermetadata.indexes import check_indexes, matches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
+    from usermetadata.indexes import Index, Value
 
     Key = tuple[str, str]
 
@@ -30,9 +34,10 @@ class InMemoryStorage(OfOneApp):
 
     Args:
         app_id: the app whose rows these are.
+        indexes: the properties that users can be found by.
 
     Raises:
-        InvalidInputError: the app id is not valid.
+        InvalidInputError: the app id or an index is not valid.
 
     Example:
         >>> from usermetadata.changes import Merge
@@ -45,9 +50,9 @@ class InMemoryStorage(OfOneApp):
 
     reads_in_flight = writes_in_flight = 0
 
-    def __init__(self, *, app_id: str = "public") -> None:
+    def __init__(self, *, app_id: str = "public", indexes: Iterable[Index] = ()) -> None:
         super().__init__(app_id)
-        self._store = _Store()
+        self._store = _Store(Lookup(check_indexes(indexes)))
 
     def __repr__(self) -> str:
         return f"InMemoryStorage(app_id={self._app_id!r})"
@@ -104,14 +109,61 @@ class InMemoryStorage(OfOneApp):
                 results = apply_in_order(
                     keyed, staged, decode=lambda _, row: _decode(row), encode=_encode
                 )
+                lookup = store.lookup
+                old = new = None
+                if lookup.indexes:
+                    keys = [key for key, _ in keyed]
+                    new = lookup.values(dict(zip(keys, results, strict=True)))
+                    lookup.check_unique(new, keys)
+                    before = {key: row for key in keys if (row := rows.get(key)) is not None}
+                    old = lookup.values({key: _decode(row) for key, row in before.items()})
+                    lookup.add(new)
                 # One step: an interrupt cannot split it. None already counts as no row.
                 rows.update({key: staged.get(key) for key, _ in keyed})
                 for key, _ in keyed:
                     if rows.get(key, b"") is None:
                         del rows[key]
+                if old and new is not None:
+                    lookup.remove(old, new)
                 return results
             finally:
                 store.is_writing = False
+
+    @property
+    def indexes(self) -> tuple[Index, ...]:
+        """The indexes that were declared."""
+        return self._store.lookup.indexes
+
+    def find(self, where: Mapping[str, Value], after: str, limit: int) -> dict[str, Metadata]:
+        """Return the metadata of the next users that have these values, in order."""
+        with self._store.lock:
+            return dict(islice(self._found(where, after), limit))
+
+    def count(self, where: Mapping[str, Value] | None) -> int:
+        """Return how many users have these values, or how many there are."""
+        with self._store.lock:
+            if where is not None:
+                return sum(1 for _ in self._found(where, ""))
+            keys = self._store.rows()
+            return sum(1 for app_id, _ in keys if app_id == self._app_id)
+
+    def stored_indexes(self) -> tuple[Index, ...]:
+        """Return the declared indexes: they exist from the first write on."""
+        return self.indexes
+
+    def build_indexes(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """Do nothing: no index is missing."""
+        return []
+
+    def drop_index(self, name: str) -> None:
+        """Do nothing: what is declared here stays until the storage is closed."""
+
+    def _found(self, where: Mapping[str, Value], after: str) -> Iterator[tuple[str, Metadata]]:
+        rows = self._store.rows()
+        for user_id in sorted(self._store.lookup.users(self._app_id, where)):
+            row = rows.get((self._app_id, user_id))
+            if user_id > after and row is not None and matches(metadata := _decode(row), where):
+                yield user_id, metadata
 
     def close(self) -> None:
         """Forget every row."""
@@ -131,7 +183,8 @@ def _decode(row: bytes) -> Any:
 class _Store(ForkHooks):
     """The rows of all apps, for one thread at a time: the one that has ``lock``."""
 
-    def __init__(self) -> None:
+    def __init__(self, lookup: Lookup) -> None:
+        self.lookup = lookup
         self._rows: dict[Key, bytes | None] | None = {}
         self.after_fork_in_child()
         watch(self)

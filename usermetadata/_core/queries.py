@@ -1,0 +1,98 @@
+"""What the functions that find users ask of a storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from usermetadata.exceptions import InvalidInputError, UsageError
+from usermetadata.indexes import check_where
+from usermetadata.storage import IndexedStorage, ListingStorage
+
+if TYPE_CHECKING:
+    from usermetadata.codec import Metadata
+    from usermetadata.storage import Storage
+
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Query(Protocol[R_co]):
+    """A question to a storage."""
+
+    def of(self, storage: Storage) -> R_co:
+        """Return the storage's answer."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The next users, all of them or those with some values.
+
+    Raises:
+        InvalidInputError: ``after`` or ``limit`` is not valid.
+    """
+
+    where: object
+    after: object
+    limit: object
+
+    def of(self, storage: Storage) -> dict[str, Metadata]:
+        """Return their metadata by user id."""
+        after, limit = self.after, self.limit
+        if not isinstance(after, str):
+            raise InvalidInputError(
+                f"after: {type(after).__name__} is not a user id; pass the last one of the page"
+                ' before, or "" to begin'
+            )
+        if not isinstance(limit, int) or limit < 1:
+            raise InvalidInputError(f"limit: {limit!r} is not 1 or more; pass for example 100")
+        if self.where is not None:
+            indexed = _indexed(storage)
+            return indexed.find(check_where(self.where, indexed.indexes), after, limit)
+        if not isinstance(storage, ListingStorage):
+            raise UsageError(
+                f"list_user_metadata: {type(storage).__name__} cannot list users; define read_after"
+            )
+        return storage.read_after(after, limit)
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How many users there are, or have some values."""
+
+    where: object
+
+    def of(self, storage: Storage) -> int:
+        """Return the number."""
+        indexed = _indexed(storage)
+        if self.where is None:
+            return indexed.count(None)
+        return indexed.count(check_where(self.where, indexed.indexes))
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The user who has a unique value."""
+
+    where: object
+
+    def of(self, storage: Storage) -> str | None:
+        """Return the user id, if there is one."""
+        indexed = _indexed(storage)
+        where = check_where(self.where, indexed.indexes)
+        if not any(index.unique and index.name in where for index in indexed.indexes):
+            name = next(iter(where))
+            raise UsageError(
+                "find_user_id: no property of where has a unique index, so several users may have"
+                f" these values; declare Index({name!r}, unique=True), or use list_user_metadata"
+            )
+        return next(iter(indexed.find(where, "", 1)), None)
+
+
+def _indexed(storage: Storage) -> IndexedStorage:
+    if not isinstance(storage, IndexedStorage):
+        raise UsageError(
+            f"where: {type(storage).__name__} has no indexes; use a storage of this library, or"
+            " define the methods of IndexedStorage"
+        )
+    return storage
