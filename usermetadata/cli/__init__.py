@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from usermetadata.cli.finding import count, find, index, list_
 from usermetadata.cli.group import main
 from usermetadata.cli.serving import serve
 from usermetadata.cli.transfer import export, import_, import_supertokens
@@ -9,5 +10,9 @@ from usermetadata.cli.users import clear, erase, get, set_, update
 
 __all__ = ["main"]
 
-for command in (get, set_, update, clear, erase, export, import_, import_supertokens, serve):
+for command in (
+    *(get, set_, update, clear, erase),
+    *(list_, count, find, index),
+    *(export, import_, import_supertokens, serve),
+):
     main.add_command(command)

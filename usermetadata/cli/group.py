@@ -14,10 +14,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from usermetadata._core.urls import DEFAULT_URL, open_storage
-from usermetadata.exceptions import InvalidInputError, StorageError, UsageError
+from usermetadata.exceptions import (
+    InvalidInputError,
+    NotUniqueError,
+    StorageError,
+    UsageError,
+)
+from usermetadata.storage import IndexedStorage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from usermetadata.indexes import Index
 
 
 class _Group(click.Group):
@@ -27,7 +35,7 @@ class _Group(click.Group):
         _check_streams()
         try:
             return super().invoke(ctx)
-        except InvalidInputError as error:
+        except (InvalidInputError, NotUniqueError) as error:
             raise click.UsageError(str(error)) from error
         except MemoryError as error:
             raise click.UsageError("the input does not fit in memory; split it") from error
@@ -85,23 +93,29 @@ def main() -> None:
     """
 
 
-def with_storage(command: Callable[..., None], *, must_exist: bool = False) -> Callable[..., None]:
+storage_option = click.option(
+    "--storage",
+    "url",
+    envvar="USERMETADATA_URL",
+    default=DEFAULT_URL,
+    show_default=True,
+    show_envvar=True,
+    help="Where the metadata is: a URL, or the path of an SQLite file.",
+)
+
+
+def with_storage(
+    command: Callable[..., None], *, must_exist: bool = False, indexed: bool = False
+) -> Callable[..., None]:
     """Pass a command the storage that its options name.
 
     Args:
         command: takes the storage and its own arguments.
         must_exist: whether a file that is missing is an error.
+        indexed: whether the storage uses the indexes that the database has.
     """
 
-    @click.option(
-        "--storage",
-        "url",
-        envvar="USERMETADATA_URL",
-        default=DEFAULT_URL,
-        show_default=True,
-        show_envvar=True,
-        help="Where the metadata is: a URL, or the path of an SQLite file.",
-    )
+    @storage_option
     @click.option("--app-id", help="The app of the users.  [default: that of the URL, or public]")
     @functools.wraps(command)
     def command_with_storage(url: str, app_id: str | None, **arguments: object) -> None:
@@ -110,7 +124,13 @@ def with_storage(command: Callable[..., None], *, must_exist: bool = False) -> C
             path = url.removeprefix("sqlite:///").partition("?")[0]
         if must_exist and not ("://" in path or path == ":memory:" or os.path.exists(path)):
             raise InvalidInputError(f"--storage: there is no file {path}; name one that exists")
-        with closing(open_storage(url)) as storage:
+        indexes = _indexes(url) if indexed else ()
+        with closing(open_storage(url, indexes)) as storage:
             command(storage if app_id is None else storage.for_app(app_id), **arguments)
 
     return command_with_storage
+
+
+def _indexes(url: str) -> tuple[Index, ...]:
+    with closing(open_storage(url)) as storage:
+        return storage.stored_indexes() if isinstance(storage, IndexedStorage) else ()

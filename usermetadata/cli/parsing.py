@@ -13,6 +13,8 @@ from usermetadata.exceptions import InvalidInputError
 from usermetadata.validation import check_user_id
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from usermetadata.codec import Metadata
 
 
@@ -37,6 +39,24 @@ def parse(text: str | bytes, name: str) -> Any:
         raise InvalidInputError(f"{name}: it is not JSON: {where}") from error
     except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"{name}: {error}") from error
+
+
+def parse_where(pairs: Sequence[str]) -> dict[str, Any] | None:
+    """Return the properties of ``NAME=VALUE`` pairs; a value that is no JSON is a text.
+
+    Raises:
+        InvalidInputError: one has no equals sign, or a float would change its number.
+    """
+    where: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, text = pair.partition("=")
+        if not sign:
+            raise InvalidInputError("--where: it has no =; write NAME=VALUE, for example plan=pro")
+        try:
+            where[name] = parse_json(text, f"--where {name}")
+        except json.JSONDecodeError:
+            where[name] = text
+    return where or None
 
 
 def parse_line(line: bytes, number: int) -> tuple[str, Replace]:

@@ -1,0 +1,115 @@
+"""The commands that find users, and that build indexes: list, count, find, index."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import closing
+from functools import partial
+from typing import TYPE_CHECKING
+
+import click
+
+from usermetadata._core.blocking_functions import BlockingFunctions
+from usermetadata._core.runners import BlockingRunner
+from usermetadata._core.urls import open_storage
+from usermetadata.cli.group import storage_option, with_storage
+from usermetadata.cli.parsing import parse_where
+from usermetadata.codec import encode_metadata
+from usermetadata.exceptions import UsageError
+from usermetadata.indexes import Index
+from usermetadata.storage import IndexedStorage
+
+if TYPE_CHECKING:
+    from usermetadata.storage import Storage
+
+_PAGE = 1000  # users that are read together
+
+_where = click.option(
+    "--where",
+    "pairs",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A property and its value, as JSON or as a text. May be repeated.",
+)
+
+
+@click.command("list")
+@_where
+@click.option("--limit", type=click.IntRange(1), help="Show so many users at most.")
+@click.option("--after", default="", help="Skip the users up to this user id.")
+@partial(with_storage, must_exist=True, indexed=True)
+def list_(storage: Storage, pairs: tuple[str, ...], limit: int | None, after: str) -> None:
+    """Show users as JSON Lines, in the format of export: all, or those with some values.
+
+    At least one property of --where must have an index. A thousand users at a time are read as of
+    one moment.
+    """
+    functions, where = _functions(storage), parse_where(pairs)
+    left = limit
+    while left is None or left > 0:
+        size = _PAGE if left is None else min(left, _PAGE)
+        page = functions.list_user_metadata(where, after, size, {})
+        for after, found in page.items():
+            click.echo(encode_metadata({"userId": after, "metadata": found.metadata}))
+        if len(page) < size:
+            break
+        left = None if left is None else left - size
+
+
+@click.command()
+@_where
+@partial(with_storage, must_exist=True, indexed=True)
+def count(storage: Storage, pairs: tuple[str, ...]) -> None:
+    """Show how many users there are, or how many have some values."""
+    click.echo(_functions(storage).count_user_metadata(parse_where(pairs), {}))
+
+
+@click.command()
+@_where
+@partial(with_storage, must_exist=True, indexed=True)
+def find(storage: Storage, pairs: tuple[str, ...]) -> None:
+    """Show the id of the user who has a value of a unique index."""
+    user_id = _functions(storage).find_user_id(parse_where(pairs) or {}, {})
+    if user_id is None:
+        raise click.ClickException("no user has these values")
+    click.echo(user_id)
+
+
+@click.command()
+@click.option("--index", "names", multiple=True, metavar="NAME", help="Build this index.")
+@click.option("--unique", "unique", multiple=True, metavar="NAME", help="Build it as a unique one.")
+@click.option("--drop", "dropped", multiple=True, metavar="NAME", help="Remove this index.")
+@storage_option
+def index(
+    url: str, names: tuple[str, ...], unique: tuple[str, ...], dropped: tuple[str, ...]
+) -> None:
+    """Show the indexes of the database, build some, or remove some.
+
+    Programs may go on writing meanwhile. If a user has a value that cannot be indexed, or that is
+    not unique, each of them is named, nothing is built, and the exit code is 1.
+    """
+    wanted = [*(Index(name) for name in names), *(Index(name, unique=True) for name in unique)]
+    with closing(open_storage(url, wanted)) as storage:
+        if not isinstance(storage, IndexedStorage):
+            raise UsageError(f"--storage: {type(storage).__name__} has no indexes")
+        for name in dropped:
+            storage.drop_index(name)
+        hidden = not wanted or not sys.stderr.isatty()
+        with click.progressbar(length=1, label="Indexing", file=sys.stderr, hidden=hidden) as bar:
+
+            def show(done: int, of: int) -> None:
+                bar.length = of
+                bar.update(done - bar.pos)
+
+            faults = storage.build_indexes(show) if wanted else []
+        for fault in faults:
+            click.echo(fault, err=True)
+        if faults:
+            raise click.ClickException(f"{len(faults)} rows are in the way; nothing was built")
+        for each in storage.stored_indexes():
+            click.echo(json.dumps({"name": each.name, "unique": each.unique}))
+
+
+def _functions(storage: Storage) -> BlockingFunctions:
+    return BlockingFunctions(BlockingRunner(storage))
