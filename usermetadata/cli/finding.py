@@ -50,10 +50,11 @@ def list_(storage: Storage, pairs: tuple[str, ...], limit: int | None, after: st
     while left is None or left > 0:
         size = _PAGE if left is None else min(left, _PAGE)
         page = functions.list_user_metadata(where, after, size, {})
-        for after, found in page.items():
-            click.echo(encode_metadata({"userId": after, "metadata": found.metadata}))
+        for user_id, found in page.items():
+            click.echo(encode_metadata({"userId": user_id, "metadata": found.metadata}))
         if len(page) < size:
             break
+        after = next(reversed(page))
         left = None if left is None else left - size
 
 
