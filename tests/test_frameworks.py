@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -659,6 +660,28 @@ call_command("test", "django_orders_tests")
     assert "Ran 3 tests" in finished.stderr
     if url.startswith("sqlite"):
         assert not os.path.exists(url.removeprefix("sqlite:///"))
+
+
+def test_flask_sqlalchemys_relative_path_is_that_of_the_store(tmp_path: Path) -> None:
+    """Flask-SQLAlchemy puts it into the instance folder; metadata is in the same file."""
+    shutil.copy(EXAMPLES / "flask_sqlalchemy_app.py", tmp_path)
+    program = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+os.mkdir("elsewhere")
+os.chdir("elsewhere")
+from flask_sqlalchemy_app import app
+
+user = {"x-user-id": "alice"}
+assert app.test_client().post("/buy/tea", headers=user).status_code == 201
+assert app.test_client().get("/userinfo", headers=user).json == {"last_order": 1}
+"""
+    url = "sqlite:///shop.db"
+    command = [sys.executable, "-W", "error", "-c", program]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "DATABASE_URL": url}, check=True)
+    in_instance = f"sqlite:///{tmp_path}/instance/shop.db"
+    assert metadata_in(in_instance) == {"alice": {"last_order": 1}}
+    assert not os.listdir(tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize("name", FASTAPI_SHOPS)
