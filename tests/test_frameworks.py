@@ -314,8 +314,10 @@ def uvicorn(app: str) -> Generator[tuple[Send, list[str]], None, None]:
         for line in process.stderr:
             log.append(line)
             if "Uvicorn running on " in line:
-                yield over_http(line.partition("running on http://")[2].split()[0]), log
-                process.send_signal(signal.SIGTERM)
+                try:
+                    yield over_http(line.partition("running on http://")[2].split()[0]), log
+                finally:
+                    process.send_signal(signal.SIGTERM)
     assert "Finished server process" in log[-1]
     words = ("Warning", "Traceback", "ERROR", "Exception")
     assert not [line for line in log if any(word in line for word in words)]
