@@ -105,7 +105,11 @@ def _without_await(function: Callable[..., Coroutine[Any, Any, Any]]) -> Callabl
     return call
 
 
-FUNCTIONS = [name for name in dir(usermetadata.syncio) if name.endswith("_user_metadata")]
+FUNCTIONS = [
+    name
+    for name in dir(usermetadata.syncio)
+    if name.endswith("_user_metadata") or name == "erase_user"
+]
 FACADES: dict[str, Any] = {
     "syncio": usermetadata.syncio,
     "asyncio": SimpleNamespace(

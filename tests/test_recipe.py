@@ -262,11 +262,12 @@ def test_another_init_is_an_error() -> None:
     """The error of an ``init`` that would change something says what to do; the first stays."""
     usermetadata.init("memory://")
     syncio.update_user_metadata("alice", {"n": 1})
-    for arguments in (
+    others: list[tuple[Any, ...]] = [
         ("memory://?app_id=shop",),
         ("memory://", UserMetadataOverrideConfig(functions=Shouting)),
         (InMemoryStorage(),),
-    ):
+    ]
+    for arguments in others:
         with pytest.raises(UsageError, match=r"usermetadata.close\(\)"):
             usermetadata.init(*arguments)
     assert syncio.get_user_metadata("alice").metadata == {"n": 1}
@@ -277,7 +278,14 @@ def test_init_may_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     storage = InMemoryStorage()
     override = UserMetadataOverrideConfig(functions=lambda original: original)
-    for arguments in ((), ("memory://",), (Path("users.db"),), (storage,), ("memory://", override)):
+    every: list[tuple[Any, ...]] = [
+        (),
+        ("memory://",),
+        (Path("users.db"),),
+        (storage,),
+        ("memory://", override),
+    ]
+    for arguments in every:
         usermetadata.init(*arguments)
         syncio.update_user_metadata("alice", {"n": 1})
         usermetadata.init(*arguments)
@@ -466,6 +474,7 @@ FUNCTIONS: dict[str, list[Any]] = {
     "get_bulk_user_metadata": [["alice"]],
     "update_bulk_user_metadata": [{"alice": {}}],
     "clear_user_metadata": ["alice"],
+    "erase_user": ["alice"],
 }
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, assert_type
 
 import usermetadata
-from usermetadata import InMemoryStorage, SQLiteStorage, Storage, UserMetadataRecipe
+from usermetadata import InMemoryStorage, SQLiteStorage, Storage, UserMetadata
 from usermetadata import asyncio as aio
 from usermetadata.changes import Change
 from usermetadata.codec import Metadata
@@ -86,6 +86,34 @@ async def use_asyncio() -> bool:
     return bool(cleared and bulk["alice"].metadata) and both[0].metadata == {"n": 2, "m": 1}
 
 
+class SettingsUpdate(TypedDict, total=False):
+    """An update of them; ``None`` removes one."""
+
+    theme: str | None
+    n: int | None
+
+
+def use_types() -> bool:
+    """Use a store whose metadata has a type."""
+    users = UserMetadata[Settings]("memory://")
+    assert_type(users.syncio.update_user_metadata("alice", {"n": 1}), MetadataResult[Settings])
+    assert_type(users.for_app("shop").syncio.get_user_metadata("alice").metadata, Settings)
+    assert_type(users.syncio.erase_user("bob").by_app, dict[str, Settings])
+    users.syncio.modify_user_metadata("alice", lambda found: {"n": found.get("n", 0) + 1})
+    other = UserMetadata[Settings, SettingsUpdate]("memory://")
+    other.syncio.update_user_metadata("alice", {"theme": None})
+    plain = UserMetadata("memory://")
+    assert_type(plain.syncio.get_user_metadata("alice").metadata, dict[str, Any])
+
+    async def use_asyncio() -> int:
+        async with users:
+            found = await users.asyncio.get_user_metadata("alice")
+            assert_type(found.metadata, Settings)
+            return found.metadata.get("n", 0)
+
+    return asyncio.run(use_asyncio()) == 2
+
+
 class Settings(TypedDict, total=False):
     """The metadata of a user in this program."""
 
@@ -121,7 +149,8 @@ def main() -> None:
         usermetadata.init(storage, override)
         assert asyncio.run(use_asyncio())
         assert use_syncio()
-        UserMetadataRecipe.reset()
+        usermetadata.close()
+    assert use_types()
 
 
 if __name__ == "__main__":

@@ -130,11 +130,8 @@ class UserMetadata(Generic[M, U]):
             >>> users.syncio.get_user_metadata("alice").metadata
             {}
         """
-        from usermetadata._core.functions import Functions
-
-        mine = self._functions
         other = object.__new__(type(self))
-        other._use(Functions(mine.store, mine.override, mine.model, app_id))
+        other._use(self._functions.for_app(app_id))
         return other
 
     @contextmanager

@@ -264,11 +264,14 @@ def busy(name: str) -> StorageBusyError:
 
 
 class _LoopCall(Call[A, R]):
-    __slots__ = ("future", "key", "loop")
+    __slots__ = ("future", "is_alone", "key", "loop")
 
-    def __init__(self, key: object, argument: A, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, key: object, argument: A, loop: asyncio.AbstractEventLoop, *, is_alone: bool
+    ) -> None:
         super().__init__(argument)
         self.key = key
+        self.is_alone = is_alone
         self.loop = loop
         self.future: asyncio.Future[R] = loop.create_future()
 
@@ -294,10 +297,15 @@ class LoopBatches(ForkHooks, Generic[A, R]):
         self._working = 0
         self._workers: ThreadPoolExecutor | None = None
 
-    def submit(self, key: object, argument: A) -> asyncio.Future[R]:
-        """Join the next batch of calls with the same key; it starts at once if none is running."""
+    def submit(self, key: object, argument: A, *, alone: bool = False) -> asyncio.Future[R]:
+        """Join the next batch of calls with the same key; it starts at once if none is running.
+
+        A call that must be executed alone is executed after all that came before it, and before
+        all that come after it.
+        """
         notice()
-        call: _LoopCall[A, R] = _LoopCall(key, argument, asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        call: _LoopCall[A, R] = _LoopCall(key, argument, loop, is_alone=alone)
         with self._lock:
             self._waiting.append(call)
             if self._working < self._at_once:
@@ -348,10 +356,10 @@ class LoopBatches(ForkHooks, Generic[A, R]):
                 self._working -= 1
                 return []
             waiting, key = self._waiting, self._waiting[0].key
-            self._waiting = [call for call in waiting if call.key != key]
-            if self._waiting:
-                waiting = [call for call in waiting if call.key == key]
-            return waiting
+            alone = next((at for at, call in enumerate(waiting) if call.is_alone), len(waiting))
+            before, after = waiting[: alone or 1], waiting[alone or 1 :]
+            self._waiting = [call for call in before if call.key != key] + after
+            return [call for call in before if call.key == key]
 
 
 def _deliver(calls: Iterable[_LoopCall[A, R]]) -> None:

@@ -85,6 +85,7 @@ class Functions:
         self.override = override
         self.model = model
         self._app_id = app_id
+        self._closes_store = True
         self._checks: Checks | None = None
         self._asynchronous: RecipeInterface | None = None
         self._runner: AsyncioRunner | None = None  # that of the functions that are overridden
@@ -111,6 +112,12 @@ class Functions:
                     self._asynchronous = _original(runner)
         return self._asynchronous
 
+    def for_app(self, app_id: str) -> Functions:
+        """Return the functions of another app of the store."""
+        other = Functions(self.store, self.override, self.model, app_id)
+        other._closes_store = False
+        return other
+
     def joined(self, storage: Storage) -> Functions:
         """Return the same functions, blocking, on a storage that is part of a transaction."""
         other = copy.copy(self)
@@ -118,9 +125,10 @@ class Functions:
         return other
 
     def close(self) -> None:
-        """Close the store; a later call raises an error that says so."""
+        """Close the store, unless it is another's; a later call raises an error that says so."""
         check_outside(self.store)
-        self.store.close()
+        if self._closes_store:
+            self.store.close()
         self.blocking = cast("BlockingFunctions", _Closed())
         self._asynchronous = cast("RecipeInterface", _Closed())
 

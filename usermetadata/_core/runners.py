@@ -171,8 +171,7 @@ class AsyncioRunner:
         try:
             storage, call = self._here()
             if call is None and self._writes_at_once:
-                # Its key is another one, so that it is executed alone.
-                [by_app] = await self._writes.submit(everywhere, (storage, everywhere))
+                [by_app] = await self._writes.submit(None, (storage, everywhere), alone=True)
                 return by_app or {}
             return (call or call_here)(everywhere.of, storage)
         except ChangeError as failed:

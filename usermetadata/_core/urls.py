@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,7 +31,7 @@ _PARAMETERS: dict[str, dict[str, Callable[[str], object]]] = {
 
 
 def open_storage(storage: Storage | str | os.PathLike[str]) -> Storage:
-    """Return the storage that a URL or a path names, or the storage itself.
+    """Return the storage that a URL, a factory or a path names, or the storage itself.
 
     Raises:
         InvalidInputError: it is none of these.
@@ -39,6 +40,8 @@ def open_storage(storage: Storage | str | os.PathLike[str]) -> Storage:
         return _open_sqlite(storage)
     if not isinstance(storage, str):
         return check_storage(storage)
+    if _FACTORY.fullmatch(storage):
+        return _call_factory(storage)
     return _open_url(storage) if "://" in storage else _open_sqlite(storage)
 
 
@@ -77,6 +80,8 @@ def check_storage(storage: object) -> Storage:
     return cast("Storage", storage)
 
 
+_FACTORY = re.compile(r"[^\W\d][\w.]+:[^\W\d]\w*")  # package.module:factory
+_GROUP = "usermetadata.storages"  # of entry points
 _METHODS = ("read", "write", "for_app", "close")
 
 
@@ -105,10 +110,37 @@ def _open_url(url: str) -> Storage:
         return InMemoryStorage(**arguments)
     if kind == "sqlite" and (place[:1] in ("", "/") or place == ":memory:"):
         return _open_sqlite(place.removeprefix("/") or ":memory:", **arguments)
+    return _open_installed(scheme.lower(), url)
+
+
+def _open_installed(scheme: str, url: str) -> Storage:
+    """Return the storage of a package that has registered the URL's scheme."""
+    from importlib.metadata import entry_points
+
+    installed = {each.name: each for each in entry_points(group=_GROUP)}
+    if scheme in installed and scheme not in _PARAMETERS:
+        factory: Callable[[str], object] = installed[scheme].load()
+        return check_storage(factory(url))
+    known = ", ".join(sorted(f"{name}://" for name in {*_PARAMETERS, *installed}))
     raise InvalidInputError(
-        f'storage: unsupported storage URL: {scheme}://; pass "memory://",'
-        ' "sqlite:///users.db", "sqlite:////absolute/path/users.db" or "postgresql://..."'
+        f"storage: unsupported storage URL: {scheme}://; known are {known}; pass for example"
+        ' "sqlite:///users.db", or "sqlite:////absolute/path/users.db" with four slashes'
     )
+
+
+def _call_factory(name: str) -> Storage:
+    from importlib import import_module
+
+    module, _, attribute = name.partition(":")
+    advice = "pass package.module:factory, or a URL such as sqlite:///users.db"
+    try:
+        factory: object = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InvalidInputError(f"storage: {name}: {error}; {advice}") from error
+    if not callable(factory):
+        kind = type(factory).__name__
+        raise InvalidInputError(f"storage: {name}: {kind} is not a function; {advice}")
+    return check_storage(factory())
 
 
 def _arguments(kind: str, query: str) -> tuple[dict[str, Any], list[str]]:

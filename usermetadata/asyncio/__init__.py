@@ -82,8 +82,9 @@ class AsyncioUserMetadata(Generic[M, U]):
 
         Raises:
             InvalidInputError: the user id is not valid, or the update is not JSON; nothing was
-            written. UsageError: ``usermetadata.init`` was not called. StorageError: the storage
-            failed and nothing was written; ``__cause__`` is its driver's
+                written.
+            UsageError: ``usermetadata.init`` was not called.
+            StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
                 error.
             StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
             StorageUnavailableError: the server cannot be reached; nothing was written.
@@ -252,8 +253,7 @@ class AsyncioUserMetadata(Generic[M, U]):
 
         Args:
             metadata_updates: the updates by user id, each as ``update_user_metadata`` takes it.
-            They
-                are copied.
+                They are copied.
             user_context: passed to an override unchanged; this library ignores it.
 
         Returns:
@@ -261,8 +261,9 @@ class AsyncioUserMetadata(Generic[M, U]):
 
         Raises:
             InvalidInputError: a user id is not valid, or an update is not JSON; nothing was
-            written. UsageError: ``usermetadata.init`` was not called. StorageError: the storage
-            failed and nothing was written; ``__cause__`` is its driver's
+                written.
+            UsageError: ``usermetadata.init`` was not called.
+            StorageError: the storage failed and nothing was written; ``__cause__`` is its driver's
                 error.
             StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
             StorageUnavailableError: the server cannot be reached; nothing was written.

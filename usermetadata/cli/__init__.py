@@ -5,9 +5,9 @@ from __future__ import annotations
 from usermetadata.cli.group import main
 from usermetadata.cli.serving import serve
 from usermetadata.cli.transfer import export, import_, import_supertokens
-from usermetadata.cli.users import clear, get, set_, update
+from usermetadata.cli.users import clear, erase, get, set_, update
 
 __all__ = ["main"]
 
-for command in (get, set_, update, clear, export, import_, import_supertokens, serve):
+for command in (get, set_, update, clear, erase, export, import_, import_supertokens, serve):
     main.add_command(command)

@@ -1,4 +1,4 @@
-"""The commands for one user: get, set, update, clear."""
+"""The commands for one user: get, set, update, clear, erase."""
 
 from __future__ import annotations
 
@@ -56,6 +56,15 @@ def update(storage: Storage, user_id: str, update: str | None) -> None:
 def clear(storage: Storage, user_id: str) -> None:
     """Remove all metadata of USER_ID."""
     _functions(storage).clear_user_metadata(user_id, {})
+
+
+@click.command(cls=UserCommand)
+@click.argument("user_id")
+@click.option("--all-apps", is_flag=True, help="Erase the user in all apps of the storage.")
+@partial(with_storage, must_exist=True)
+def erase(storage: Storage, user_id: str, *, all_apps: bool) -> None:
+    """Remove all metadata of USER_ID, and show what it was, by app."""
+    _show(_functions(storage).erase_user(user_id, all_apps, {}).by_app)
 
 
 def _functions(storage: Storage) -> BlockingFunctions:

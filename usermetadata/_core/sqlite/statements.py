@@ -140,7 +140,9 @@ def write_together(
         begun = True
         if prepare is not None:
             prepare()
-        changes = [_changes(cursor, call, name) for call in calls]
+        changes = [
+            _changes_of(cursor, call, name) if isinstance(call, Erasure) else call for call in calls
+        ]
         if len(changes) == 1:
             results = [_write(cursor, changes[0], name)]
         else:
@@ -174,18 +176,16 @@ _JOINED = (
 )
 
 
-def _changes(cursor: sqlite3.Cursor, call: Call, name: str) -> Changes:
-    if not isinstance(call, Erasure):
-        return call
+def _changes_of(cursor: sqlite3.Cursor, erasure: Erasure, name: str) -> Changes:
     query = _APPS if fetch(cursor, _HAS_INDEX_OF_USERS, ()) else _APPS_WITHOUT_INDEX
-    app_ids = [app_id for app_id, _ in fetch(cursor, query, (call.user_id,))]
+    app_ids = [app_id for app_id, _ in fetch(cursor, query, (erasure.user_id,))]
     for app_id in app_ids:
         if not isinstance(app_id, str):  # of a row that another program wrote
             raise DamagedMetadataError(
-                f"{name}: an app id of user {call.user_id!r} is not text: {app_id!r}; remove the"
+                f"{name}: an app id of user {erasure.user_id!r} is not text: {app_id!r}; remove the"
                 " row"
             )
-    return call.changes(sorted(app_ids))
+    return erasure.changes(sorted(app_ids))
 
 
 def _write(cursor: sqlite3.Cursor, changes: Changes, name: str) -> Results:
