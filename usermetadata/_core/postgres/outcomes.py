@@ -163,6 +163,8 @@ def translate(error: psycopg.Error, name: str, *, is_write: bool) -> Exception:
             ": the function took longer than the server allows a transaction; nothing was written;"
             " make it quicker, or raise the server's limit"
         )
+    if isinstance(error, errors.ReadOnlySqlTransaction):
+        text += "; connect to a server that accepts writes, and begin the transaction READ WRITE"
     if isinstance(error, errors.FeatureNotSupported):
         text += (
             ": a rule on the table, or a view in its place, is the likely cause; nothing was"
