@@ -54,8 +54,10 @@ UNDONE = (
 _ADVICE: list[tuple[tuple[type[psycopg.Error], ...], str]] = [
     (
         (errors.IdleInTransactionSessionTimeout, errors.TransactionTimeout),
-        ": the function took longer than the server allows a transaction; nothing was written;"
-        " make it quicker, or raise the server's limit",
+        (
+            ": the function took longer than the server allows a transaction; nothing was written;"
+            " make it quicker, or raise the server's limit"
+        ),
     ),
     (
         (errors.ReadOnlySqlTransaction,),
@@ -63,8 +65,10 @@ _ADVICE: list[tuple[tuple[type[psycopg.Error], ...], str]] = [
     ),
     (
         (errors.FeatureNotSupported,),
-        ": a rule on the table, or a view in its place, is the likely cause; nothing was written;"
-        " drop the rule, or name another table",
+        (
+            ": a rule on the table, or a view in its place, is the likely cause; nothing was"
+            " written; drop the rule, or name another table"
+        ),
     ),
 ]
 _IN_THE_WAY = (
