@@ -6,7 +6,10 @@ import asyncio
 import contextlib
 import contextvars
 import sqlite3
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
@@ -17,6 +20,7 @@ from protected_roles import protect_roles
 import usermetadata
 from usermetadata import (
     DamagedMetadataError,
+    InMemoryStorage,
     InvalidInputError,
     PostgresStorage,
     SQLiteStorage,
@@ -27,13 +31,12 @@ from usermetadata import (
 )
 from usermetadata import asyncio as aio
 from usermetadata.changes import Merge
+from usermetadata.interfaces import MetadataResult, RecipeInterface
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from usermetadata import Storage
-    from usermetadata.interfaces import RecipeInterface
 
 ROLES = UserMetadataOverrideConfig(functions=protect_roles)
 WRITES: dict[str, Callable[[Any, dict[str, Any]], object]] = {
@@ -261,3 +264,110 @@ def test_an_async_check_is_refused() -> None:
     for wrong in (check, 7):
         with pytest.raises(InvalidInputError, match="check_change is not a plain function; make"):
             usermetadata.init("memory://", override(cast("Any", wrong)))
+
+
+def test_a_check_that_returns_something_to_await_is_refused(facade: Any) -> None:
+    """Nothing is written: the check was not made."""
+
+    async def check(*_: object) -> None: ...
+
+    usermetadata.init("memory://", override(lambda *arguments: check(*arguments)))  # noqa: PLW0108 - not an async function
+    with pytest.raises(InvalidInputError, match="check_change: it returned something to await"):
+        facade.update_user_metadata("alice", {"n": 1})
+    assert facade.get_user_metadata("alice").metadata == {}
+
+
+class Wrapped(RecipeInterface):
+    """An override class as written for the SDK."""
+
+    def __init__(self, original: RecipeInterface) -> None:
+        self.original = original
+
+    async def get_user_metadata(self, user_id: str, user_context: Any) -> MetadataResult:
+        return await self.original.get_user_metadata(user_id, user_context)
+
+    async def update_user_metadata(
+        self, user_id: str, metadata_update: Any, user_context: Any
+    ) -> MetadataResult:
+        return await self.original.update_user_metadata(user_id, metadata_update, user_context)
+
+    async def clear_user_metadata(self, user_id: str, user_context: Any) -> Any:
+        return await self.original.clear_user_metadata(user_id, user_context)
+
+
+@pytest.mark.parametrize(
+    "functions",
+    [
+        lambda original: Wrapped(protect_roles(original)),
+        lambda original: protect_roles(Wrapped(original)),
+    ],
+    ids=["inside", "outside"],
+)
+@pytest.mark.parametrize("write", WRITES.values(), ids=list(WRITES))
+def test_overrides_may_be_composed(
+    facade: Any, functions: Any, write: Callable[[Any, dict[str, Any]], object]
+) -> None:
+    """A class that wraps what has a check, or is given one, keeps it."""
+    storage = InMemoryStorage()
+    fill(storage)
+    usermetadata.init(storage, UserMetadataOverrideConfig(functions=functions))
+    with pytest.raises(PermissionError):
+        write(facade, {})
+    assert storage.read(["alice", "bob"]) == STORED
+
+
+def test_one_object_may_serve_several_stores() -> None:
+    """What the override's object lacks is the store's own, and the object is not changed."""
+    mine = Wrapped(cast("Any", None))
+
+    def functions(original: RecipeInterface) -> RecipeInterface:
+        mine.original = original
+        return mine
+
+    config = UserMetadataOverrideConfig(functions=functions)
+    one = UserMetadata("memory://", override=config)
+    two = UserMetadata("memory://", override=config)
+    one.syncio.set_user_metadata("alice", {"n": 1})
+    two.syncio.set_user_metadata("alice", {"n": 2})
+    assert one.storage.read(["alice"]) == {"alice": {"n": 1}}
+    assert two.storage.read(["alice"]) == {"alice": {"n": 2}}
+    assert set(vars(mine)) == {"original"}
+
+
+def test_a_repeated_init_calls_no_override() -> None:
+    """The override of the first one stays as it is."""
+    calls: list[RecipeInterface] = []
+
+    def functions(original: RecipeInterface) -> RecipeInterface:
+        calls.append(original)
+        return original
+
+    config = UserMetadataOverrideConfig(functions=functions)
+    for _ in range(3):
+        usermetadata.init("memory://", config)
+    assert len(calls) == 1
+
+
+GEVENT = """
+from gevent import monkey
+monkey.patch_all()
+import sys
+sys.path.insert(0, sys.argv[1])
+from protected_roles import protect_roles
+from usermetadata import UserMetadata, UserMetadataOverrideConfig
+users = UserMetadata("memory://", override=UserMetadataOverrideConfig(functions=protect_roles))
+try:
+    users.syncio.update_user_metadata("alice", {"role": "admin"})
+except PermissionError as error:
+    print(error)
+"""
+
+
+def test_a_refusal_prints_nothing_under_gevent() -> None:
+    """The caller gets the exception, and no traceback with metadata goes to standard error."""
+    examples = Path(__file__).parent.parent / "docs/examples"
+    finished = subprocess.run(
+        [sys.executable, "-c", GEVENT, str(examples)], capture_output=True, text=True, check=False
+    )
+    assert finished.stdout == "only administrators may change a role\n"
+    assert finished.stderr == ""

@@ -8,22 +8,26 @@ import pickle
 import sqlite3
 import threading
 from concurrent.futures import ProcessPoolExecutor
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
 from postgres_server import server_url
+from psycopg.types.string import StrDumper, TextLoader
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from typing_extensions import TypedDict
 
 import usermetadata
 from usermetadata import (
     InMemoryStorage,
     InvalidInputError,
     PostgresStorage,
+    SQLiteStorage,
     UsageError,
     UserMetadata,
     UserMetadataOverrideConfig,
+    UserMetadataRecipe,
     syncio,
 )
 from usermetadata.interfaces import RecipeInterface
@@ -99,9 +103,9 @@ def test_close_closes_what_was_opened(tmp_path: Path) -> None:
         with users:
             users.syncio.update_user_metadata("alice", {"n": 1})
         users.close()
-        with pytest.raises(UsageError, match="closed; make a new one"):
+        with pytest.raises(UsageError, match="this store is closed; make a new"):
             users.syncio.get_user_metadata("alice")
-        with pytest.raises(UsageError, match="closed; make a new one"):
+        with pytest.raises(UsageError, match="this store is closed; make a new"):
             asyncio.run(users.asyncio.update_user_metadata("alice", {"n": 2}))
     assert storage.read(["alice"]) == {"alice": {"n": 1}}
     assert [path.name for path in tmp_path.iterdir()] == ["users.db"]
@@ -117,6 +121,56 @@ def test_a_store_is_not_closed_inside_its_own_lock(facade: Any) -> None:
         return {"n": 1}
 
     assert facade.modify_user_metadata("alice", function).metadata == {"n": 1}
+
+
+def test_closing_a_store_closes_its_apps_and_blocks(database: Path) -> None:
+    """Nothing of the store works afterwards, also on a storage that stays open."""
+    with (
+        contextlib.closing(SQLiteStorage(database)) as storage,
+        contextlib.closing(sqlite3.connect(database)) as connection,
+    ):
+        users = UserMetadata(storage)
+        shop = users.for_app("shop")
+        shop.syncio.update_user_metadata("alice", {"n": 1})
+
+        def read_in_new_block() -> None:
+            with users.within(connection) as other:
+                other.get_user_metadata("alice")
+
+        with users.within(connection) as metadata:
+            users.close()
+            for call in (
+                lambda: metadata.get_user_metadata("alice"),
+                lambda: shop.syncio.get_user_metadata("alice"),
+                lambda: asyncio.run(shop.asyncio.get_user_metadata("alice")),
+                lambda: users.for_app("other").syncio.get_user_metadata("alice"),
+                read_in_new_block,
+            ):
+                with pytest.raises(UsageError, match="this store is closed; make a new"):
+                    call()
+        assert storage.for_app("shop").read(["alice"]) == {"alice": {"n": 1}}
+
+
+def test_the_store_of_init_may_be_closed_by_itself() -> None:
+    """Then ``init`` makes a new one."""
+    usermetadata.init("memory://")
+    UserMetadataRecipe.get_instance().close()
+    with pytest.raises(UsageError, match="not initialised"):
+        syncio.get_user_metadata("alice")
+    usermetadata.init("memory://")
+    assert syncio.update_user_metadata("alice", {"n": 1}).metadata == {"n": 1}
+
+
+def test_two_stores_on_one_storage_have_one_lock(storage: Any) -> None:
+    """A function in ``modify`` is refused at once if it uses the same storage in another way."""
+    one, two = UserMetadata(storage), UserMetadata(storage)
+
+    def function(metadata: dict[str, Any]) -> dict[str, Any]:
+        with pytest.raises(UsageError, match="runs inside the storage's lock"):
+            two.syncio.update_user_metadata("alice", {"n": 2})
+        return {"n": 1}
+
+    assert one.syncio.modify_user_metadata("alice", function).metadata == {"n": 1}
 
 
 @pytest.mark.parametrize(
@@ -344,6 +398,27 @@ def test_a_model_validates_what_would_be_stored(model: Any, storage: Any) -> Non
         assert users.syncio.get_user_metadata("alice").metadata == expected
 
 
+async def awaited(metadata: dict[str, Any]) -> None:
+    """Validate for ``await``."""
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda metadata: "theme" in metadata, "the model refused it with ValueError"),
+        (awaited, "model: it returned something to await"),
+    ],
+)
+def test_a_model_that_says_no_otherwise_refuses_as_well(model: Any, message: str) -> None:
+    """``False`` is a refusal; an ``async`` function cannot be waited for."""
+    with (
+        UserMetadata("memory://", model=model) as users,
+        pytest.raises(InvalidInputError, match=message),
+    ):
+        users.syncio.update_user_metadata("alice", {"n": 1})
+
+
 @pytest.mark.parametrize("model", [Prefs, dict, 7])
 def test_what_validates_nothing_is_no_model(model: Any) -> None:
     """A ``TypedDict``, for example, accepts anything at run time."""
@@ -512,3 +587,29 @@ def test_a_model_and_a_function_in_a_block_on_postgres(schema: str) -> None:
             assert metadata.erase_user("bob", all_apps=True).by_app == {}
         connection.commit()
         assert users.syncio.get_user_metadata("alice").metadata == {"n": 2}
+
+
+def test_a_block_is_safe_from_the_connections_adapters(schema: str) -> None:
+    """How the application's connection converts texts has no effect on metadata."""
+
+    class Upper(TextLoader):
+        def load(self, data: Any) -> str:
+            return str(super().load(data)).upper()
+
+    class UpperDumper(StrDumper):
+        def dump(self, obj: str) -> Any:
+            return super().dump(obj.upper())
+
+    storage = PostgresStorage(server_url(), schema=schema)
+    with (
+        UserMetadata(storage) as users,
+        contextlib.closing(storage),
+        psycopg.connect(server_url()) as connection,
+    ):
+        connection.adapters.register_loader("text", Upper)
+        connection.adapters.register_loader("varchar", Upper)
+        connection.adapters.register_dumper(str, UpperDumper)
+        with users.within(connection) as metadata:
+            metadata.update_user_metadata("alice", {"theme": "dark"})
+            metadata.modify_user_metadata("alice", lambda found: {**found, "n": 1})
+            assert metadata.get_user_metadata("alice").metadata == {"theme": "dark", "n": 1}

@@ -8,20 +8,25 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from urllib.parse import urlsplit
 
+import psycopg
 import pytest
 from asgi_server import serve
 from django.test import AsyncClient, Client
+from postgres_server import server_url, with_parameters
 
 import usermetadata
 from usermetadata import UsageError
@@ -63,27 +68,29 @@ def imported(name: str) -> Any:
     return importlib.import_module(name)
 
 
-@contextlib.contextmanager
-def served(name: str, lifespan: Literal["on", "off"] = "on") -> Generator[Send, None, None]:
-    """Serve a program with uvicorn."""
-    app = importlib.import_module(name).app
+def over_http(address: str) -> Send:
+    """Return a function that sends requests to a server."""
 
     def send(request: str, user_id: str | None, body: bytes = b"") -> Answer:
         method, path = request.split()
-        connection = HTTPConnection("127.0.0.1", port, timeout=30)
-        with contextlib.closing(connection):
-            connection.request(method, path, body, headers(user_id))
+        with contextlib.closing(HTTPConnection(address, timeout=30)) as connection:
+            connection.request(method, path, body, headers(user_id) | {"host": "localhost"})
             response = connection.getresponse()
             return Answer(response.status, response.read().decode())
 
-    with serve(app, lifespan) as port:
-        yield send
+    return send
 
 
 @contextlib.contextmanager
-def flask() -> Generator[Send, None, None]:
-    """Call the Flask program through Flask's test client."""
-    app = imported("flask_app").app
+def served(app: Any, lifespan: Literal["on", "off"] = "on") -> Generator[Send, None, None]:
+    """Serve an application with uvicorn."""
+    with serve(app, lifespan) as port:
+        yield over_http(f"127.0.0.1:{port}")
+
+
+@contextlib.contextmanager
+def called(app: Any) -> Generator[Send, None, None]:
+    """Call a Flask application through Flask's test client."""
 
     def send(request: str, user_id: str | None, body: bytes = b"") -> Answer:
         method, path = request.split()
@@ -165,9 +172,9 @@ def aws_lambda(*, is_base64: bool) -> Generator[Send, None, None]:
 
 
 FRAMEWORKS: dict[str, Callable[[], contextlib.AbstractContextManager[Send]]] = {
-    "fastapi": lambda: served("fastapi_app"),
-    "starlette": lambda: served("starlette_app"),
-    "flask": flask,
+    "fastapi": lambda: served(importlib.import_module("fastapi_app").app),
+    "starlette": lambda: served(importlib.import_module("starlette_app").app),
+    "flask": lambda: called(imported("flask_app").app),
     "django": lambda: django(by_async_client=False),
     "django async": lambda: django(by_async_client=True),
     "lambda": lambda: aws_lambda(is_base64=False),
@@ -296,30 +303,34 @@ def test_metadata_is_in_the_storage_that_the_environment_names(name: str, databa
 # Separate processes.
 
 
-@pytest.mark.parametrize("app", ["fastapi_app:app", "starlette_app:app", "django_app:application"])
-def test_uvicorns_command_line_serves_and_stops(app: str, database: Path) -> None:
-    """``uvicorn fastapi_app:app`` answers, and ends without a warning at SIGTERM."""
+@contextlib.contextmanager
+def uvicorn(app: str) -> Generator[tuple[Send, list[str]], None, None]:
+    """Serve a program with ``uvicorn`` in a process; yield its log as well, complete at the end."""
     command = [sys.executable, "-W", "error", "-m", "uvicorn", "--port", "0", app]
+    log: list[str] = []
     process = subprocess.Popen(command, cwd=EXAMPLES, stderr=subprocess.PIPE, text=True)
     with process:
         assert process.stderr is not None
-        log = ""
         for line in process.stderr:
-            log += line
+            log.append(line)
             if "Uvicorn running on " in line:
-                break
-        address = log.partition("running on http://")[2].split()[0]
-        with contextlib.closing(HTTPConnection(address, timeout=30)) as connection:
-            user = {**headers("alice"), "host": "localhost"}
-            connection.request("POST", "/updateinfo", b'{"theme": "dark"}', user)
-            assert connection.getresponse().status == 200
-        process.send_signal(signal.SIGTERM)
-        log += process.stderr.read()
-    assert "Finished server process" in log
-    assert not [word for word in ("Warning", "Traceback", "ERROR", "Exception") if word in log]
+                try:
+                    yield over_http(line.partition("running on http://")[2].split()[0]), log
+                finally:
+                    process.send_signal(signal.SIGTERM)
+    assert "Finished server process" in log[-1]
+    words = ("Warning", "Traceback", "ERROR", "Exception")
+    assert not [line for line in log if any(word in line for word in words)]
+
+
+@pytest.mark.parametrize("app", ["fastapi_app:app", "starlette_app:app", "django_app:application"])
+def test_uvicorns_command_line_serves_and_stops(app: str, database: Path) -> None:
+    """``uvicorn fastapi_app:app`` answers, and ends without a warning at SIGTERM."""
+    with uvicorn(app) as (send, log):
+        assert send("POST /updateinfo", "alice", b'{"theme": "dark"}').status == 200
     assert rows(database) == {"alice": {"theme": "dark"}}
     if "django" not in app:  # it has no lifespan: the interpreter's exit closes the file
-        assert "Application shutdown complete" in log
+        assert "Application shutdown complete" in "".join(log)
 
 
 def run(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -397,7 +408,8 @@ def test_without_its_lifespan_a_program_uses_the_fixtures_storage(
     name: str, database: Path
 ) -> None:
     """As with ``TestClient(app)`` without ``with``: the program uses the test's store."""
-    with served(f"{name}_app", lifespan="off") as send:
+    app = importlib.import_module(f"{name}_app").app
+    with served(app, lifespan="off") as send:
         send("POST /updateinfo", "alice", b'{"theme": "dark"}')
     assert get_user_metadata("alice").metadata == {"theme": "dark"}
     assert not database.exists()
@@ -425,3 +437,279 @@ def test_the_fixture_takes_the_place_of_an_init_at_the_top(
     ran = pytester.runpytest_subprocess("-W", "error", "-p", "no:hypothesispytest")
     ran.assert_outcomes(passed=2)
     assert not database.exists()
+
+
+# In the application's own transaction.
+
+
+class Shop(NamedTuple):
+    """A program that stores an order and metadata in one transaction.
+
+    Attributes:
+        send: sends it a request.
+        paths: those of its views that store an order.
+        table: the table of orders.
+    """
+
+    send: Send
+    paths: tuple[str, ...] = ("/buy",)
+    table: str = "orders"
+
+
+@contextlib.contextmanager
+def django_shop(url: str) -> Generator[Shop, None, None]:
+    """Make the table with the command that the program names, and serve it with uvicorn."""
+    assert run("django_orders.py", "migrate", "--run-syncdb").returncode == 0
+    with uvicorn("django_orders:application") as (send, _):
+        yield Shop(send, ("/buy", "/async/buy"), "shop_order")
+
+
+def fastapi_shop(url: str) -> Any:
+    """Make the application whose sessions block."""
+    return importlib.import_module("fastapi_sqlalchemy").create_app(with_driver(url, "pysqlite"))
+
+
+def async_fastapi_shop(url: str) -> Any:
+    """Make the application with an ``AsyncSession``."""
+    program = importlib.import_module("fastapi_sqlalchemy_async")
+    return program.create_app(with_driver(url, "aiosqlite"))
+
+
+def with_driver(url: str, for_sqlite: str) -> str:
+    """Return the URL as SQLAlchemy needs it."""
+    kind, _, rest = url.partition("://")
+    return f"{kind}+{for_sqlite if kind == 'sqlite' else 'psycopg'}://{rest}"
+
+
+FASTAPI_SHOPS = {"fastapi": fastapi_shop, "fastapi async": async_fastapi_shop}
+
+
+@contextlib.contextmanager
+def flask_shop(url: str) -> Generator[Shop, None, None]:
+    """Import the Flask program anew, because it reads the URL when it is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATABASE_URL", with_driver(url, "pysqlite"))
+        patch.delitem(sys.modules, "flask_sqlalchemy_app", raising=False)
+        program = importlib.import_module("flask_sqlalchemy_app")
+    with called(program.app) as send:
+        yield Shop(send)
+    program.users.close()
+    with program.app.app_context():
+        program.db.engine.dispose()
+
+
+@contextlib.contextmanager
+def open_shop(name: str, url: str) -> Generator[Shop, None, None]:
+    """Open one of ``SHOPS`` on a database."""
+    if name in FASTAPI_SHOPS:
+        with served(FASTAPI_SHOPS[name](url)) as send:
+            yield Shop(send)
+    else:
+        with {"django": django_shop, "flask": flask_shop}[name](url) as shop:
+            yield shop
+
+
+SHOPS = ["django", *FASTAPI_SHOPS, "flask"]
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of each database in turn, empty, which ``DATABASE_URL`` also names."""
+    url = f"sqlite:///{tmp_path / 'shop.db'}"
+    if request.param == "postgres":
+        schema = request.getfixturevalue("schema")
+        url = with_parameters(server_url(), options=f"-csearch_path={schema}")
+    monkeypatch.setenv("DATABASE_URL", url)
+    return url
+
+
+def committed(url: str, statement: str) -> list[Any]:
+    """Return the rows that another connection sees; none if there is no table."""
+    connection: Any = (
+        sqlite3.connect(url.removeprefix("sqlite:///"))
+        if url.startswith("sqlite")
+        else psycopg.connect(url)
+    )
+    with contextlib.closing(connection):
+        try:
+            return list(connection.execute(statement).fetchall())
+        except psycopg.errors.UndefinedTable:
+            return []
+        except sqlite3.OperationalError as error:
+            if "no such table" in str(error):
+                return []
+            raise
+
+
+def metadata_in(url: str) -> dict[str, Any]:
+    """Return the metadata of all users that is committed."""
+    found = committed(url, "SELECT user_id, user_metadata FROM user_metadata")
+    return {user_id: json.loads(text) for user_id, text in found}
+
+
+@pytest.mark.parametrize("name", SHOPS)
+def test_an_order_and_its_metadata_are_stored_together(name: str, url: str) -> None:
+    """Committed: another connection sees both. Rolled back after both: it sees neither."""
+    with open_shop(name, url) as shop:
+        orders = f"SELECT id, user_id, product FROM {shop.table} ORDER BY id"
+        stored: list[Any] = []
+        metadata: dict[str, Any] = {}
+        for path in shop.paths:
+            assert shop.send(f"POST {path}/yacht", "alice").status == 402
+            assert (committed(url, orders), metadata_in(url)) == (stored, metadata)
+
+            answer = shop.send(f"POST {path}/tea", "alice")
+            assert answer.status == 201
+            order = answer.json["order"]
+            stored, metadata = [*stored, (order, "alice", "tea")], {"alice": {"last_order": order}}
+            assert (committed(url, orders), metadata_in(url)) == (stored, metadata)
+            assert shop.send("GET /userinfo", "alice").json == {"last_order": order}
+
+            assert shop.send(f"POST {path}/yacht", "alice").status == 402
+            assert (committed(url, orders), metadata_in(url)) == (stored, metadata)
+
+
+@pytest.mark.parametrize("name", SHOPS)
+def test_orders_at_the_same_time_are_stored_with_their_metadata(name: str, url: str) -> None:
+    """Eight users who buy at the same time each have the metadata of their own order."""
+    users = [f"user {number}" for number in range(8)]
+    with open_shop(name, url) as shop, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda user: shop.send("POST /buy/tea", user), users))
+        assert [answer.status for answer in answers] == [201] * 8
+        orders = {user: answer.json["order"] for user, answer in zip(users, answers, strict=True)}
+        assert dict(committed(url, f"SELECT user_id, id FROM {shop.table}")) == orders
+    assert metadata_in(url) == {user: {"last_order": order} for user, order in orders.items()}
+
+
+def test_django_rolls_a_request_back_with_atomic_requests(url: str) -> None:
+    """With ``ATOMIC_REQUESTS``, metadata is part of the request's transaction.
+
+    A view that fails leaves neither rows nor metadata, with ``atomic()`` inside or without it. A
+    view that does not fail leaves both, and async views work as well. A plain call, which is not
+    part of the transaction, stays stored.
+    """
+    program = """
+import django_orders
+import usermetadata
+from django.core.management import call_command
+from django.db import connection, connections
+from django.http import HttpResponse
+from django.test import Client
+from django.urls import path
+from django_orders import Order, buy
+from usermetadata.syncio import get_user_metadata, update_user_metadata
+
+connections.settings["default"]["ATOMIC_REQUESTS"] = True
+call_command("migrate", "--run-syncdb", verbosity=0)
+
+def buy_without_atomic(request, product):
+    order = Order.objects.create(user_id="alice", product=product)
+    with usermetadata.within(connection) as metadata:
+        metadata.update_user_metadata("alice", {"last_order": order.pk})
+    return HttpResponse(status=201)
+
+def fails_after(view):
+    def failing(request, product):
+        update_user_metadata("bob", {product: True})
+        assert view(request, product).status_code == 201
+        raise RuntimeError
+    return failing
+
+django_orders.urlpatterns += [
+    path("fails/<product>", fails_after(buy)),
+    path("fails/without/atomic/<product>", fails_after(buy_without_atomic)),
+    path("without/atomic/<product>", buy_without_atomic),
+]
+client = Client(raise_request_exception=False, headers={"x-user-id": "alice", "host": "localhost"})
+
+def stored():
+    connection.close()
+    return Order.objects.count(), get_user_metadata("alice").metadata.keys()
+
+for failing in ("fails/tea", "fails/without/atomic/cup", "buy/yacht", "async/buy/yacht"):
+    assert client.post(f"/{failing}").status_code == (500 if "fails" in failing else 402)
+    assert stored() == (0, set()), failing
+assert get_user_metadata("bob").metadata == {"tea": True, "cup": True}
+for number, working in enumerate(("buy/tea", "without/atomic/tea", "async/buy/tea"), 1):
+    assert client.post(f"/{working}").status_code == 201
+    assert stored() == (number, {"last_order"})
+connection.close()
+"""
+    # Django logs the exceptions of the views that fail.
+    finished = run("-c", program)
+    assert finished.returncode == 0, finished.stderr
+    [(last,)] = committed(url, "SELECT max(id) FROM shop_order")
+    assert metadata_in(url)["alice"] == {"last_order": last}
+
+
+def test_djangos_testcase_rolls_metadata_back(url: str) -> None:
+    """Tests with ``TestCase`` find no metadata of another test, and leave the database alone.
+
+    They read and write in Django's test database.
+    """
+    if not url.startswith("sqlite"):
+        # Django names the test database after one that need not exist.
+        parts = urlsplit(server_url())
+        url = parts._replace(path=f"/shop_{uuid.uuid4().hex}").geturl()
+    program = """
+import django_orders
+from django.core.management import call_command
+
+call_command("test", "django_orders_tests")
+"""
+    finished = run("-c", program, env={**os.environ, "DATABASE_URL": url})
+    assert finished.returncode == 0, finished.stderr
+    assert "Ran 3 tests" in finished.stderr
+    if url.startswith("sqlite"):
+        assert not os.path.exists(url.removeprefix("sqlite:///"))
+
+
+def test_flask_sqlalchemys_relative_path_is_that_of_the_store(tmp_path: Path) -> None:
+    """Flask-SQLAlchemy puts it into the instance folder; metadata is in the same file."""
+    shutil.copy(EXAMPLES / "flask_sqlalchemy_app.py", tmp_path)
+    program = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+os.mkdir("elsewhere")
+os.chdir("elsewhere")
+from flask_sqlalchemy_app import app
+
+user = {"x-user-id": "alice"}
+assert app.test_client().post("/buy/tea", headers=user).status_code == 201
+assert app.test_client().get("/userinfo", headers=user).json == {"last_order": 1}
+"""
+    url = "sqlite:///shop.db"
+    command = [sys.executable, "-W", "error", "-c", program]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "DATABASE_URL": url}, check=True)
+    in_instance = f"sqlite:///{tmp_path}/instance/shop.db"
+    assert metadata_in(in_instance) == {"alice": {"last_order": 1}}
+    assert not os.listdir(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("name", FASTAPI_SHOPS)
+def test_two_fastapi_applications_in_a_process_are_independent(
+    name: str, url: str, database: Path
+) -> None:
+    """Each has a lifespan with a store and a database; one works on while and after one ends.
+
+    An application that has ended may be started again.
+    """
+    other_url = f"sqlite:///{database}"
+    app, other_app = FASTAPI_SHOPS[name](url), FASTAPI_SHOPS[name](other_url)
+    with served(other_app) as send_other:
+        for product in ("tea", "cup"):
+            with served(app) as send:
+                assert send(f"POST /buy/{product}", "alice").status == 201
+                assert send_other(f"POST /buy/{product}", "bob").status == 201
+                assert send("GET /userinfo", "bob").json == {}
+                assert send_other("GET /userinfo", "alice").json == {}
+            assert send_other("POST /buy/yacht", "bob").status == 402
+            assert send_other("GET /userinfo", "bob").json["last_order"]
+    for each, user_id in ((url, "alice"), (other_url, "bob")):
+        [(last,)] = committed(each, "SELECT max(id) FROM orders")
+        assert metadata_in(each) == {user_id: {"last_order": last}}
+        assert committed(each, "SELECT user_id, product FROM orders ORDER BY id") == [
+            (user_id, "tea"),
+            (user_id, "cup"),
+        ]
+    assert not [name for name in os.listdir(database.parent) if name.endswith(("-wal", "-shm"))]

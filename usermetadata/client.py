@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from _thread import allocate_lock
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
-from usermetadata._core.default import default, not_initialised
+from usermetadata._core.default import Made, default, not_initialised
 from usermetadata.exceptions import InvalidInputError, UsageError
 from usermetadata.interfaces import M, U, UserMetadataOverrideConfig
 
@@ -41,10 +40,10 @@ class UserMetadata(Generic[M, U]):
         app_id: the app whose metadata it is; ``None`` means that of the storage, ``"public"`` if
             neither the URL nor the storage has another.
         model: validates what would be stored, before it is written: a function that takes the
-            metadata and raises an exception if it is not valid; a ``pydantic.TypeAdapter``, a
-            pydantic model, or another object with a method ``validate_python``. What it returns is
-            ignored: the metadata is stored as it was passed. An exception becomes the cause of an
-            ``InvalidInputError``.
+            metadata and raises an exception, or returns ``False``, if it is not valid; a
+            ``pydantic.TypeAdapter``, a pydantic model, or another object with a method
+            ``validate_python``. The metadata is stored as it was passed. An exception becomes the
+            cause of an ``InvalidInputError``.
         indexes: the properties that users can be found by, for a URL or a path.
 
     Attributes:
@@ -62,6 +61,7 @@ class UserMetadata(Generic[M, U]):
 
     syncio: SyncioUserMetadata[M, U]
     asyncio: AsyncioUserMetadata[M, U]
+    _closes_store = True
 
     def __init__(
         self,
@@ -137,6 +137,7 @@ class UserMetadata(Generic[M, U]):
         """
         other = object.__new__(type(self))
         other._use(self._functions.for_app(app_id))
+        other._closes_store = False
         return other
 
     @contextmanager
@@ -195,7 +196,15 @@ class UserMetadata(Generic[M, U]):
         Raises:
             UsageError: a function given to ``modify_user_metadata`` calls it.
         """
+        self._check_outside()
         self._functions.close()
+        if self._closes_store:
+            self._functions.store.close()
+
+    def _check_outside(self) -> None:
+        from usermetadata._core.reentry import check_outside
+
+        check_outside(self._functions.store.storage)
 
     async def aclose(self) -> None:
         """Close as ``close`` does, without blocking the event loop."""
@@ -220,9 +229,6 @@ class UserMetadataRecipe(UserMetadata[dict[str, Any], "Mapping[str, Any]"]):
     """
 
     recipe_id: ClassVar[str] = "usermetadata"
-    _instance: ClassVar[UserMetadataRecipe | None] = None
-    _made_by: ClassVar[object] = None  # the arguments of `init`
-    _lock: ClassVar[Any] = allocate_lock()
 
     @staticmethod
     def init(
@@ -231,24 +237,26 @@ class UserMetadataRecipe(UserMetadata[dict[str, Any], "Mapping[str, Any]"]):
         indexes: Iterable[Index] = (),
     ) -> None:
         """See :func:`usermetadata.init`."""
-        from usermetadata._core.urls import DEFAULT_URL
+        from usermetadata._core.urls import DEFAULT_URL, open_storage
 
         if storage is None:
             storage = os.environ.get("USERMETADATA_URL") or DEFAULT_URL
         indexes = tuple(indexes)
-        recipe = UserMetadataRecipe(storage, override=override, indexes=indexes)
+        opened = open_storage(storage, indexes)
+        is_named = opened is not storage
         # A relative path names another file in another directory; the representation tells.
-        is_named = isinstance(storage, (str, os.PathLike))
-        made_by = (str(storage), repr(recipe)) if is_named else (storage, ""), override, indexes
-        with UserMetadataRecipe._lock:
-            if UserMetadataRecipe._instance is None:
-                UserMetadataRecipe._replace(recipe, made_by)
-            elif UserMetadataRecipe._made_by != made_by:
-                raise UsageError(
-                    "usermetadata.init() was called before, with other arguments: call it once,"
-                    " where the program starts; a test that needs another storage calls"
-                    " usermetadata.close() first; a second store is a UserMetadata(...)"
-                )
+        named = (str(storage), repr(opened)) if is_named else (opened, "")
+        arguments = named, override, indexes
+        made = default.get()
+        if made is None:
+            recipe = UserMetadataRecipe(storage, override=override, indexes=indexes)
+            made = default.claim(Made(recipe, recipe._functions, arguments))
+        if made.arguments != arguments:
+            raise UsageError(
+                "usermetadata.init() was called before, with other arguments: call it once, where"
+                " the program starts; a test that needs another storage calls"
+                " usermetadata.close() first; a second store is a UserMetadata(...)"
+            )
 
     @staticmethod
     def get_instance() -> UserMetadataRecipe:
@@ -260,22 +268,25 @@ class UserMetadataRecipe(UserMetadata[dict[str, Any], "Mapping[str, Any]"]):
         Raises:
             UsageError: ``init`` was not called.
         """
-        if UserMetadataRecipe._instance is None:
+        made = default.get()
+        if made is None:
             raise not_initialised()
-        return UserMetadataRecipe._instance
+        return made.recipe
 
     @staticmethod
     def reset() -> None:
         """See :func:`usermetadata.close`."""
-        from usermetadata._core.reentry import check_outside
+        made = default.get()
+        if made is not None:
+            made.recipe.close()
 
-        with UserMetadataRecipe._lock:
-            recipe = UserMetadataRecipe._instance
-            if recipe is not None:
-                check_outside(recipe._functions.store)
-                UserMetadataRecipe._replace(None)
-        if recipe is not None:
-            recipe.close()
+    def close(self) -> None:
+        """See :func:`usermetadata.close`."""
+        self._check_outside()
+        made = default.get()
+        if made is not None and made.recipe is self:
+            default.replace(None)
+        super().close()
 
     @property
     def override(self) -> UserMetadataOverrideConfig | None:
@@ -288,20 +299,16 @@ class UserMetadataRecipe(UserMetadata[dict[str, Any], "Mapping[str, Any]"]):
         return self._functions.asynchronous
 
     @staticmethod
-    def _replace(recipe: UserMetadataRecipe | None, made_by: object = None) -> None:
-        UserMetadataRecipe._instance, UserMetadataRecipe._made_by = recipe, made_by
-        default.functions = None if recipe is None else recipe._functions
-
-    @staticmethod
     @contextmanager
     def _replaced(storage: Storage) -> Generator[None, None, None]:
         """Use another storage in a block, with the same override."""
-        before, made_by = UserMetadataRecipe._instance, UserMetadataRecipe._made_by
-        override = None if before is None else before.override
-        UserMetadataRecipe._replace(UserMetadataRecipe(storage, override=override))
+        made = default.get()
+        override = None if made is None else made.recipe.override
+        recipe = UserMetadataRecipe(storage, override=override)
+        before = default.replace(Made(recipe, recipe._functions, None))
         yield
         UserMetadataRecipe.reset()
-        UserMetadataRecipe._replace(before, made_by)
+        default.replace(before)
 
 
 def init(

@@ -15,7 +15,7 @@ from usermetadata.asyncio import clear_user_metadata, get_user_metadata, update_
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
     usermetadata.init()  # the storage that USERMETADATA_URL names
     yield
-    usermetadata.UserMetadataRecipe.reset()
+    usermetadata.close()
 
 
 app = FastAPI(lifespan=lifespan)

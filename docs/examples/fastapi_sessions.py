@@ -32,7 +32,7 @@ supertokens_python.init(
 async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
     usermetadata.init()
     yield
-    usermetadata.UserMetadataRecipe.reset()
+    usermetadata.close()
 
 
 app = FastAPI(lifespan=lifespan)

@@ -47,7 +47,7 @@ async def bad_input(_: Request, error: Exception) -> JSONResponse:
 async def lifespan(_: Starlette) -> AsyncGenerator[None]:
     usermetadata.init()  # the storage that USERMETADATA_URL names
     yield
-    usermetadata.UserMetadataRecipe.reset()
+    usermetadata.close()
 
 
 app = Starlette(

@@ -30,7 +30,7 @@ def main() -> int:
         except usermetadata.InvalidInputError as error:
             print(error, file=sys.stderr)
             status = 1
-    usermetadata.UserMetadataRecipe.reset()
+    usermetadata.close()
     return status
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Coroutine
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
 
-    Hook = Callable[[str, Metadata | None, Metadata | None, dict[str, Any]], None]
+    Hook = Callable[[str, Metadata | None, Metadata | None, dict[str, Any]], object]
     Validate = Callable[[Metadata], object]
 
 
@@ -84,9 +85,10 @@ class Checks:
                 self._validate(user_id, new)
             if self.hook is not None:
                 before, after = _copy(old), _copy(new)
-                in_context(
+                returned = in_context(
                     call_guarded, self.store, self.hook, user_id, before, after, user_context
                 )
+                _refuse_awaitable(returned, "check_change")
 
         return check
 
@@ -94,7 +96,9 @@ class Checks:
         if self.validate is None:
             return
         try:
-            self.validate(decode_metadata(encode_metadata(new)))
+            returned = self.validate(decode_metadata(encode_metadata(new)))
+            if returned is False:
+                raise ValueError("it returned False")
         except Exception as error:
             # Its text may quote the metadata.
             refusal = InvalidInputError(
@@ -103,6 +107,7 @@ class Checks:
             )
             refusal.__cause__ = error
             raise ChangeError(refusal) from error
+        _refuse_awaitable(returned, "model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +120,17 @@ class _CheckedChange:
         new = self.change(old)
         self.check(before, new)
         return new
+
+
+def _refuse_awaitable(returned: object, name: str) -> None:
+    if isinstance(returned, Awaitable):
+        if isinstance(returned, Coroutine):
+            returned.close()  # else Python warns that it was never awaited
+        refusal = InvalidInputError(
+            f"{name}: it returned something to await, and nothing can be awaited inside the"
+            " storage's lock; make it a function without `async`"
+        )
+        raise ChangeError(refusal)
 
 
 def _copy(metadata: Metadata | None) -> Metadata | None:

@@ -2,44 +2,76 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from usermetadata.exceptions import UsageError
 
 if TYPE_CHECKING:
     from usermetadata._core.blocking_functions import BlockingFunctions
     from usermetadata._core.functions import Functions
+    from usermetadata.client import UserMetadataRecipe
     from usermetadata.interfaces import RecipeInterface
 
 
-class Default:
-    """Stands for the functions of ``init``, which is called after the facades were imported.
+class Made(NamedTuple):
+    """What ``init`` has made.
 
     Attributes:
-        functions: those of ``init``, once it was called.
+        recipe: the store.
+        functions: its functions.
+        arguments: what tells whether another ``init`` would make the same.
     """
 
-    functions: Functions | None = None
+    recipe: UserMetadataRecipe
+    functions: Functions
+    arguments: object
+
+
+class Default:
+    """Stands for the functions of ``init``, which is called after the facades were imported."""
+
+    def __init__(self) -> None:
+        # Nothing, or what `init` has made. Each method of a dictionary is one step for all threads.
+        self._made: dict[str, Made] = {}
+
+    def get(self) -> Made | None:
+        """Return what ``init`` has made."""
+        return self._made.get(_KEY)
+
+    def claim(self, made: Made) -> Made:
+        """Use this if there is nothing yet; return what is used."""
+        return self._made.setdefault(_KEY, made)
+
+    def replace(self, made: Made | None) -> Made | None:
+        """Use this in any case; return what was used before."""
+        before = self._made.pop(_KEY, None)
+        if made is not None:
+            self._made[_KEY] = made
+        return before
 
     @property
     def blocking(self) -> BlockingFunctions:
         """The functions for blocking code."""
-        if self.functions is None:
-            raise not_initialised()
-        return self.functions.blocking
+        try:
+            return self._made[_KEY].functions.blocking
+        except KeyError:
+            raise not_initialised() from None
 
     @property
     def asynchronous(self) -> RecipeInterface:
         """The functions for ``asyncio``."""
-        if self.functions is None:
-            raise not_initialised()
-        return self.functions.asynchronous
+        try:
+            made = self._made[_KEY]
+        except KeyError:
+            raise not_initialised() from None
+        return made.functions.asynchronous
 
     def __reduce__(self) -> str:
         """Let other processes use their own ``default``: the module-level functions are pickled."""
         return "default"
 
 
+_KEY = "init"
 default = Default()
 
 

@@ -1,15 +1,20 @@
-"""Removing a user from every app, as changes like any others."""
+"""Removing a user: what the storages do, and before that what the runners ask of them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
+
+from usermetadata.exceptions import UsageError
+from usermetadata.storage import ErasingStorage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
+    from usermetadata.storage import Storage
 
 
 class Erasure:
@@ -36,3 +41,43 @@ class Erasure:
         if metadata is not None:
             self._check(metadata)
             self.removed[app_id] = metadata
+
+
+class Removal:
+    """A change that removes the row, and keeps what it held."""
+
+    old: Metadata | None = None
+
+    def __call__(self, old: Metadata | None) -> None:
+        """Return ``None``, which removes the row."""
+        self.old = old
+
+    def by_app(self, app_id: str) -> dict[str, Metadata]:
+        """Return what the row held, by app id."""
+        return {} if self.old is None else {app_id: self.old}
+
+
+@dataclass(frozen=True, slots=True)
+class RemovalEverywhere:
+    """The removal of a user's rows in all apps.
+
+    Args:
+        user_id: the user.
+        check: called with what each row holds and ``None``, before any is removed.
+    """
+
+    user_id: str
+    check: Callable[[Metadata | None, Metadata | None], None] | None
+
+    def of(self, storage: Storage) -> dict[str, Metadata]:
+        """Remove the rows; return what they held, by app id."""
+        if not isinstance(storage, ErasingStorage):
+            raise UsageError(
+                f"erase_user: {type(storage).__name__} cannot find a user's apps; erase the user in"
+                " each app, with all_apps=False"
+            )
+        return storage.erase(self.user_id, self._check)
+
+    def _check(self, old: Metadata) -> None:
+        if self.check is not None:
+            self.check(old, None)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Coroutine
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, NoReturn, cast
+from weakref import WeakSet
 
 from usermetadata._core.blocking_functions import BlockingFunctions
 from usermetadata._core.checks import Checks, validator_of
-from usermetadata._core.reentry import check_outside
+from usermetadata._core.forking import ForkHooks, watch
 from usermetadata._core.runners import AsyncioRunner, BlockingOverride, BlockingRunner
 from usermetadata.exceptions import InvalidInputError, UsageError
 from usermetadata.interfaces import RecipeInterface, UserMetadataOverrideConfig
@@ -21,32 +23,50 @@ if TYPE_CHECKING:
     from usermetadata.storage import Storage
 
 
-class Store:
-    """A storage, and what its apps share: worker threads, and the mark of a function that runs.
+class Store(ForkHooks):
+    """A storage, and what its apps share: the worker threads, and the end.
 
     Args:
         storage: where the metadata is stored.
         is_ours: whether ``close`` closes it.
+
+    Attributes:
+        lock: held while something that is shared is made.
     """
 
     def __init__(self, storage: Storage, *, is_ours: bool) -> None:
-        # Here, because importing a facade does not need it.
-        import threading
-
         self.storage = storage
-        self.lock = threading.RLock()
         self._is_ours = is_ours
+        self._is_closed = False
         self._runner: AsyncioRunner | None = None
+        self._users: WeakSet[Functions] = WeakSet()
+        self.after_fork_in_child()
+        watch(self)
+
+    def after_fork_in_child(self) -> None:
+        """Another thread of the parent may have held the lock."""
+        self.lock = threading.RLock()
 
     def runner(self, app_id: str | None) -> AsyncioRunner:
         """Return a runner for an app; without an id, for the app of the storage."""
         with self.lock:
             if self._runner is None:
-                self._runner = AsyncioRunner(self.storage, self)
+                self._runner = AsyncioRunner(self.storage, self.storage)
         return copy.copy(self._runner) if app_id is None else self._runner.for_app(app_id)
+
+    def add(self, functions: Functions) -> None:
+        """Let the functions be closed with the store."""
+        with self.lock:
+            if self._is_closed:
+                functions.close()
+            self._users.add(functions)
 
     def close(self) -> None:
         """Complete the calls under way, end the worker threads, close the storage if it is ours."""
+        with self.lock:
+            self._is_closed = True
+            for functions in self._users:
+                functions.close()
         if self._runner is not None:
             self._runner.close()
         if self._is_ours:
@@ -85,7 +105,6 @@ class Functions:
         self.override = override
         self.model = model
         self._app_id = app_id
-        self._closes_store = True
         self._checks: Checks | None = None
         self._asynchronous: RecipeInterface | None = None
         self._runner: AsyncioRunner | None = None  # that of the functions that are overridden
@@ -96,10 +115,11 @@ class Functions:
             self._asynchronous = _overridden(override.functions, _original(self._runner))
             hook = _hook_of(self._asynchronous)
         if hook is not None or validate is not None:
-            self._checks = Checks(store, hook, validate)
+            self._checks = Checks(store.storage, hook, validate)
         if self._runner is not None:
             self._runner.checks = self._checks
         self.blocking = self._blocking(None)
+        store.add(self)
 
     @property
     def asynchronous(self) -> RecipeInterface:
@@ -114,21 +134,17 @@ class Functions:
 
     def for_app(self, app_id: str) -> Functions:
         """Return the functions of another app of the store."""
-        other = Functions(self.store, self.override, self.model, app_id)
-        other._closes_store = False
-        return other
+        return Functions(self.store, self.override, self.model, app_id)
 
     def joined(self, storage: Storage) -> Functions:
         """Return the same functions, blocking, on a storage that is part of a transaction."""
         other = copy.copy(self)
         other.blocking = self._blocking(storage)
+        self.store.add(other)
         return other
 
     def close(self) -> None:
-        """Close the store, unless it is another's; a later call raises an error that says so."""
-        check_outside(self.store)
-        if self._closes_store:
-            self.store.close()
+        """Let a later call raise an error; those under way are completed."""
         self.blocking = cast("BlockingFunctions", _Closed())
         self._asynchronous = cast("RecipeInterface", _Closed())
 
@@ -136,14 +152,16 @@ class Functions:
         if self._runner is not None and self._asynchronous is not None:
             overridden = BlockingOverride(self._asynchronous, self._runner, joined)
             return cast("BlockingFunctions", overridden)
-        runner = BlockingRunner(joined or self.storage, self.store)
+        runner = BlockingRunner(joined or self.storage, self.store.storage)
         runner.app_id, runner.checks = self.app_id, self._checks
         return BlockingFunctions(runner)
 
 
 class _Closed:
     def __getattr__(self, name: str) -> NoReturn:
-        raise UsageError("UserMetadata: it is closed; make a new one")
+        raise UsageError(
+            "usermetadata: this store is closed; make a new UserMetadata, or call init again"
+        )
 
 
 def _original(runner: AsyncioRunner) -> RecipeInterface:
@@ -155,7 +173,7 @@ def _original(runner: AsyncioRunner) -> RecipeInterface:
 
 def _hook_of(functions: RecipeInterface) -> Hook | None:
     hook = functions.check_change
-    if getattr(hook, "__func__", None) is RecipeInterface.check_change:
+    if getattr(hook, "__func__", None) is RecipeInterface.check_change:  # also in the original
         return None
     if not callable(hook) or iscoroutinefunction(hook):
         raise InvalidInputError(
@@ -182,17 +200,21 @@ def _overridden(
             f"override: functions returned {type(overridden).__name__}, not a RecipeInterface; make"
             " it a plain function that returns the original, or an instance of a subclass"
         )
-    for name in (
-        "set_user_metadata",
-        "modify_user_metadata",
-        "get_bulk_user_metadata",
-        "update_bulk_user_metadata",
-        "erase_user",
-        "list_user_metadata",
-        "count_user_metadata",
-        "find_user_id",
-    ):
-        function = getattr(overridden, name)
-        if getattr(function, "__func__", None) is getattr(RecipeInterface, name):
-            setattr(overridden, name, getattr(original, name))
-    return overridden
+    return cast("RecipeInterface", _Completed(overridden, original))
+
+
+class _Completed:
+    """The functions of an override, and the original's where it has none.
+
+    The override's object stays as it is: it may serve several stores.
+    """
+
+    def __init__(self, overridden: RecipeInterface, original: RecipeInterface) -> None:
+        self._overridden = overridden
+        self._original = original
+
+    def __getattr__(self, name: str) -> object:
+        function = getattr(self._overridden, name)
+        if getattr(function, "__func__", None) is getattr(RecipeInterface, name, function):
+            return getattr(self._original, name)
+        return function

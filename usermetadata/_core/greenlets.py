@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 A = TypeVar("A")
+B = TypeVar("B")
 R = TypeVar("R")
 
 
@@ -44,8 +45,8 @@ def run_in_real_thread(work: Callable[[Call], R]) -> R:
     monkey = sys.modules["gevent.monkey"]
     hub = gevent.get_hub()
 
-    def call(function: Callable[[A], R], argument: A) -> R:
-        results: list[R] = []
+    def call(function: Callable[[A], B], argument: A) -> B:
+        results: list[B] = []
         errors: list[BaseException] = []
         done = monkey.get_original("_thread", "allocate_lock")()
         done.acquire()
@@ -64,5 +65,15 @@ def run_in_real_thread(work: Callable[[Call], R]) -> R:
             raise error
         return results[0]
 
-    result: R = hub.threadpool.apply(work, (call,))
-    return result
+    def settle() -> tuple[list[R], BaseException | None]:
+        # gevent would print an exception that leaves its thread.
+        try:
+            return [work(call)], None
+        except BaseException as error:  # noqa: BLE001 - the caller raises it
+            return [], error
+
+    outcome: tuple[list[R], BaseException | None] = hub.threadpool.apply(settle)
+    results, failed = outcome
+    if failed is not None:
+        raise failed
+    return results[0]

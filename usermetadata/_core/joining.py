@@ -120,10 +120,16 @@ def _sqlalchemys_errors() -> Generator[None, None, None]:
         ) from error
     except exc.TimeoutError as error:
         raise StorageBusyError(f"connection: {error.args[0]}") from error
+    except exc.ResourceClosedError as error:
+        raise StorageError(f"connection: {error.args[0]}; pass one that is open") from error
     except exc.DBAPIError as error:
         line = (str(error.orig).splitlines() or [type(error).__name__])[0]
-        raise StorageUnavailableError(
-            f"connection: {line}; check the database and repeat the transaction"
+        if isinstance(error, (exc.OperationalError, exc.InterfaceError)):
+            raise StorageUnavailableError(
+                f"connection: {line}; check the database and repeat the transaction"
+            ) from error
+        raise StorageError(
+            f"connection: {line}; roll the transaction back, and check its settings"
         ) from error
     except exc.SQLAlchemyError as error:
         # What follows quotes the statement that failed before, and its parameters.

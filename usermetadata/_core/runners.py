@@ -9,9 +9,9 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from usermetadata._core.erasing import Removal, RemovalEverywhere
 from usermetadata._core.greenlets import call_here, patched_by, run_in_real_thread
 from usermetadata._core.reentry import ChangeError, check_outside, inside
-from usermetadata._core.removals import Removal, RemovalEverywhere
 from usermetadata.codec import decode_metadata, encode_metadata
 from usermetadata.exceptions import StorageError, UsageError
 
@@ -40,7 +40,7 @@ class BlockingRunner:
 
     Args:
         storage: where to read and write.
-        store: what ``modify`` locks; the same for all apps of a storage.
+        store: what ``modify`` locks: the storage, of which ``storage`` may be another app.
 
     Attributes:
         store: the same.

@@ -13,7 +13,12 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.rows import tuple_row
 
 from usermetadata._core.joining import unsupported
-from usermetadata._core.postgres.transactions import Answer, answer
+from usermetadata._core.postgres.transactions import (
+    Answer,
+    PlainAsyncCursor,
+    PlainCursor,
+    answer,
+)
 from usermetadata.exceptions import StorageError
 
 if TYPE_CHECKING:
@@ -99,7 +104,7 @@ class _PsycopgChannel(Channel):
                 try:
                     for text, parameters in statements:
                         # The caller may use other cursors and rows.
-                        cursor = Cursor(self.connection, row_factory=tuple_row)
+                        cursor = PlainCursor(self.connection, row_factory=tuple_row)
                         cursors.append(
                             cursor.execute(text, parameters, prepare=_prepare(parameters))
                         )
@@ -135,7 +140,7 @@ class _AsyncPsycopgChannel(_PsycopgChannel):
                 async with connection.pipeline():
                     try:
                         for text, parameters in statements:
-                            cursor = AsyncCursor(connection, row_factory=tuple_row)
+                            cursor = PlainAsyncCursor(connection, row_factory=tuple_row)
                             cursors.append(
                                 await cursor.execute(text, parameters, prepare=_prepare(parameters))
                             )

@@ -51,7 +51,26 @@ UNDONE = (
     errors.ReadOnlySqlTransaction,  # a failover: another connection may find the primary
     errors.InvalidSqlStatementName,  # its pipeline failed before it was prepared
 )
-_TOO_SLOW = (errors.IdleInTransactionSessionTimeout, errors.TransactionTimeout)
+_ADVICE: list[tuple[tuple[type[psycopg.Error], ...], str]] = [
+    (
+        (errors.IdleInTransactionSessionTimeout, errors.TransactionTimeout),
+        (
+            ": the function took longer than the server allows a transaction; nothing was written;"
+            " make it quicker, or raise the server's limit"
+        ),
+    ),
+    (
+        (errors.ReadOnlySqlTransaction,),
+        "; connect to a server that accepts writes, and begin the transaction READ WRITE",
+    ),
+    (
+        (errors.FeatureNotSupported,),
+        (
+            ": a rule on the table, or a view in its place, is the likely cause; nothing was"
+            " written; drop the rule, or name another table"
+        ),
+    ),
+]
 _IN_THE_WAY = (
     errors.SerializationFailure,
     errors.DeadlockDetected,
@@ -158,16 +177,7 @@ def translate(error: psycopg.Error, name: str, *, is_write: bool) -> Exception:
         return StorageUnavailableError(
             f"{text}; nothing was done; check the server and repeat the call"
         )
-    if isinstance(error, _TOO_SLOW):
-        text += (
-            ": the function took longer than the server allows a transaction; nothing was written;"
-            " make it quicker, or raise the server's limit"
-        )
-    if isinstance(error, errors.FeatureNotSupported):
-        text += (
-            ": a rule on the table, or a view in its place, is the likely cause; nothing was"
-            " written; drop the rule, or name another table"
-        )
+    text += next((advice for kinds, advice in _ADVICE if isinstance(error, kinds)), "")
     return StorageError(text)
 
 

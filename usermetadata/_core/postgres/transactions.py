@@ -6,7 +6,9 @@ from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from psycopg import Cursor
+import psycopg
+from psycopg import AsyncCursor, Cursor
+from psycopg.adapt import AdaptersMap
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
@@ -23,6 +25,27 @@ if TYPE_CHECKING:
     from psycopg import Connection
 
     from usermetadata._core.postgres.statements import Table
+
+
+_ADAPTERS = AdaptersMap(psycopg.adapters)
+
+
+class PlainCursor(Cursor[Any]):
+    """A cursor that converts as psycopg does, whatever the application has set."""
+
+    @property
+    def adapters(self) -> AdaptersMap:
+        """How values are converted."""
+        return _ADAPTERS
+
+
+class PlainAsyncCursor(AsyncCursor[Any]):
+    """The same, on a connection for asyncio."""
+
+    @property
+    def adapters(self) -> AdaptersMap:
+        """How values are converted."""
+        return _ADAPTERS
 
 
 class Statement(NamedTuple):
@@ -134,7 +157,7 @@ class PooledTransaction(Transaction):
     def _execute(self, statements: Sequence[Statement]) -> list[Cursor[tuple[Any, ...]]]:
         # A borrowed pool may make other cursors and rows.
         return [
-            Cursor(self._connection, row_factory=tuple_row).execute(*statement)
+            PlainCursor(self._connection, row_factory=tuple_row).execute(*statement)
             for statement in statements
         ]
 

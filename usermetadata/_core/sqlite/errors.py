@@ -15,12 +15,16 @@ from usermetadata.exceptions import (
 
 _ADVICE = [
     ("unable to open", "; name a file that this process may open"),
-    ("readonly", "; let this process write the file and its directory"),
+    (
+        "readonly",
+        "; let this process write the file and its directory (with a connection that may write)",
+    ),
+    ("closed database", "; pass a connection that is open"),
     ("full", "; free some space and repeat the call"),
     ("not a database", "; name an SQLite file, or one that does not exist yet"),
     ("malformed", "; restore it from a backup; `sqlite3 FILE .recover` may save rows"),
     ("actually a view", "; use another file"),
-    ("same thread", "; open the borrowed connection with check_same_thread=False"),
+    ("same thread", "; use it there, or open it with check_same_thread=False"),
 ]
 
 
@@ -31,7 +35,7 @@ def translate(error: Exception, name: str) -> StorageError:
         error: the driver's error.
         name: the name of the database.
     """
-    message = str(error)
+    message = str(error).rstrip(".")
     if message.startswith("database ") and message.endswith("is locked"):
         return busy(name)
     if _no_descriptor_is_left():
