@@ -108,14 +108,32 @@ BEGIN
 END $body$
 """
 
-# In the order of the values, for each value first who loses it: so two writers cannot wait for each
-# other, and a value can go from one user to another. A transaction with an old snapshot may not see
-# entries that were made while an index was built; it could not remove them.
-_MAINTAIN = """
+_INSERT = """
+BEGIN
+    IF NOT EXISTS (SELECT FROM new_rows) THEN
+        RETURN NULL;  -- of an upsert that only updates
+    END IF;
+    INSERT INTO {entries} (app_id, name, value, user_id, is_unique)
+    SELECT app_id, name, value, user_id, is_unique
+    FROM (
+        SELECT app_id, name, {value}(user_metadata, name) AS value, user_id, is_unique
+        FROM new_rows, (VALUES {names}) AS index (name, is_unique)) AS entries
+    WHERE value <> ''
+    ORDER BY app_id, name COLLATE "C", value COLLATE "C"
+    ON CONFLICT (app_id, name, value, user_id) DO NOTHING;
+    RETURN NULL;
+END
+"""
+# Most updates end with the first query. The others go in the order of the values, for each value
+# first who loses it: so two writers do not wait for each other, and a value can go from one user to
+# another. A transaction with an old snapshot may not see entries that were made while an index was
+# built, and could not remove them.
+_CHANGE = """
 DECLARE
     entry record;
     is_checked boolean := left(current_setting('transaction_isolation'), 4) = 'read';
 BEGIN
+    {unless_changed}
     FOR entry IN
         SELECT app_id, name, is_unique, value, user_id, sum(sign) AS sign
         FROM (
@@ -126,27 +144,43 @@ BEGIN
         HAVING sum(sign) <> 0
         ORDER BY app_id, name COLLATE "C", value COLLATE "C", sign
     LOOP
-        IF NOT is_checked THEN
-            IF (SELECT count(*) FROM {indexes} WHERE is_ready AND build IN ({builds})) < {number}
-            THEN
-                RAISE serialization_failure USING MESSAGE =
-                    'usermetadata: an index was built since this transaction began; repeat it';
-            END IF;
-            is_checked := true;
-        END IF;
-        IF entry.sign < 0 THEN
-            DELETE FROM {entries} AS lost
-            WHERE lost.app_id = entry.app_id AND lost.name = entry.name
-                AND lost.value = entry.value AND lost.user_id = entry.user_id;
-        ELSE
+        IF entry.sign > 0 THEN
             INSERT INTO {entries} (app_id, name, value, user_id, is_unique)
             VALUES (entry.app_id, entry.name, entry.value, entry.user_id, entry.is_unique)
             ON CONFLICT (app_id, name, value, user_id) DO NOTHING;
+        ELSE
+            IF NOT is_checked THEN
+                IF (SELECT count(*) FROM {indexes} WHERE is_ready AND build IN ({builds}))
+                    < {number}
+                THEN
+                    RAISE serialization_failure USING MESSAGE =
+                        'usermetadata: an index was built since this transaction began; repeat it';
+                END IF;
+                is_checked := true;
+            END IF;
+            DELETE FROM {entries} AS lost
+            WHERE lost.app_id = entry.app_id AND lost.name = entry.name
+                AND lost.value = entry.value AND lost.user_id = entry.user_id;
         END IF;
     END LOOP;
     RETURN NULL;
 END
 """
+# An update has as many old rows as new ones.
+_UNLESS_CHANGED = """
+    IF NOT EXISTS (
+        SELECT app_id, user_id, {columns} FROM old_rows
+        EXCEPT SELECT app_id, user_id, {columns} FROM new_rows)
+    THEN
+        RETURN NULL;
+    END IF;
+"""
+# The function takes twice as long. It is needed for what the type json refuses.
+_COLUMN = """CASE
+    WHEN user_metadata IS JSON AND strpos(user_metadata, '\\u') = 0
+    THEN (user_metadata::json -> {name})::text
+    ELSE {value}(user_metadata, {name}) END"""
+_COLUMN_BEFORE_16 = "{value}(user_metadata, {name})"
 _TRUNCATE = "BEGIN TRUNCATE {entries}; RETURN NULL; END"
 _OLD = "SELECT app_id, user_id, user_metadata, -1 AS sign FROM old_rows"
 _NEW = "SELECT app_id, user_id, user_metadata, 1 AS sign FROM new_rows"
@@ -154,17 +188,18 @@ _OLD_ROWS, _NEW_ROWS = "OLD TABLE AS old_rows", "NEW TABLE AS new_rows"
 
 
 class _Event(NamedTuple):
-    """What a trigger sees of a statement, and which entries that makes or removes."""
+    """What a trigger does, from what it sees of a statement."""
 
+    body: LiteralString
     source: LiteralString
     referencing: LiteralString
 
 
 _EVENTS: dict[LiteralString, _Event] = {
-    "INSERT": _Event(_NEW, f"REFERENCING {_NEW_ROWS}"),
-    "UPDATE": _Event(f"{_OLD} UNION ALL {_NEW}", f"REFERENCING {_OLD_ROWS} {_NEW_ROWS}"),
-    "DELETE": _Event(_OLD, f"REFERENCING {_OLD_ROWS}"),
-    "TRUNCATE": _Event("", ""),
+    "INSERT": _Event(_INSERT, "", f"REFERENCING {_NEW_ROWS}"),
+    "UPDATE": _Event(_CHANGE, f"{_OLD} UNION ALL {_NEW}", f"REFERENCING {_OLD_ROWS} {_NEW_ROWS}"),
+    "DELETE": _Event(_CHANGE, _OLD, f"REFERENCING {_OLD_ROWS}"),
+    "TRUNCATE": _Event(_TRUNCATE, "", ""),
 }
 # With the rights of the table's owner: whoever may write to the table need not have any on the
 # entries. Nobody else may make a trigger of it.
@@ -180,7 +215,10 @@ FOR EACH STATEMENT EXECUTE FUNCTION {function}()
 
 _LOCK = "LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE"
 _SET_TIMEOUT = "SELECT {timeout}"
-_EXISTS = "SELECT to_regclass({indexes_name})::oid::text, row_security_active({name})"
+_EXISTS = """
+SELECT to_regclass({indexes_name})::oid::text, row_security_active({name}),
+    current_setting('server_version_num')::integer >= 160000
+"""
 # Without its triggers an index is not maintained, for example if the table was made again.
 _STORED = """
 SELECT name, is_unique, is_ready, build FROM {indexes}
@@ -302,6 +340,7 @@ class _State(NamedTuple):
 
     oid: str | None
     has_policies: bool
+    has_is_json: bool
     stored: Sequence[_Stored]
 
     @property
@@ -369,32 +408,39 @@ class Names:
             "triggers": SQL(", ").join(map(Literal, map(_trigger, _EVENTS))),
         }
 
-    def maintenance(self, stored: Sequence[_Stored]) -> list[Statement]:
+    def maintenance(self, state: _State, stored: Sequence[_Stored]) -> list[Statement]:
         """The statements that make the triggers for these indexes."""
         table = Identifier(*self._schema, self._table)
+        literals = [Literal(each.name.replace("%", "%%")) for each in stored]
+        column = _COLUMN if state.has_is_json else _COLUMN_BEFORE_16
         parts = self.parts | {
             "names": SQL(", ").join(
-                SQL("({}, {})").format(Literal(each.name.replace("%", "%%")), each.is_unique)
-                for each in stored
+                SQL("({}, {})").format(name, each.is_unique)
+                for name, each in zip(literals, stored, strict=True)
+            ),
+            "columns": SQL(", ").join(
+                SQL(column).format(name=name, value=self.parts["value"]) for name in literals
             ),
             "builds": SQL(", ").join(Literal(each.build) for each in stored),
             "number": Literal(len({each.build for each in stored})),
         }
         statements: list[Composed] = []
-        for event, (source, referencing) in _EVENTS.items():
-            template = _MAINTAIN if source else _TRUNCATE
-            body = SQL(template).format(**parts, source=SQL(source)).as_string()
+        for event, (template, source, referencing) in _EVENTS.items():
+            is_update = event == "UPDATE"
+            body = SQL(template).format(
+                **parts,
+                source=SQL(source),
+                unless_changed=SQL(_UNLESS_CHANGED if is_update else "").format(**parts),
+            )
             of_event = {
                 "function": self(f"index_{event.lower()}"),
                 "trigger": Identifier(_trigger(event)),
                 "event": SQL(event),
                 "referencing": SQL(referencing),
                 "table": table,
-                "body": Literal(body),
+                "body": Literal(body.as_string()),
             }
-            statements += [
-                SQL(template).format(**of_event) for template in (_FUNCTION, _REVOKE, _TRIGGER)
-            ]
+            statements += [SQL(each).format(**of_event) for each in (_FUNCTION, _REVOKE, _TRIGGER)]
         return [Statement(each.as_bytes(), {}) for each in statements]
 
     def removal(self) -> list[Statement]:
@@ -504,7 +550,7 @@ def build_in_pages(
             faults += page.faults
             done += page.number
             position = page.end
-            if progress is not None:
+            if progress is not None and page.number:
                 progress(done, max(done, total))
         if not faults:
             connections.run(partial(_finish_build, build), is_write=True)
@@ -539,7 +585,7 @@ def drop(transaction: Transaction, names: Sequence[str]) -> tuple[()]:
     of_these = {"names": _dump(names)}
     if kept:
         remove = Statement(table[_REMOVE_INDEXES], of_these)
-        transaction.end([remove, *table.names.maintenance(kept)])
+        transaction.end([remove, *table.names.maintenance(state, kept)])
         # Writers need not wait for this: they make no such entries any more.
         transaction.at_once([Statement(table[_REMOVE_ENTRIES], of_these)])
     else:
@@ -688,12 +734,12 @@ def _begin(transaction: Transaction) -> _State:
 
 def _read(execute: Execute, table: Table) -> _State:
     [found] = execute([Statement(table[_EXISTS], {})])
-    oid, has_policies = found.rows[0]
+    oid, has_policies, has_is_json = found.rows[0]
     stored: list[_Stored] = []
     if oid is not None:
         [answer] = execute([Statement(table[_STORED], {})])
         stored = [_Stored(*row) for row in answer.rows]
-    return _State(oid, has_policies, stored)
+    return _State(oid, has_policies, has_is_json, stored)
 
 
 def _register(transaction: Transaction, declared: Sequence[Index], build: str) -> list[Index]:
@@ -723,7 +769,7 @@ def _register(transaction: Transaction, declared: Sequence[Index], build: str) -
         Statement(table[_VALUE], {}),
         *(Statement(table[each], of_these) for each in (_REMOVE_ENTRIES, _REMOVE_INDEXES)),
         Statement(table[_ADD_INDEXES], of_these),
-        *table.names.maintenance([*kept, *new]),
+        *table.names.maintenance(state, [*kept, *new]),
     ]
     transaction.go_on(statements)
     return missing
