@@ -269,7 +269,7 @@ WITH page AS MATERIALIZED (
 ), added AS (
     INSERT INTO {entries} (app_id, name, value, user_id, is_unique)
     SELECT app_id, name, value, user_id, is_unique FROM found WHERE value <> ''
-    ORDER BY app_id, name COLLATE "C", value COLLATE "C"
+    ORDER BY app_id, name COLLATE "C", value COLLATE "C", user_id
     ON CONFLICT DO NOTHING
     RETURNING app_id, name, user_id
 )
@@ -444,7 +444,7 @@ class Names:
         return [Statement(each.as_bytes(), {}) for each in statements]
 
     def removal(self) -> list[Statement]:
-        """The statements that remove the triggers and the tables."""
+        """The statements that remove the triggers."""
         table = Identifier(*self._schema, self._table)
         statements = [
             SQL("DROP TRIGGER IF EXISTS {} ON {}").format(Identifier(_trigger(event)), table)
@@ -452,10 +452,6 @@ class Names:
         ]
         functions = [self(f"index_{event.lower()}") for event in _EVENTS]
         statements += [SQL("DROP FUNCTION IF EXISTS {}()").format(each) for each in functions]
-        statements += [
-            SQL("DROP FUNCTION IF EXISTS {}(text, text)").format(self("index_value")),
-            SQL("DROP TABLE {}, {}").format(self("index_entries"), self("indexes")),
-        ]
         return [Statement(each.as_bytes(), {}) for each in statements]
 
 
@@ -550,8 +546,9 @@ def build_in_pages(
             faults += page.faults
             done += page.number
             position = page.end
-            if progress is not None and page.number:
-                progress(done, max(done, total))
+            total = done if position is None else max(done, total)
+            if progress is not None:
+                progress(done, total)
         if not faults:
             connections.run(partial(_finish_build, build), is_write=True)
     except BaseException:
@@ -589,7 +586,9 @@ def drop(transaction: Transaction, names: Sequence[str]) -> tuple[()]:
         # Writers need not wait for this: they make no such entries any more.
         transaction.at_once([Statement(table[_REMOVE_ENTRIES], of_these)])
     else:
-        transaction.end(table.names.removal() if state.oid else [])
+        # The empty tables stay: other processes may be about to look there.
+        last = [*table.names.removal(), Statement(table[_EMPTY], {})]
+        transaction.end(last if state.oid else [])
     table.forget()
     return ()
 
@@ -810,6 +809,7 @@ def _fill(transaction: Transaction, missing: Sequence[Index], position: Position
         if owner != user_id:
             reason = f"user {owner!r} has the same value; change one of them"
             faults.append(_fault(app_id, user_id, name, reason))
+    faults.sort()
     last_app, last_user, _, _ = answer.rows[-1]
     return Page(faults, int(number), (last_app, last_user))
 
