@@ -531,6 +531,19 @@ def test_an_interrupted_build_leaves_nothing(schema: str, direct: psycopg.Connec
         assert is_consistent(direct, "key")
 
 
+def test_an_index_that_another_process_builds_meanwhile(
+    schema: str, direct: psycopg.Connection[Any]
+) -> None:
+    """Who is overtaken says so, and leaves the other's index as it is."""
+    with opened(schema) as plain, opened(schema, KEY) as first, opened(schema, KEY) as second:
+        plain.write([("alice", Merge({"key": 1}))])
+        with pytest.raises(StorageError, match="another process has built"):
+            first.build_indexes(lambda *each: second.count({"key": 1}))
+        assert second.stored_indexes() == (KEY,)
+        assert second.count({"key": 1}) == 1
+        assert is_consistent(direct, "key")
+
+
 def test_an_index_is_dropped_by_name(
     storage: PostgresStorage, schema: str, direct: psycopg.Connection[Any]
 ) -> None:

@@ -221,7 +221,7 @@ class PostgresStorage(OfOneApp):
 
     def drop_index(self, name: str) -> None:
         """Remove an index from the database; readers and writers wait for a moment."""
-        self._connections.run(lambda each: indexing.drop(each, [name]), absent=(), is_write=True)
+        self._connections.run(lambda each: indexing.drop(each, name), absent=(), is_write=True)
 
     def erase(self, user_id: str, check: Callable[[Metadata], None]) -> dict[str, Metadata]:
         """Remove the rows that a user has in any app, in one transaction.

@@ -535,7 +535,8 @@ def build_in_pages(
     missing = connections.run(register, is_write=True)
     if not missing:
         return []
-    names = [index.name for index in missing]
+    # Another process may have begun to build the same.
+    undo = partial(_drop, lambda each: each.build == build)
     faults: list[str] = []
     done = 0
     position: Position | None = _BEGINNING
@@ -552,10 +553,10 @@ def build_in_pages(
         if not faults:
             connections.run(partial(_finish_build, build), is_write=True)
     except BaseException:
-        connections.run(partial(drop, names=names), is_write=True)
+        connections.run(undo, is_write=True)
         raise
     if faults:
-        connections.run(partial(drop, names=names), is_write=True)
+        connections.run(undo, is_write=True)
     return faults
 
 
@@ -574,12 +575,16 @@ def _finish_build(build: str, transaction: Transaction) -> None:
         )
 
 
-def drop(transaction: Transaction, names: Sequence[str]) -> tuple[()]:
-    """Remove indexes, finished or not."""
+def drop(transaction: Transaction, name: str) -> tuple[()]:
+    """Remove an index, finished or not."""
+    return _drop(lambda each: each.name == name, transaction)
+
+
+def _drop(is_meant: Callable[[_Stored], bool], transaction: Transaction) -> tuple[()]:
     table = transaction.table
     state = _begin(transaction)
-    kept = [each for each in state.stored if each.name not in names]
-    of_these = {"names": _dump(names)}
+    kept = [each for each in state.stored if not is_meant(each)]
+    of_these = {"names": _dump([each.name for each in state.stored if is_meant(each)])}
     if kept:
         remove = Statement(table[_REMOVE_INDEXES], of_these)
         transaction.end([remove, *table.names.maintenance(state, kept)])
