@@ -321,7 +321,7 @@ def test_threads_that_take_each_others_values_do_not_deadlock(
 
     def write(number: int) -> None:
         for n in range(40):
-            first, second = (number + n) % 6, (number * n + 1) % 6
+            first, second = (number + n) % 6, (number + n + 1 + n % 5) % 6
             changes: list[tuple[str, Change]] = [
                 (users[first], Merge({"key": (second + n) % 7})),
                 (users[second], Merge({"key": (first * n) % 7})),
