@@ -11,7 +11,9 @@ from weakref import WeakKeyDictionary
 
 try:
     from psycopg import DataError
+    from psycopg.errors import UniqueViolation
 
+    from usermetadata._core.postgres import indexes as indexing
     from usermetadata._core.postgres.connections import Connections
     from usermetadata._core.postgres.joined import JoinedConnection
     from usermetadata._core.postgres.outcomes import NOT_STORED
@@ -44,12 +46,14 @@ from usermetadata.codec import encode_metadata
 from usermetadata.exceptions import (
     DamagedMetadataError,
     InvalidInputError,
+    NotUniqueError,
     OutcomeUnknownError,
     StorageError,
 )
+from usermetadata.indexes import check_indexes, values_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Sequence
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
     from typing import LiteralString, Self
 
     from psycopg_pool import ConnectionPool
@@ -58,9 +62,11 @@ if TYPE_CHECKING:
     from usermetadata._core.postgres.transactions import Transaction
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
+    from usermetadata.indexes import Index, Value
 
 _MIN_TIMEOUT, _MAX_TIMEOUT = 0.001, 1_000_000  # seconds
-_NATIVE = {Merge, Replace, Clear}
+_NATIVE_TYPES = (Merge, Replace, Clear)
+_NATIVE = set(_NATIVE_TYPES)
 _MOST_STATEMENTS = 3  # with more of them, one round trip takes longer than two without
 _NAME = re.compile("[^\0\ud800-\udfff]+\\Z")
 # Of a row that is locked before it is written: JSON, as a constraint or a trigger of the table may
@@ -88,6 +94,8 @@ class PostgresStorage(OfOneApp):
             has its own limit.
         timeout: seconds that a call waits for a connection, and a write for row locks, before it
             raises ``StorageBusyError``.
+        indexes: the properties by which users can be found. They are built on first use if the
+            table has at most 10,000 rows.
 
     Raises:
         InvalidInputError: an argument is not valid. Nothing is opened before the first call.
@@ -109,8 +117,10 @@ class PostgresStorage(OfOneApp):
         schema: str | None = None,
         max_connections: int = 10,
         timeout: float = 30.0,
+        indexes: Iterable[Index] = (),
     ) -> None:
         super().__init__(app_id)
+        self._indexes = check_indexes(indexes)
         if not isinstance(timeout, (int, float)) or not _MIN_TIMEOUT <= timeout <= _MAX_TIMEOUT:
             raise InvalidInputError(
                 f"timeout: {timeout!r} is not a number of seconds, {_MIN_TIMEOUT} or more;"
@@ -133,6 +143,11 @@ class PostgresStorage(OfOneApp):
             timeout,
         )
         self._joined_tables: Tables = WeakKeyDictionary()
+
+    @property
+    def indexes(self) -> tuple[Index, ...]:
+        """The indexes that were declared."""
+        return self._indexes
 
     def __repr__(self) -> str:
         return f"PostgresStorage({self._connections.name!r}, app_id={self._app_id!r})"
@@ -166,6 +181,47 @@ class PostgresStorage(OfOneApp):
         else:
             return self._decoded(changes, results)
         raise error
+
+    def find(self, where: Mapping[str, Value], after: str, limit: int) -> dict[str, Metadata]:
+        """Return the metadata of the next users who have these values, in one query."""
+        search = indexing.Search(self._app_id, self._indexes, where)
+        nothing: list[tuple[str, str]] = []
+        rows = self._connections.run(lambda each: search.rows(each, after, limit), nothing)
+        return {user_id: self._decode(user_id, text) for user_id, text in rows}
+
+    def count(self, where: Mapping[str, Value] | None) -> int:
+        """Return how many users have these values, or are there at all, in one query."""
+        if where is not None:
+            search = indexing.Search(self._app_id, self._indexes, where)
+            return self._connections.run(search.number, 0)
+
+        def count(transaction: Transaction) -> int:
+            statement = self._statement(transaction, indexing.COUNT_ALL)
+            number: int = transaction.at_once([statement])[0].rows[0][0]
+            return number
+
+        return self._connections.run(count, 0)
+
+    def stored_indexes(self) -> tuple[Index, ...]:
+        """Return the indexes that exist in the database, declared or not."""
+        nothing: tuple[Index, ...] = ()
+        return self._connections.run(indexing.stored_indexes, nothing)
+
+    def build_indexes(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """Build the declared indexes that are missing, all or none.
+
+        Writers wait for a moment when it begins, and else only for the rows of one page. In a block
+        of ``within`` it is part of the caller's transaction, and writers wait for the end of that.
+        """
+        if isinstance(self._connections, JoinedConnection):
+            return self._connections.run(
+                lambda each: indexing.build_at_once(each, self._indexes), is_write=True
+            )
+        return indexing.build_in_pages(self._connections, self._indexes, progress)
+
+    def drop_index(self, name: str) -> None:
+        """Remove an index from the database; readers and writers wait for a moment."""
+        self._connections.run(lambda each: indexing.drop(each, name), absent=(), is_write=True)
 
     def erase(self, user_id: str, check: Callable[[Metadata], None]) -> dict[str, Metadata]:
         """Remove the rows that a user has in any app, in one transaction.
@@ -223,6 +279,34 @@ class PostgresStorage(OfOneApp):
     def _apply(
         self, transaction: Transaction, changes: Sequence[tuple[str, Change]]
     ) -> Sequence[str | Metadata | None]:
+        changes = self._checked(transaction, changes)
+        is_native = {type(change) for _, change in changes} <= _NATIVE
+        groups = list(_grouped(changes)) if is_native else []
+        taken: indexing.Taken | None = None
+        # The text of an error quotes the row: what follows must not have it as its context.
+        if is_native and len(groups) <= _MOST_STATEMENTS:
+            try:
+                return self._apply_natively(transaction, groups, len(changes))
+            except DataError:
+                pass
+            except UniqueViolation as error:
+                taken = indexing.taken_in(error, self._app_id)
+            # The server's JSON refuses U+0000 in a value and a damaged row; Python's may not. Why a
+            # row was not removed is unknown until the rows are held. A later statement may free the
+            # value that an earlier one needs.
+            transaction.undo()
+        if taken is None or len(groups) > 1:
+            try:
+                return self._apply_holding(transaction, changes)
+            except UniqueViolation as error:
+                taken = indexing.taken_in(error, self._app_id)
+            transaction.undo()
+        owner = indexing.owner_of(transaction, taken)
+        raise ChangeError(NotUniqueError(taken.name, owner))
+
+    def _checked(
+        self, transaction: Transaction, changes: Sequence[tuple[str, Change]]
+    ) -> Sequence[tuple[str, Change]]:
         length = transaction.user_id_length
         for user_id, _ in changes:
             if len(user_id) > length:
@@ -230,17 +314,27 @@ class PostgresStorage(OfOneApp):
                     f"user_id: has {len(user_id)} characters; the column user_id of this"
                     f" database's table takes {length}"
                 )
-        is_native = {type(change) for _, change in changes} <= _NATIVE
-        groups = list(_grouped(changes)) if is_native else []
-        if is_native and len(groups) <= _MOST_STATEMENTS:
+        if not self._indexes:
+            return changes
+        checked = [(user_id, self._indexed(user_id, change)) for user_id, change in changes]
+        indexing.ready(transaction, self._indexes)
+        return checked
+
+    def _indexed(self, user_id: str, change: Change) -> Change:
+        """Return a change that stores only what can be indexed."""
+        if isinstance(change, _NATIVE_TYPES):
             try:
-                return self._apply_natively(transaction, groups, len(changes))
-            except DataError:
-                pass  # its text quotes the row: what follows must not have it as its context
-            # The server's JSON refuses U+0000 in a value and a damaged row; Python's may not. Why a
-            # row was not removed is unknown until the rows are held.
-            transaction.undo()
-        return self._apply_holding(transaction, changes)
+                values_of(change(None) or {}, self._indexes, user_id)
+            except InvalidInputError as error:
+                raise ChangeError(error) from error
+            return change
+
+        def indexed(old: Metadata | None) -> Metadata | None:
+            new = change(old)
+            values_of(new or {}, self._indexes, user_id)
+            return new
+
+        return indexed
 
     def _apply_natively(
         self,
@@ -320,8 +414,9 @@ class PostgresStorage(OfOneApp):
         statements = [self._statement(transaction, STORE, rows=_rows(texts.items()))]
         gone = [user_id for user_id in users if user_id not in texts]
         if gone:
-            statements.append(self._statement(transaction, REMOVE, user_ids=_dump(gone)))
-        stored, *_ = transaction.end(statements)
+            # First, because another user may get the value of a unique index.
+            statements.insert(0, self._statement(transaction, REMOVE, user_ids=_dump(gone)))
+        *_, stored = transaction.end(statements)
         last = {user_id: position for position, (user_id, _) in enumerate(changes)}
         for user_id, text in stored.rows:
             if text != texts[user_id]:  # a trigger has changed it

@@ -228,11 +228,22 @@ class _AsyncpgChannel(Channel):
         text = str(error) or type(error).__name__
         if state:
             try:
-                return errors.lookup(state)(text)
+                translated = errors.lookup(state)(text)
             except KeyError:
                 return psycopg.DatabaseError(text)
+            if isinstance(translated, errors.UniqueViolation):
+                return _UniqueViolation(text, getattr(error, "detail", None))
+            return translated
         is_lost = self.is_closed or isinstance(error, OSError)
         return psycopg.OperationalError(text) if is_lost else psycopg.ProgrammingError(text)
+
+
+class _UniqueViolation(errors.UniqueViolation):
+    """Another driver's error, with the server's detail."""
+
+    def __init__(self, text: str, detail: str | None) -> None:
+        super().__init__(text)
+        self.detail = detail
 
 
 def _grouped(

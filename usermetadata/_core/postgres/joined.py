@@ -93,7 +93,8 @@ class JoinedTransaction(Transaction):
                 self._channel.exchange(statements)
 
     def _check(self) -> list[Statement]:
-        return [Statement(self.table.check)] if self.table.check else []
+        table = self.table
+        return [Statement(table.check), *table.index_checks] if table.check else []
 
     def _committed(self, answer: Answer) -> None:
         self._is_open = False

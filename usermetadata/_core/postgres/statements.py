@@ -14,6 +14,7 @@ from psycopg import Cursor, DataError, NotSupportedError, ProgrammingError, erro
 from psycopg.rows import tuple_row
 from psycopg.sql import SQL, Identifier, Literal
 
+from usermetadata._core.postgres.indexes import Names
 from usermetadata._core.postgres.outcomes import NOT_STORED
 from usermetadata._core.postgres.transactions import Statement
 from usermetadata.exceptions import InvalidInputError, StorageError
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from typing import Any, LiteralString
 
     from psycopg import Connection
+
+    from usermetadata.indexes import Index
 
 OF_THE_TABLE = (ProgrammingError, NotSupportedError, DataError)
 """Errors of a table that may have changed since it was described."""
@@ -244,6 +247,10 @@ class Table:
     Attributes:
         user_id_length: how many characters a user id may have; 0 while that is unknown.
         check: a statement that fails if the table's name now means another table, or none.
+        is_shared: whether it is a SuperTokens core's.
+        is_plain: whether it is a table, partitioned or not.
+        indexes: those that are known to exist.
+        index_checks: statements that fail if one of these exists no more.
     """
 
     def __init__(self, *name: str, is_session_ours: bool) -> None:
@@ -251,6 +258,8 @@ class Table:
         self._is_session_ours = is_session_ours
         self._lock = self._lock_of_app = SQL("")
         self._statements: dict[str, bytes] = {}
+        self.is_shared = False
+        self.is_plain = True
         self.forget()
 
     def describe(self, connection: Connection) -> None:
@@ -287,6 +296,7 @@ class Table:
             if kind:
                 described: dict[str, _Column] = json.loads(columns)
                 self._check(kind, described, has_key=has_key)
+                self.is_shared, self.is_plain = is_shared, kind in _TABLES
                 self._lock = SQL(_CORES_LOCK if is_shared else "")
                 self._lock_of_app = SQL(_CORES_LOCK_OF_APP if is_shared else "")
                 self._statements = {}
@@ -298,11 +308,18 @@ class Table:
         """Let the next call describe the table anew, because it may have been changed."""
         self.user_id_length = 0
         self.check = b""
+        self.indexes: frozenset[Index] = frozenset()
+        self.index_checks: list[Statement] = []
 
     @property
     def creation(self) -> list[Statement]:
         """The statements that create the table if it is missing."""
         return [Statement(_LOCK_CREATION.encode()), Statement(self[_CREATE], {})]
+
+    @property
+    def names(self) -> Names:
+        """The names of what belongs to its indexes."""
+        return Names(tuple(part.replace("%", "%%") for part in self._name))
 
     def create(self, connection: Connection) -> None:
         """Create the table if it is missing."""
@@ -312,7 +329,7 @@ class Table:
                 connection.execute(*statement)
 
     def __getitem__(self, template: LiteralString) -> bytes:
-        """Return the statement for this table, from a template of this module."""
+        """Return the statement for this table, from a template."""
         statements = self._statements  # another thread may describe the table anew
         statement = statements.get(template)
         if statement is None:
@@ -324,6 +341,7 @@ class Table:
                 lock=self._lock,
                 lock_of_app=self._lock_of_app,
                 timeout=_TIMEOUT,
+                **self.names.parts,
             )
             statement = statements[template] = composed.as_bytes(None)
         return statement
