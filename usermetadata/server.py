@@ -199,7 +199,11 @@ class _Server:
     async def _content(self, request: Request) -> Response:
         if not self._api_keys:
             _check_origin(request)
-        app_id, tenant, path = self._split(request.path_params["path"])
+        path = request.path_params["path"]
+        # ASGI servers decode what is not UTF-8 to U+FFFD; Starlette drops a newline at the end.
+        if not path.isascii() or request.scope["path"].endswith("\n"):
+            raise _Refusal(404, "Not found")
+        app_id, tenant, path = self._split(path)
         if path == "/hello":
             if request.method not in ("GET", "POST", "PUT", "DELETE"):
                 raise _Refusal(405, "Method not supported")
@@ -222,8 +226,6 @@ class _Server:
 
     def _split(self, path: str) -> tuple[str | None, str | None, str]:
         """Return the app and the tenant that a path names, and the path after them."""
-        if not path.isascii():  # ASGI servers decode what is not UTF-8 to U+FFFD
-            raise _Refusal(404, "Not found")
         path = f"/{path.lower().removesuffix('/')}"
         named = None if path in self._functions else _PATH.fullmatch(path)
         return (named["app"], named["tenant"], named["path"]) if named else (None, None, path)

@@ -203,7 +203,7 @@ class _Request:
         self.body = bytearray()  # that has arrived, and that the application does not have
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
-        self.content = bytearray()
+        self.content: list[bytes] = []
         self._connection = connection
         self._is_lost = False  # the rest of it will not arrive
         self._has_arrived = asyncio.Event()
@@ -245,7 +245,7 @@ class _Request:
             self.status = message["status"]
             self.headers = list(message["headers"])
         else:
-            self.content += message.get("body", b"")
+            self.content.append(message.get("body", b""))
 
     def refuse(self, status: int, text: str) -> None:
         """Answer with an error, and do not keep the connection."""
@@ -258,19 +258,19 @@ class _Request:
         if self.refusal:
             self.status, text = self.refusal
             self.headers = [(b"content-type", b"text/plain;charset=UTF-8")]
-            self.content[:] = text.encode()
+            self.content = [text.encode()]
         lines = [_STATUSES[self.status], b"date: ", date, b"\r\n"]
         for name, value in self.headers:
             if name != b"content-length":
                 lines += name, b": ", value, b"\r\n"
-        lines.append(b"content-length: %d\r\n" % len(self.content))
+        lines.append(b"content-length: %d\r\n" % sum(map(len, self.content)))
         if keep_alive_timeout is None:
             lines.append(b"connection: close\r\n\r\n")
         else:
             seconds = int(keep_alive_timeout)
             lines.append(b"connection: keep-alive\r\nkeep-alive: timeout=%d\r\n\r\n" % seconds)
         if self.scope.get("method") != "HEAD":
-            lines.append(bytes(self.content))
+            lines += self.content
         return b"".join(lines)
 
 
@@ -306,18 +306,17 @@ class _Connection(asyncio.Protocol):
             self._server.make_room()
 
     def data_received(self, data: bytes) -> None:
-        view, start = memoryview(data), 0
-        while start < len(data) and not self._is_deaf:
-            part = view[start : start + _SLICE]
+        view, start, head = memoryview(data), 0, b""
+        while (part := head or view[start : start + _SLICE]) and not self._is_deaf:
+            start += 0 if head else len(part)
+            head = b""
             self._unread += len(part)
-            start += len(part)
             try:
                 self._parser.feed_data(part)
             except HttpParserUpgrade as upgrade:
                 # httptools takes what follows for another protocol, so the head is parsed again.
-                rest = part[upgrade.args[0] :].tobytes() + data[start:]
-                data, start = self._head_without_upgrade() + rest, 0
-                view = memoryview(data)
+                start += upgrade.args[0] - len(part)
+                head = self._head_without_upgrade()
             except HttpParserCallbackError:
                 raise  # an error of this module; asyncio logs it
             except HttpParserError:
@@ -373,12 +372,15 @@ class _Connection(asyncio.Protocol):
         if self._is_deaf or self._parser.should_upgrade():
             return
         self._unread = 0
+        version = self._parser.get_http_version()
         split = _TARGET.fullmatch(self._target)
+        if version not in ("1.0", "1.1"):
+            self._refuse(400, "The request is not valid HTTP/1.1")
+            return
         if _NOT_A_TARGET.search(self._target) or split is None:
             self._refuse(400, "The request's target is not a URL; percent-encode it")
             return
         request = _Request(self, self._scope(split[1] or b"/", split[2] or b""))
-        version = self._parser.get_http_version()
         request.keep_alive = self._parser.should_keep_alive()
         request.expects_continue = version != "1.0" and any(
             name == b"expect" and value.lower() == b"100-continue" for name, value in self._headers
