@@ -23,7 +23,7 @@ try:
     from starlette.routing import Route
 except ImportError as error:
     raise ImportError(
-        "usermetadata.server needs Starlette; pip install 'starlette>=0.40'"
+        "usermetadata.server needs Starlette; pip install 'httptools>=0.6' 'starlette>=0.40'"
     ) from error
 
 from usermetadata._core.arguments import user_ids_of

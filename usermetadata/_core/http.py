@@ -17,12 +17,17 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
-from httptools import (
-    HttpParserCallbackError,
-    HttpParserError,
-    HttpParserUpgrade,
-    HttpRequestParser,
-)
+try:
+    from httptools import (
+        HttpParserCallbackError,
+        HttpParserError,
+        HttpParserUpgrade,
+        HttpRequestParser,
+    )
+except ImportError as error:
+    raise ImportError(
+        "serving HTTP needs httptools; pip install 'httptools>=0.6' 'starlette>=0.40'"
+    ) from error
 
 if TYPE_CHECKING:
     import socket
@@ -197,9 +202,7 @@ class _Request:
         self.expects_continue = False
         self.is_complete = False  # all of it has arrived
         self.is_answered = False
-        self.refusal: tuple[int, str] | None = (
-            None  # what is answered, whatever the application does
-        )
+        self.refusal: tuple[int, str] | None = None  # in place of the application's answer
         self.body = bytearray()  # that has arrived, and that the application does not have
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []

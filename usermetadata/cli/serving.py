@@ -87,6 +87,7 @@ def serve(  # noqa: PLR0913, PLR0917 - they are options
     log_level: str,
 ) -> None:
     """Serve user metadata over HTTP to SuperTokens' SDKs, as a core does."""
+    from usermetadata._core.http import Server
     from usermetadata.server import create_app, is_loopback
 
     if not api_keys and not is_loopback(host):
@@ -94,11 +95,6 @@ def serve(  # noqa: PLR0913, PLR0917 - they are options
             f"--host {host!r} can be reached from elsewhere: set USERMETADATA_API_KEYS, or listen"
             " on 127.0.0.1"
         )
-
-    try:
-        from usermetadata._core.http import Server
-    except ImportError as error:
-        raise ImportError("serve needs httptools; pip install 'httptools>=0.6'") from error
 
     app = create_app(
         storage,
