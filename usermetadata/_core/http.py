@@ -324,10 +324,9 @@ class _Connection(asyncio.Protocol):
                 raise  # an error of this module; asyncio logs it
             except HttpParserError:
                 self._refuse(400, "The request is not valid HTTP/1.1")
-            if self._unread > MAX_HEAD:
-                self._refuse(
-                    431, f"The request line and the headers have more than {MAX_HEAD} bytes"
-                )
+            if self._unread > MAX_HEAD and not self._is_deaf:
+                text = f"The request line and the headers have more than {MAX_HEAD} bytes"
+                self._refuse(431, text)
         buffered = len(self._arriving.body) if self._arriving else 0
         if not self._is_deaf and (len(self._requests) > 1 or buffered > _MOST_BUFFERED):
             self._transport.pause_reading()
@@ -376,17 +375,20 @@ class _Connection(asyncio.Protocol):
             return
         self._unread = 0
         version = self._parser.get_http_version()
-        split = _TARGET.fullmatch(self._target)
-        if version not in ("1.0", "1.1"):
+        names = [name for name, _ in self._headers]
+        has_needed = {"1.0": b"transfer-encoding" not in names, "1.1": b"host" in names}
+        if not has_needed.get(version) or names.count(b"host") > 1:
             self._refuse(400, "The request is not valid HTTP/1.1")
             return
+        split = _TARGET.fullmatch(self._target)
         if _NOT_A_TARGET.search(self._target) or split is None:
             self._refuse(400, "The request's target is not a URL; percent-encode it")
             return
         request = _Request(self, self._scope(split[1] or b"/", split[2] or b""))
         request.keep_alive = self._parser.should_keep_alive()
-        request.expects_continue = version != "1.0" and any(
-            name == b"expect" and value.lower() == b"100-continue" for name, value in self._headers
+        expected = (b"expect", b"100-continue")
+        request.expects_continue = version == "1.1" and any(
+            (name, value.lower()) == expected for name, value in self._headers
         )
         self._arriving = request
         self._requests.append(request)
@@ -398,7 +400,7 @@ class _Connection(asyncio.Protocol):
             self._arriving.add(body)
 
     def on_message_complete(self) -> None:
-        if self._parser.should_upgrade():
+        if self._is_deaf or self._parser.should_upgrade():
             return
         self._unread = 0
         self._has_begun = False
