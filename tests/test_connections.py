@@ -256,13 +256,18 @@ def test_a_bad_request_in_a_pipeline_ends_it(peer: Peer) -> None:
 
 def test_a_client_that_reads_nothing_is_dropped() -> None:
     """Its answers do not pile up in the server's memory, and others are answered meanwhile."""
-    with serve_command("--keep-alive-timeout", "5") as command:
-        with closing(Peer(command.port)) as other, closing(Peer(command.port)) as peer:
+    with serve_command("--keep-alive-timeout", "1") as command:
+        with closing(Peer(command.port)) as other:
             other.send(*put("large", text="x" * 500_000))
             assert other.receive()[0] == 200
-            before = command.memory()
-            send_all(peer.socket, get("large"), 10_000)  # until it is dropped
-            assert metadata(other, "large")
+        before = command.memory()
+        with closing(Peer(command.port)) as peer:
+            send_all(peer.socket, get("large"), 10_000)
+            with closing(Peer(command.port)) as other:
+                assert metadata(other, "large")
+            dropped = select.poll()
+            dropped.register(peer.socket, 0)
+            assert dropped.poll(30_000)
         assert command.memory() < before + 2**23
         assert len(command.log) == 1
 
@@ -368,14 +373,21 @@ def test_a_client_may_end_its_half_of_the_connection(peer: Peer) -> None:
 
 
 def test_the_rest_of_a_refused_body_is_not_a_request() -> None:
-    """After 413 the connection goes on behind the body."""
-    with serve_command("--max-body-size", "10") as command, closing(Peer(command.port)) as peer:
+    """After 413 the connection goes on behind the body, and may be idle as long as any other."""
+    options = ("--max-body-size", "10", "--request-timeout", "2")
+    with serve_command(*options) as command, closing(Peer(command.port)) as peer:
         start, body = put("a", text="x" * 200_000)
         for _ in range(2):
             peer.send(start, body[:1000])
             assert peer.receive()[0] == 413
             peer.send(body[1000:], head("GET", "/hello"))
             assert peer.receive()[::2] == (200, b"Hello")
+        peer.send(start, body[:1000])
+        assert peer.receive()[0] == 413
+        peer.send(body[1000:])
+        assert select.select([peer.socket], [], [], 4)[0] == []
+        peer.send(head("GET", "/hello"))
+        assert peer.receive()[::2] == (200, b"Hello")
 
 
 # Requests.
