@@ -49,7 +49,7 @@ class Command:
             assert process.stderr is not None
             for line in process.stderr:
                 self.log.append(line)
-                if "Uvicorn running on" in line:
+                if "running on" in line:
                     ports.put(int(line.split("127.0.0.1:")[1].split()[0]))
 
         self.reader = threading.Thread(target=read)

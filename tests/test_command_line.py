@@ -524,7 +524,7 @@ def test_serve_answers_and_stops_when_told(shell: Shell) -> None:
     ):
         stack.callback(server.kill)
         assert server.stderr is not None
-        line = next(line for line in server.stderr if "Uvicorn running on" in line)
+        line = next(line for line in server.stderr if "running on" in line)
         port = int(line.split("127.0.0.1:")[1].split()[0])
         first, second = (
             stack.enter_context(closing(HTTPConnection("127.0.0.1", port, timeout=30)))

@@ -114,6 +114,7 @@ def test_the_readme_shows_it_by_line_40() -> None:
     [
         ("usermetadata.storage.postgres", "psycopg", "postgres"),
         ("usermetadata.server", "starlette", "server"),
+        ("usermetadata._core.http", "httptools", "server"),
         ("usermetadata.supertokens", "supertokens_python", "supertokens"),
     ],
 )

@@ -756,13 +756,9 @@ def receive_all(connection: socket.socket) -> bytes:
     return received
 
 
-NO_HTTPTOOLS = "import sys; sys.modules['httptools'] = None"
-
-
-@pytest.mark.parametrize("before", ["", NO_HTTPTOOLS], ids=["httptools", "h11"])
-def test_large_headers_are_refused(before: str) -> None:
-    """431, whichever parser is installed; the headers are not kept."""
-    with serve_command("--request-timeout", "5", before=before) as served:
+def test_large_headers_are_refused() -> None:
+    """431; the headers are not kept."""
+    with serve_command("--request-timeout", "5") as served:
         memory = served.memory()
         for header in (b"x: " + b"y" * 1000 + b"\r\n", b"x: " + b"y" * 2**16, b"/" * 2**16):
             address = ("127.0.0.1", served.port)
@@ -783,11 +779,10 @@ def test_large_headers_are_refused(before: str) -> None:
         assert "Traceback" not in "".join(served.log)
 
 
-@pytest.mark.parametrize("before", ["", NO_HTTPTOOLS], ids=["httptools", "h11"])
-def test_headers_after_a_refused_body_are_not_kept(before: str) -> None:
+def test_headers_after_a_refused_body_are_not_kept() -> None:
     """The limit also holds after a request that was answered before its body had arrived."""
     options = ["--max-body-size", "10", "--request-timeout", "5"]
-    with serve_command(*options, before=before) as served:
+    with serve_command(*options) as served:
         memory = served.memory()
         address = ("127.0.0.1", served.port)
         with socket.create_connection(address, timeout=30) as connection:
@@ -800,8 +795,7 @@ def test_headers_after_a_refused_body_are_not_kept(before: str) -> None:
         assert served.memory() < memory + 2**23
 
 
-@pytest.mark.parametrize("before", ["", NO_HTTPTOOLS], ids=["httptools", "h11"])
-def test_a_request_has_a_time_limit(before: str) -> None:
+def test_a_request_has_a_time_limit() -> None:
     """A request that does not arrive in time is dropped, however many bytes keep coming."""
     head = b"PUT /recipe/user/metadata HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999\r\n\r\n"
     nothing = b""
@@ -825,7 +819,7 @@ def test_a_request_has_a_time_limit(before: str) -> None:
                     return
         pytest.fail("the connection is still open")
 
-    with serve_command("--request-timeout", "0.5", before=before) as running:
+    with serve_command("--request-timeout", "0.5") as running:
         with ThreadPoolExecutor(4) as executor:
             requests = (nothing, half_a_head, half_a_body, a_second_one)
             list(executor.map(wait_for_the_end, requests))
@@ -883,8 +877,7 @@ InMemoryStorage.read = lambda self, ids: (time.sleep(2 if ids else 0), read(self
         assert client.connection.getresponse().status == 200
 
 
-@pytest.mark.parametrize("before", ["", NO_HTTPTOOLS], ids=["httptools", "h11"])
-def test_bad_requests_do_not_flood_the_log(before: str) -> None:
+def test_bad_requests_do_not_flood_the_log() -> None:
     """What a client without a key sends causes few lines, and no traceback."""
     requests = [
         b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
@@ -899,7 +892,7 @@ def test_bad_requests_do_not_flood_the_log(before: str) -> None:
         b"PUT / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1, 2\r\n\r\n",
         b"PUT /recipe/user/metadata HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n",
     ]
-    with serve_command(before=before) as served:
+    with serve_command() as served:
         for request in requests * 10:
             with socket.create_connection(("127.0.0.1", served.port), timeout=30) as connection:
                 send_all(connection, request)

@@ -14,7 +14,7 @@ import re
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs
 
 try:
     from starlette.applications import Starlette
@@ -23,8 +23,7 @@ try:
     from starlette.routing import Route
 except ImportError as error:
     raise ImportError(
-        "usermetadata.server needs Starlette and uvicorn;"
-        " pip install 'starlette>=0.40' 'uvicorn>=0.30' 'httptools>=0.6'"
+        "usermetadata.server needs Starlette; pip install 'httptools>=0.6' 'starlette>=0.40'"
     ) from error
 
 from usermetadata._core.arguments import user_ids_of
@@ -71,6 +70,8 @@ _PATH = re.compile(
     r"(?:/(?!(?:recipe|config|users|hello)/)(?P<tenant>[a-z0-9-]+))?"
     r"(?P<path>/.*)"
 )
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::[0-9]*)?")
+_NOT_A_QUERY = re.compile(rb"%(?![0-9A-Fa-f]{2})|[^!-~]")
 _log = logging.getLogger(__name__)
 
 
@@ -198,7 +199,11 @@ class _Server:
     async def _content(self, request: Request) -> Response:
         if not self._api_keys:
             _check_origin(request)
-        app_id, tenant, path = self._split(request.path_params["path"])
+        path = request.path_params["path"]
+        # ASGI servers decode what is not UTF-8 to U+FFFD; Starlette drops a newline at the end.
+        if not path.isascii() or request.scope["path"].endswith("\n"):
+            raise _Refusal(404, "Not found")
+        app_id, tenant, path = self._split(path)
         if path == "/hello":
             if request.method not in ("GET", "POST", "PUT", "DELETE"):
                 raise _Refusal(405, "Method not supported")
@@ -231,7 +236,7 @@ class _Server:
         key = request.headers.get("api-key")
         if key is None:
             authorization = request.headers.get("authorization", "")
-            key = re.sub("^bearer ", "", authorization, flags=re.IGNORECASE).strip()
+            key = re.sub("^bearer ", "", authorization, flags=re.IGNORECASE).strip(" \t")
         shown = key.encode("latin-1")  # the bytes that were sent
         # All keys are compared, so that the time reveals nothing.
         if not sum(hmac.compare_digest(shown, each) for each in self._api_keys):
@@ -253,8 +258,8 @@ class _Server:
         return _encode({"versions": VERSIONS})
 
     async def _get(self, request: Request, runner: AsyncioRunner) -> bytes:
-        user_ids = request.query_params.getlist("userId")
-        if not user_ids:
+        user_ids = _query(request.scope["query_string"]).get("userId")
+        if user_ids is None:
             raise _Refusal(400, "Field name 'userId' is missing in GET request")
         found = await AsyncioFunctions(runner).get_user_metadata(user_ids[0], {})
         return await _encode_all([{"metadata": found.metadata, "status": "OK"}])
@@ -315,11 +320,8 @@ def _check_origin(request: Request) -> None:
     A page whose name resolves to this machine (DNS rebinding) sends its own name as ``Host``.
     """
     host = request.headers.get("host", "")
-    try:
-        is_local = is_loopback(urlsplit(f"//{host}").hostname or "")
-    except ValueError:
-        is_local = False
-    if not is_local:
+    named = _HOST.fullmatch(host)
+    if not named or not is_loopback((named[1] or named[2]).lower()):
         raise _Refusal(
             403, "Host: it is not localhost; without API keys only local clients may ask"
         )
@@ -330,6 +332,16 @@ def _check_origin(request: Request) -> None:
         "same-origin",
     ):
         raise _Refusal(403, "Origin: it is another site; without API keys no web page may ask")
+
+
+def _query(query: bytes) -> dict[str, list[str]]:
+    """Return the fields of a query. A lenient reading would give two users the same id."""
+    try:
+        if not _NOT_A_QUERY.search(query):
+            return parse_qs(query.decode("ascii"), keep_blank_values=True, errors="strict")
+    except ValueError:
+        pass
+    raise _Refusal(400, "query: it is not percent-encoded UTF-8; encode the user id")
 
 
 def _parse(body: bytearray) -> dict[str, Any]:

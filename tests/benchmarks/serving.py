@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PATH = "/recipe/user/metadata"
 # The layer of a sample is that of the innermost frame that has one.
 LAYERS = {
-    "/uvicorn/": "HTTP (uvicorn, httptools)",
+    "/usermetadata/_core/http": "HTTP (httptools)",
     "/asyncio/": "event loop and sockets (asyncio)",
     "/selectors.py": "event loop and sockets (asyncio)",
     "/starlette/": "requests, routes and responses (Starlette)",
@@ -89,7 +89,7 @@ def serving(folder: str, *profiler: str) -> Generator[Connections, None, None]:
         while "running on" not in said:
             said += server.stderr.readline()
         yield Connections(int(said.split("127.0.0.1:")[1].split()[0]))
-        os.kill(int(said.split("server process [")[1].split("]")[0]), signal.SIGTERM)
+        os.kill(int(said.split("process ")[1].split(";")[0]), signal.SIGTERM)
         server.communicate()
 
 

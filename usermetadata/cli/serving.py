@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,7 +16,8 @@ from usermetadata.cli.group import with_storage
 if TYPE_CHECKING:
     from usermetadata.storage import Storage
 
-_GRACE = 30  # seconds for the requests under way, after SIGTERM
+
+_log = logging.getLogger(__name__)
 
 
 class _Keys(click.types.StringParamType):
@@ -53,9 +56,16 @@ class _Keys(click.types.StringParamType):
 @click.option(
     "--request-timeout",
     type=click.FloatRange(0, min_open=True),
-    default=20.0,
+    default=30.0,
     show_default=True,
-    help="In seconds: for a request to arrive.",
+    help="In seconds: for a request to arrive, headers and body.",
+)
+@click.option(
+    "--keep-alive-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=120.0,
+    show_default=True,
+    help="In seconds: for an idle connection. It must be longer than clients and proxies keep one.",
 )
 @click.option(
     "--log-level",
@@ -73,9 +83,11 @@ def serve(  # noqa: PLR0913, PLR0917 - they are options
     max_body_size: int,
     max_metadata_size: int,
     request_timeout: float,
+    keep_alive_timeout: float,
     log_level: str,
 ) -> None:
     """Serve user metadata over HTTP to SuperTokens' SDKs, as a core does."""
+    from usermetadata._core.http import Server
     from usermetadata.server import create_app, is_loopback
 
     if not api_keys and not is_loopback(host):
@@ -84,44 +96,34 @@ def serve(  # noqa: PLR0913, PLR0917 - they are options
             " on 127.0.0.1"
         )
 
-    try:
-        import uvicorn
-    except ImportError as error:
-        raise ImportError(
-            "serve needs uvicorn; pip install 'uvicorn>=0.30' 'httptools>=0.6'"
-        ) from error
-    from usermetadata.cli.connections import MAX_HEAD, OncePerSecond, limited, most_connections
-
-    keys = [key.strip() for key in api_keys]
     app = create_app(
         storage,
-        api_keys=keys,
+        api_keys=[key.strip() for key in api_keys],
         max_body_size=max_body_size,
         max_metadata_size=max_metadata_size,
     )
-    connections = most_connections()
     storage.read([])  # an error of the storage is shown before the first request
     logging.basicConfig(format="%(levelname)s:     %(message)s")
     logging.getLogger("usermetadata").setLevel(log_level.upper())
-    logging.getLogger("uvicorn.error").addFilter(OncePerSecond())
-    # uvicorn sends itself this signal again when it has stopped; then the storage is closed.
+    # A signal that comes before the server has started also closes the storage.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    server = Server(app, keep_alive_timeout=keep_alive_timeout, request_timeout=request_timeout)
+
+    def started(addresses: list[Any]) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, partial(stop, signal.getsignal(number)))
+        for name, bound, *_ in addresses:
+            shown = f"[{name}]" if ":" in name else name
+            url, process = f"http://{shown}:{bound}", os.getpid()
+            _log.info("running on %s (process %d; Ctrl-C stops it)", url, process)
+
+    def stop(former: Any, number: int, _: object) -> None:
+        signal.signal(number, former)  # the second signal ends the process at once
+        server.stop()
+
     try:
-        uvicorn.run(
-            app,
-            host=host,
-            port=port,
-            access_log=False,
-            server_header=False,
-            log_level=log_level,
-            http=limited(connections, request_timeout),
-            ws="none",
-            h11_max_incomplete_event_size=2 * MAX_HEAD,  # the protocol refuses it before
-            backlog=max(1, connections // 2),  # so many may be accepted before one is counted
-            timeout_graceful_shutdown=_GRACE,
-        )
-    except SystemExit as error:
-        if error.code:  # its log has the cause
-            text = f"cannot listen at --host {host!r} --port {port}; choose another"
-            raise click.ClickException(text) from error
-        raise
+        server.run(started, host=host, port=port)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        text = f"cannot listen at --host {host!r} --port {port}: {reason}; choose another"
+        raise click.ClickException(text) from error

@@ -94,17 +94,18 @@ class _Served:
 def _usermetadata_served() -> Generator[_Served, None, None]:
     import socket
 
-    import uvicorn
-
+    from usermetadata._core.http import Server
     from usermetadata.server import create_app
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         served: Any = _Served(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        config = uvicorn.Config(create_app(served), log_config=None, access_log=False)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        server = Server(create_app(served))
+        is_running = threading.Event()
+        thread = threading.Thread(
+            target=server.run, args=[lambda _: is_running.set()], kwargs={"sock": listener}
+        )
         thread.start()
-        # A client that connects now waits until the server is ready.
+        is_running.wait()
         yield served
-        server.should_exit = True
+        server.stop()
         thread.join()
