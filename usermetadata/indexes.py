@@ -74,8 +74,7 @@ def check_indexes(indexes: Iterable[Index]) -> tuple[Index, ...]:
     for index in checked:
         if not isinstance(index, Index):
             raise InvalidInputError(
-                f"indexes: {type(index).__name__} is not an index; pass for example"
-                ' [Index("plan")]'
+                f'indexes: {type(index).__name__} is not an index; pass for example [Index("plan")]'
             )
         if index.name in names:
             raise InvalidInputError(f"indexes: {index.name!r} is declared twice; declare it once")

@@ -20,6 +20,7 @@ _ADVICE = [
     ("not a database", "; name an SQLite file, or one that does not exist yet"),
     ("malformed", "; restore it from a backup; `sqlite3 FILE .recover` may save rows"),
     ("actually a view", "; use another file"),
+    ("no such index", "; run `python -m usermetadata index`"),
     ("same thread", "; open the borrowed connection with check_same_thread=False"),
 ]
 
