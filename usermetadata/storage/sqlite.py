@@ -7,6 +7,7 @@ import json
 import os
 import re
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,9 +22,8 @@ from usermetadata._core.rows import decode_row
 from usermetadata._core.sqlite.file import FileConnections
 from usermetadata._core.sqlite.indexes import (
     build_indexes,
-    count_users,
     drop_index,
-    find_users,
+    search_by,
     stored_indexes,
 )
 from usermetadata._core.sqlite.joined import JoinedConnection
@@ -144,20 +144,23 @@ class SQLiteStorage(OfOneApp):
 
         The row of another program that names a property twice is found by the first value.
         """
-        if self._are_indexed(where):
-            return self._read(*find_users(where, self.indexes, self._app_id, after, limit))
-        query, parameters = find_users(where, self.indexes, self._app_id, after, -1)
-        return self._read(query, parameters, lambda rows: self._matching(rows, where, limit))
+        search = search_by(tuple(where), self.indexes)
+        texts = search.texts(self._app_id, where)
+        if search.is_complete:
+            return self._read(search.find, [*texts, after, limit])
+        sift = partial(self._matching, where, limit)
+        return self._read(search.find, [*texts, after, -1], sift)
 
     def count(self, where: Mapping[str, Value] | None) -> int:
         """Return how many users have these values; without ``where``, how many users there are."""
-        if where is not None and not self._are_indexed(where):
-            query, parameters = find_users(where, self.indexes, self._app_id, "", -1)
-            fetch = self._connections.fetch
-            return len(fetch(query, parameters, lambda rows: self._matching(rows, where, None)))
-        query, parameters = count_users(where or {}, self.indexes, self._app_id)
-        rows: list[Any] = self._connections.fetch(query, parameters)
-        return sum(number for _, number in rows)
+        where = where or {}
+        search = search_by(tuple(where), self.indexes)
+        texts = search.texts(self._app_id, where)
+        if search.is_complete:
+            counted: list[Any] = self._connections.fetch(search.count, texts)
+            return sum(number for _, number in counted)
+        sift = partial(self._matching, where, None)
+        return len(self._connections.fetch(search.find, [*texts, "", -1], sift))
 
     def stored_indexes(self) -> tuple[Index, ...]:
         """Return the indexes that exist in the database, declared or not."""
@@ -236,11 +239,8 @@ class SQLiteStorage(OfOneApp):
         """Close the connections that the storage opened itself."""
         self._connections.close()
 
-    def _are_indexed(self, where: Mapping[str, Value]) -> bool:
-        return where.keys() <= {index.name for index in self.indexes}
-
     def _matching(
-        self, rows: Iterable[Row], where: Mapping[str, Value], limit: int | None
+        self, where: Mapping[str, Value], limit: int | None, rows: Iterable[Row]
     ) -> list[Row]:
         name, app_id = self._connections.name, self._app_id
         found = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,13 @@ from usermetadata.indexes import VALUE_MAX_LENGTH, Index, values_of
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from usermetadata.indexes import Value
 
 _BUILT_AT_FIRST_USE = 10_000  # rows
 _PROGRESS_EVERY = 10_000  # rows
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 _COMMAND = "python -m usermetadata index"
 _PREFIX = "user_metadata_by_"
 _STORED = "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND tbl_name = 'user_metadata'"
@@ -74,37 +76,47 @@ class _RowsInTheWay(Exception):  # noqa: N818 - never leaves this module
         self.lines = lines
 
 
-def find_users(
-    where: Mapping[str, Value], indexes: Iterable[Index], app_id: str, after: str, limit: int
-) -> tuple[str, list[object]]:
-    """Return the query for the next users by the properties that have an index, and its parameters.
+@dataclass(frozen=True, slots=True)
+class Search:
+    """The queries for users by some properties, at least one of them indexed.
 
-    Args:
-        where: properties and their values, at least one of them indexed.
-        indexes: the storage's.
-        app_id: the app.
-        after: the last user of the page before.
-        limit: how many users at most; -1 for all.
+    Attributes:
+        names: the properties that have an index.
+        is_complete: whether all properties have one; otherwise the rest is for the caller.
+        find: the query for the next users; its parameters are ``texts``, the last user before, and
+            how many users at most.
+        count: the query that counts them.
     """
-    names, texts = _indexed(where, indexes)
-    query = (
-        f"SELECT user_id, user_metadata {_where(names)} AND user_id > ? ORDER BY user_id LIMIT ?"
+
+    names: tuple[str, ...]
+    is_complete: bool
+    find: str
+    count: str
+
+    def texts(self, app_id: str, where: Mapping[str, Value]) -> list[str | int]:
+        """Return the first parameters of both queries."""
+        return [app_id, *(_encode(where[name]) for name in self.names)]
+
+
+@lru_cache
+def search_by(properties: tuple[str, ...], indexes: tuple[Index, ...]) -> Search:
+    """Return the queries; without properties, for all users.
+
+    They are made once, since composing and hashing them takes longer than a search.
+    """
+    best_first = sorted(indexes, key=lambda index: not index.unique)
+    names = tuple(index.name for index in best_first if index.name in properties)
+    # Without the index this is an error, not a scan. The path is a literal: SQLite takes an index
+    # only for its own expression, to the letter.
+    hint = f" INDEXED BY {_sqls_name(names[0])}" if names else ""
+    values = [f"{_value(name)} = ?" for name in names]
+    rows = " AND ".join([f"FROM user_metadata{hint} WHERE app_id = ?", *values])
+    return Search(
+        names,
+        len(names) == len(properties),
+        f"SELECT user_id, user_metadata {rows} AND user_id > ? ORDER BY user_id LIMIT ?",
+        f"SELECT '', count(*) {rows}",
     )
-    return query, [app_id, *texts, after, limit]
-
-
-def count_users(
-    where: Mapping[str, Value], indexes: Iterable[Index], app_id: str
-) -> tuple[str, list[object]]:
-    """Return the query that counts users, and its parameters.
-
-    Args:
-        where: properties, all of them indexed, and their values; if it is empty, all users count.
-        indexes: the storage's.
-        app_id: the app.
-    """
-    names, texts = _indexed(where, indexes)
-    return f"SELECT '', count(*) {_where(names)}", [app_id, *texts]
 
 
 def without_hint(query: str) -> str:
@@ -161,8 +173,8 @@ def ensure_indexes(connection: sqlite3.Connection, name: str, indexes: Sequence[
             lines = found.lines
     if lines:
         raise StorageError(
-            f"{name}: the index of {missing[0].name!r} cannot be built: {lines[0]}; run"
-            f" `{_COMMAND}` for all such rows"
+            f"{name}: a declared index cannot be built: {lines[0]}; run `{_COMMAND}` for all such"
+            " rows"
         )
 
 
@@ -257,24 +269,6 @@ def not_unique(
         (app_id, text, user_id),
     ).fetchone()
     return NotUniqueError(conflict.name, found[0] if found else None)
-
-
-def _indexed(
-    where: Mapping[str, Value], indexes: Iterable[Index]
-) -> tuple[tuple[str, ...], list[str]]:
-    """Return the names that have an index, the best one first, and their values' JSON."""
-    best_first = sorted(indexes, key=lambda index: not index.unique)
-    names = tuple(index.name for index in best_first if index.name in where)
-    return names, [json.dumps(where[name], ensure_ascii=False) for name in names]
-
-
-@lru_cache
-def _where(names: tuple[str, ...]) -> str:
-    # Without the index this is an error, not a scan. The path is a literal: SQLite takes an index
-    # only for its own expression, to the letter.
-    values = [f"{_value(name)} = ?" for name in names]
-    hint = f" INDEXED BY {_sqls_name(names[0])}" if names else ""
-    return " AND ".join([f"FROM user_metadata{hint} WHERE app_id = ?", *values])
 
 
 @lru_cache
