@@ -104,17 +104,20 @@ def search_by(properties: tuple[str, ...], indexes: tuple[Index, ...]) -> Search
 
     They are made once, since composing and hashing them takes longer than a search.
     """
-    best_first = sorted(indexes, key=lambda index: not index.unique)
-    names = tuple(index.name for index in best_first if index.name in properties)
+    chosen = [index for index in indexes if index.name in properties]
+    chosen.sort(key=lambda index: not index.unique)
+    names = tuple(index.name for index in chosen)
     # Without the index this is an error, not a scan. The path is a literal: SQLite takes an index
     # only for its own expression, to the letter.
     hint = f" INDEXED BY {_sqls_name(names[0])}" if names else ""
     values = [f"{_value(name)} = ?" for name in names]
+    # SQLite would prepare to sort the one user of a unique value.
+    order = "" if chosen and chosen[0].unique else "ORDER BY user_id "
     rows = " AND ".join([f"FROM user_metadata{hint} WHERE app_id = ?", *values])
     return Search(
         names,
         len(names) == len(properties),
-        f"SELECT user_id, user_metadata {rows} AND user_id > ? ORDER BY user_id LIMIT ?",
+        f"SELECT user_id, user_metadata {rows} AND user_id > ? {order}LIMIT ?",
         f"SELECT '', count(*) {rows}",
     )
 
