@@ -17,7 +17,7 @@ from usermetadata.exceptions import (
     StorageError,
     UsageError,
 )
-from usermetadata.indexes import VALUE_MAX_LENGTH, Index, values_of
+from usermetadata.indexes import Index, values_of
 
 if TYPE_CHECKING:
     import sqlite3
@@ -31,6 +31,7 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 _COMMAND = "python -m usermetadata index"
 _PREFIX = "user_metadata_by_"
 _STORED = "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND tbl_name = 'user_metadata'"
+_ALL = "SELECT app_id, user_id, user_metadata FROM user_metadata"
 _HAS_MORE_ROWS = "SELECT 1 FROM user_metadata LIMIT 1 OFFSET ?"
 _HINT = re.compile(r' INDEXED BY "[^"]*"')
 _CONFLICT = re.compile(rf"UNIQUE constraint failed: index '{_PREFIX}(.+)'", re.DOTALL)
@@ -48,13 +49,6 @@ THEN json_quote(user_metadata ->> {path}) END
 WHEN 'integer' THEN user_metadata -> {path}
 WHEN 'true' THEN 'true'
 WHEN 'false' THEN 'false'
-END END"""
-# What may not be indexable; Python decides.
-_SUSPECT = r"""CASE WHEN typeof(user_metadata) = 'text' AND json_valid(user_metadata) THEN
-CASE coalesce(json_type(user_metadata, {path}), 'null')
-WHEN 'text' THEN
-length(user_metadata -> {path}) > {length} OR instr(user_metadata -> {path}, '\')
-ELSE json_type(user_metadata, {path}) NOT IN ('integer', 'true', 'false', 'null')
 END END"""
 
 
@@ -323,23 +317,12 @@ def _rows_in_the_way(
 ) -> list[str]:
     """Return a line for each row with a value that cannot be indexed."""
     [(total,)] = connection.execute("SELECT count(*) FROM user_metadata").fetchall()
-    suspect = " OR ".join(
-        f"ifnull({_SUSPECT.format(path=_path(index.name), length=VALUE_MAX_LENGTH + 2)}, 0)"
-        for index in missing
-    )
-    # LIMIT keeps SQLite from computing `suspect` once for each column.
-    query = f"""
-SELECT suspect, CASE WHEN suspect THEN app_id END, CASE WHEN suspect THEN user_id END,
-    CASE WHEN suspect THEN user_metadata END
-FROM (SELECT app_id, user_id, user_metadata, {suspect} AS suspect FROM user_metadata LIMIT -1)
-"""  # noqa: S608 - likewise
     lines: list[str] = []
     done = 0
     before, connection.text_factory = connection.text_factory, text_or_bytes
     try:
-        for done, (is_suspect, *key, text) in enumerate(connection.execute(query), 1):
-            if is_suspect:
-                lines += _faults(name, key, text, missing)
+        for done, (*key, text) in enumerate(connection.execute(_ALL), 1):
+            lines += _faults(name, key, text, missing)
             if progress is not None and done % _PROGRESS_EVERY == 0:
                 progress(done, total)
     finally:
@@ -351,12 +334,15 @@ FROM (SELECT app_id, user_id, user_metadata, {suspect} AS suspect FROM user_meta
 
 def _faults(name: str, key: Sequence[Any], text: object, indexes: Sequence[Index]) -> list[str]:
     app_id, user_id = key
+    try:
+        metadata = decode_row(name, (app_id, user_id), text)
+    except DamagedMetadataError:  # reading the user reports it
+        return []
     lines: list[str] = []
     for index in indexes:
         try:
-            values_of(decode_row(name, (app_id, user_id), text), [index], user_id)
-        except DamagedMetadataError:
-            break  # reading the user reports it; it has no value
+            if metadata.get(index.name) is not None:  # a null at the root counts as absent
+                values_of(metadata, [index], user_id)
         except InvalidInputError as error:
             lines.append(f"app {app_id!r}: {error}")
     return lines
