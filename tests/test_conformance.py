@@ -493,7 +493,7 @@ class ClosesItsOwnAppOnly(InMemoryStorage):
     def for_app(self, app_id: str) -> Self:
         other = super().for_app(app_id)
         if app_id != "public":
-            other._store = type(self._store)()  # pyright: ignore[reportPrivateUsage]
+            other._store = InMemoryStorage()._store  # pyright: ignore[reportPrivateUsage]
         return other
 
 

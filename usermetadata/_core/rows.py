@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from usermetadata.codec import Metadata
 
 
+def text_or_bytes(value: bytes) -> str | bytes:
+    """Return text, or the bytes that are not UTF-8; for the driver of SQLite."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
 def decode_row(database: str, key: tuple[str, str], text: object) -> Metadata:
     """Return the metadata that ``text`` holds.
 

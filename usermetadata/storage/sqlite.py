@@ -7,7 +7,9 @@ import json
 import os
 import re
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
 
 from sqlite_utils import Database
 
@@ -18,19 +20,29 @@ from usermetadata._core.joining import recognise
 from usermetadata._core.reentry import ChangeError
 from usermetadata._core.rows import decode_row
 from usermetadata._core.sqlite.file import FileConnections
+from usermetadata._core.sqlite.indexes import (
+    build_indexes,
+    drop_index,
+    search_by,
+    stored_indexes,
+)
 from usermetadata._core.sqlite.joined import JoinedConnection
 from usermetadata._core.sqlite.single import SingleConnection
-from usermetadata._core.sqlite.statements import READ_AFTER, READ_MANY, READ_ONE
+from usermetadata._core.sqlite.statements import READ_AFTER, READ_MANY, READ_ONE, write_together
 from usermetadata.changes import Clear, Merge, Replace
 from usermetadata.exceptions import InvalidInputError
+from usermetadata.indexes import check_indexes, matches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    import sqlite3
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
     from typing import Self
 
     from usermetadata._core.sqlite.connecting import Connections
+    from usermetadata._core.sqlite.statements import Row, Sift
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
+    from usermetadata.indexes import Index, Value
 
 _SHAREABLE = {Merge, Replace, Clear}  # any other change may be bound to its thread
 _MAX_TIMEOUT = 1_000_000  # seconds; SQLite counts milliseconds in 31 bits
@@ -55,6 +67,9 @@ class SQLiteStorage(OfOneApp):
             power cut may undo the last writes, but never damages the file. Only for a path.
         timeout: seconds that a write waits for earlier threads, and then for other processes,
             before it raises ``StorageBusyError``; for other processes only with a path.
+        indexes: the properties by which users are found. One that is missing in a table of at most
+            10,000 rows is built at the first call. In a larger one calls raise ``UsageError`` until
+            ``python -m usermetadata index`` has built it.
 
     Raises:
         InvalidInputError: an argument is not valid. Nothing is opened before the first call.
@@ -81,6 +96,7 @@ class SQLiteStorage(OfOneApp):
         app_id: str = "public",
         synchronous: Literal["FULL", "NORMAL"] = "FULL",
         timeout: float = 30.0,
+        indexes: Iterable[Index] = (),
     ) -> None:
         super().__init__(app_id)
         if synchronous not in ("FULL", "NORMAL"):
@@ -91,13 +107,15 @@ class SQLiteStorage(OfOneApp):
             raise InvalidInputError(
                 f"timeout: {timeout!r} is not a number of seconds, 0 or more; pass for example 30"
             )
+        declared = check_indexes(indexes)
         self._connections: Connections
         if isinstance(database, Database):
-            self._connections = SingleConnection(database, timeout)
+            self._connections = SingleConnection(database, timeout, declared)
         elif database == ":memory:":
-            self._connections = SingleConnection(None, timeout)
+            self._connections = SingleConnection(None, timeout, declared)
         elif isinstance(database, (str, os.PathLike)):
-            self._connections = FileConnections(_check_path(database), synchronous, timeout)
+            path = _check_path(database)
+            self._connections = FileConnections(path, synchronous, timeout, declared)
         else:
             raise InvalidInputError(
                 f"database: {type(database).__name__} is neither a path nor a sqlite_utils.Database"
@@ -115,6 +133,61 @@ class SQLiteStorage(OfOneApp):
     def read_after(self, user_id: str, limit: int) -> dict[str, Metadata]:
         """Return the metadata of the next users, in the order of their code points."""
         return self._read(READ_AFTER, (self._app_id, user_id, limit))
+
+    @property
+    def indexes(self) -> tuple[Index, ...]:
+        """The indexes that were declared."""
+        return self._connections.indexes
+
+    def find(self, where: Mapping[str, Value], after: str, limit: int) -> dict[str, Metadata]:
+        """Return the metadata of the next users whose properties have these values, in one query.
+
+        The row of another program that names a property twice is found by the first value.
+        """
+        search = search_by(tuple(where), self.indexes)
+        texts = search.texts(self._app_id, where)
+        if search.is_complete:
+            return self._read(search.find, [*texts, after, limit])
+        sift = partial(self._matching, where, limit)
+        return self._read(search.find, [*texts, after, -1], sift)
+
+    def count(self, where: Mapping[str, Value] | None) -> int:
+        """Return how many users have these values; without ``where``, how many users there are."""
+        where = where or {}
+        search = search_by(tuple(where), self.indexes)
+        texts = search.texts(self._app_id, where)
+        if search.is_complete:
+            counted: list[Any] = self._connections.fetch(search.count, texts)
+            return sum(number for _, number in counted)
+        sift = partial(self._matching, where, None)
+        return len(self._connections.fetch(search.find, [*texts, "", -1], sift))
+
+    def stored_indexes(self) -> tuple[Index, ...]:
+        """Return the indexes that exist in the database, declared or not."""
+        return self._connections.administer(stored_indexes)
+
+    def build_indexes(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """Build the declared indexes that are missing, all or none.
+
+        Rows are read before the write lock is taken, and once more if another process has written
+        since. Writers wait while SQLite builds the indexes.
+        """
+        name = self._connections.name
+
+        def build(connection: sqlite3.Connection) -> list[str]:
+            return build_indexes(
+                connection,
+                name,
+                self.indexes,
+                progress=progress,
+                transact=lambda create: write_together(connection, [()], name, prepare=create),
+            )
+
+        return self._connections.administer(build)
+
+    def drop_index(self, name: str) -> None:
+        """Remove an index from the database; without one of this name, nothing happens."""
+        self._connections.administer(lambda connection: drop_index(connection, name))
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order in one transaction, opened by ``BEGIN IMMEDIATE``."""
@@ -166,11 +239,24 @@ class SQLiteStorage(OfOneApp):
         """Close the connections that the storage opened itself."""
         self._connections.close()
 
-    def _read(self, query: str, parameters: tuple[str | int, ...]) -> dict[str, Metadata]:
+    def _matching(
+        self, where: Mapping[str, Value], limit: int | None, rows: Iterable[Row]
+    ) -> list[Row]:
+        name, app_id = self._connections.name, self._app_id
+        found = (
+            (user_id, text)
+            for user_id, text in rows
+            if matches(decode_row(name, (app_id, user_id), text), where)
+        )
+        return list(islice(found, limit))
+
+    def _read(
+        self, query: str, parameters: Sequence[object], sift: Sift = list
+    ) -> dict[str, Metadata]:
         name, app_id = self._connections.name, self._app_id
         return {
             user_id: decode_row(name, (app_id, user_id), text)
-            for user_id, text in self._connections.fetch(query, parameters)
+            for user_id, text in self._connections.fetch(query, parameters, sift)
         }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from weakref import finalize
 
 from usermetadata._core.batching import ThreadBatches, acquire
@@ -13,9 +13,13 @@ from usermetadata._core.forking import ForkHooks, watch
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from usermetadata._core.sqlite.statements import Call, Results
+    from usermetadata._core.sqlite.statements import Call, Results, Row, Sift
+    from usermetadata.indexes import Index
+
+
+T = TypeVar("T")
 
 _EXIT_TIMEOUT = 1.0  # seconds
 
@@ -26,6 +30,7 @@ class Connections(ForkHooks, ABC):
     Args:
         name: the name of the database.
         timeout: seconds that a write waits for other threads.
+        indexes: those that were declared.
 
     Attributes:
         batches: the calls that write, one batch at a time.
@@ -34,16 +39,21 @@ class Connections(ForkHooks, ABC):
 
     shares_batches: ClassVar[bool]
 
-    def __init__(self, name: str, timeout: float) -> None:
+    def __init__(self, name: str, timeout: float, indexes: tuple[Index, ...]) -> None:
         self.name = name
         self.timeout = timeout
+        self.indexes = indexes
         self.is_closed = False
         self._start()
         watch(self)
 
     @abstractmethod
-    def fetch(self, query: str, parameters: Sequence[object]) -> list[tuple[str, object]]:
-        """Return the rows of a query."""
+    def fetch(self, query: str, parameters: Sequence[object], sift: Sift = list) -> list[Row]:
+        """Return the rows of a query that ``sift`` chooses."""
+
+    @abstractmethod
+    def administer(self, work: Callable[[Any], T]) -> T:
+        """Call a function with a connection to the database; declared indexes may be missing."""
 
     @abstractmethod
     def file(self) -> str:

@@ -17,14 +17,18 @@ from sqlite_utils.db import NoTable
 from usermetadata._core.forking import notice
 from usermetadata._core.sqlite.connecting import Connections, close_all, connect
 from usermetadata._core.sqlite.errors import closed, inherited, is_read_only, moved, translate
+from usermetadata._core.sqlite.indexes import missing_indexes
 from usermetadata._core.sqlite.schema import check_table, create_table, has_table
 from usermetadata._core.sqlite.statements import fetch, write_together
 from usermetadata.exceptions import OutcomeUnknownError, StorageBusyError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from typing import Any
 
-    from usermetadata._core.sqlite.statements import Call, Results
+    from usermetadata._core.sqlite.connecting import T
+    from usermetadata._core.sqlite.statements import Call, Results, Row, Sift
+    from usermetadata.indexes import Index
 
 _LOOK_EVERY = 0.1  # seconds
 _MOST_READERS = 8  # each takes two or three file descriptors
@@ -40,12 +44,14 @@ class FileConnections(Connections):
 
     shares_batches = True
 
-    def __init__(self, path: str, synchronous: str, timeout: float) -> None:
+    def __init__(
+        self, path: str, synchronous: str, timeout: float, indexes: tuple[Index, ...]
+    ) -> None:
         self._synchronous = synchronous
         self._file: tuple[int, int] | None = None  # device and inode, once it was opened
         self._look_again = 0.0
         self._inherited: list[sqlite3.Connection] = []  # from the parent process
-        super().__init__(path, timeout)
+        super().__init__(path, timeout, indexes)
 
     def _start(self, *opened: list[sqlite3.Connection]) -> None:
         self._writers: list[sqlite3.Connection] = []  # none or one
@@ -62,11 +68,11 @@ class FileConnections(Connections):
         """Return the path of the file."""
         return self.name
 
-    def fetch(self, query: str, parameters: Sequence[object]) -> list[tuple[str, object]]:
-        """Return the rows of a query, without waiting for the writer."""
+    def fetch(self, query: str, parameters: Sequence[object], sift: Sift = list) -> list[Row]:
+        """Return the rows of a query that ``sift`` chooses, without waiting for the writer."""
         notice()
         if (self._reopen or not self._writers) and not self._open_for_reading():
-            return self._fetch_read_only(query, parameters)
+            return self._fetch_read_only(query, parameters, sift)
         if time.monotonic() > self._look_again:
             self._check_file()
         reader = None
@@ -77,7 +83,7 @@ class FileConnections(Connections):
                 reader = self._idle_readers.pop()
             except IndexError:
                 reader = self._open_reader()
-            return fetch(reader, query, parameters)
+            return fetch(reader, query, parameters, sift)
         except sqlite3.Error as error:
             self._reopen = True
             if reader is not None:
@@ -90,6 +96,20 @@ class FileConnections(Connections):
             if self.is_closed or self._is_forking or self._generation != generation:
                 self._close_idle_readers()
 
+    def administer(self, work: Callable[[Any], T]) -> T:
+        """Call a function with a separate connection; it waits for writers as other programs do."""
+        notice()
+        if not os.path.exists(self.name):
+            self._open_for_reading()
+        try:
+            connection = self._open_reader()
+            try:
+                return work(connection)
+            finally:
+                self._close_reader(connection)
+        except sqlite3.Error as error:
+            raise translate(error, self.name) from error
+
     def _open_for_reading(self) -> bool:
         """Open the writer, which creates the file; ``False`` if the file may not be written."""
         try:
@@ -100,9 +120,7 @@ class FileConnections(Connections):
             raise
         return True
 
-    def _fetch_read_only(
-        self, query: str, parameters: Sequence[object]
-    ) -> list[tuple[str, object]]:
+    def _fetch_read_only(self, query: str, parameters: Sequence[object], sift: Sift) -> list[Row]:
         """Return the rows of a query from a file or directory that this process may not write."""
         mode = "ro"
         if not os.path.exists(f"{self.name}-wal"):
@@ -111,7 +129,7 @@ class FileConnections(Connections):
         try:
             # Only for this query: another process may begin to write.
             with closing(self._connect(mode)) as reader:
-                return fetch(reader, query, parameters)
+                return fetch(reader, query, parameters, sift)
         except sqlite3.Error as error:
             raise translate(error, self.name) from error
 
@@ -125,7 +143,7 @@ class FileConnections(Connections):
                 self._check_file()
             if calls == [()]:  # `fetch` only opens
                 return [[]]
-            return write_together(self._writers[0], calls, self.name)
+            return write_together(self._writers[0], calls, self.name, indexes=self.indexes)
         except OutcomeUnknownError:
             self._reopen = True
             raise
@@ -190,10 +208,13 @@ class FileConnections(Connections):
                 # Without it macOS leaves the data in the drive's cache; elsewhere it has no effect.
                 writer.execute("PRAGMA fullfsync = ON")
             database = Database(writer, execute_plugins=False)
+            prepare = None
             if has_table(writer):
                 check_table(writer, self.name)
             else:
-                write_together(writer, [()], self.name, prepare=partial(create_table, database))
+                prepare = partial(create_table, database)
+            if prepare is not None or missing_indexes(writer, self.indexes):
+                write_together(writer, [()], self.name, indexes=self.indexes, prepare=prepare)
             self._writers.append(writer)
         except BaseException:
             writer.close()

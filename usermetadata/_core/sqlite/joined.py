@@ -6,7 +6,7 @@ import os
 import sqlite3
 from contextvars import copy_context
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlite_utils import Database
 from sqlite_utils.db import NoTable
@@ -14,6 +14,7 @@ from sqlite_utils.db import NoTable
 from usermetadata._core.joining import unsupported
 from usermetadata._core.sqlite.connecting import Connections
 from usermetadata._core.sqlite.errors import closed, ended, translate
+from usermetadata._core.sqlite.indexes import check_few_rows, missing_indexes, without_hint
 from usermetadata._core.sqlite.schema import check_table, create_table, has_table
 from usermetadata._core.sqlite.statements import fetch, main_file, plain_rows, write_together
 from usermetadata.exceptions import InvalidInputError, StorageError
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from usermetadata._core.joining import DriversConnection
-    from usermetadata._core.sqlite.statements import Call, Results
-
-T = TypeVar("T")
+    from usermetadata._core.sqlite.connecting import T
+    from usermetadata._core.sqlite.statements import Call, Results, Row, Sift
 
 _LEGACY = getattr(sqlite3, "LEGACY_TRANSACTION_CONTROL", -1)  # since Python 3.12
 _LOCK = "DELETE FROM user_metadata WHERE 0"
@@ -59,18 +59,27 @@ class JoinedConnection(Connections):
         # The last connection whose file, and whose table, were checked.
         self._seen: object = None
         self._checked: object = None
-        super().__init__("the caller's connection", storages.timeout)
+        super().__init__("the caller's connection", storages.timeout, storages.indexes)
         self._run(lambda _: None)
 
     def file(self) -> str:
         """Return the path of the connection's file; empty if the database is in memory."""
         return self._run(main_file)
 
-    def fetch(self, query: str, parameters: Sequence[object]) -> list[tuple[str, object]]:
-        """Return the rows of a query; none if there is no table."""
+    def fetch(self, query: str, parameters: Sequence[object], sift: Sift = list) -> list[Row]:
+        """Return the rows of a query that ``sift`` chooses; none if there is no table."""
 
-        def fetch_if_table(connection: Any) -> list[tuple[str, object]]:
-            return fetch(connection, query, parameters) if self._has_table(connection) else []
+        def fetch_if_table(connection: Any) -> list[Row]:
+            if not self._has_table(connection):
+                return []
+            nonlocal query
+            if without_hint(query) != query:
+                missing = missing_indexes(connection, self.indexes)
+                if missing:
+                    # A read does not build them: it must not take the caller's write lock.
+                    check_few_rows(connection, self.name, missing)
+                    query = without_hint(query)
+            return fetch(connection, query, parameters, sift)
 
         with self.batches.turn:
             return self._run(fetch_if_table)
@@ -83,6 +92,7 @@ class JoinedConnection(Connections):
                     connection,
                     calls,
                     self.name,
+                    indexes=self.indexes,
                     prepare=partial(self._prepare, connection, joins=joins),
                     leave_open=_leaves_open(connection),
                 )
@@ -94,6 +104,11 @@ class JoinedConnection(Connections):
                 raise
 
         return self._run(write) if any(calls) else [[] for _ in calls]
+
+    def administer(self, work: Callable[[Any], T]) -> T:
+        """Call a function with the caller's connection."""
+        with self.batches.exclusive():
+            return self._run(work)
 
     def _prepare(self, connection: Any, *, joins: bool) -> None:
         """Lock the database for this writer, and create the table if it is missing."""

@@ -11,13 +11,17 @@ from sqlite_utils.db import NoTable
 
 from usermetadata._core.sqlite.connecting import Connections, connect
 from usermetadata._core.sqlite.errors import closed, translate
+from usermetadata._core.sqlite.indexes import missing_indexes
 from usermetadata._core.sqlite.schema import check_table, create_table, has_table
 from usermetadata._core.sqlite.statements import fetch, main_file, plain_rows, write_together
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Generator, Sequence
+    from typing import Any
 
-    from usermetadata._core.sqlite.statements import Call, Results
+    from usermetadata._core.sqlite.connecting import T
+    from usermetadata._core.sqlite.statements import Call, Results, Row, Sift
+    from usermetadata.indexes import Index
 
 
 class SingleConnection(Connections):
@@ -26,28 +30,39 @@ class SingleConnection(Connections):
     Args:
         borrowed: the caller's database; without it, one in memory is opened.
         timeout: seconds that a write waits for other threads.
+        indexes: those that were declared.
     """
 
     shares_batches = False
 
-    def __init__(self, borrowed: Database | None, timeout: float) -> None:
+    def __init__(
+        self, borrowed: Database | None, timeout: float, indexes: tuple[Index, ...]
+    ) -> None:
         self._is_borrowed = borrowed is not None
         self._database = borrowed or Database(connect(":memory:", timeout), execute_plugins=False)
         self._connection = self._database.conn
         # The caller's driver need not be the standard library's.
         self._errors = (self._connection.Error, NoTable)
         self._is_prepared = self._is_checked = False
-        super().__init__("the borrowed database" if borrowed else ":memory:", timeout)
+        super().__init__("the borrowed database" if borrowed else ":memory:", timeout, indexes)
 
-    def fetch(self, query: str, parameters: Sequence[object]) -> list[tuple[str, object]]:
-        """Return the rows of a query."""
+    def fetch(self, query: str, parameters: Sequence[object], sift: Sift = list) -> list[Row]:
+        """Return the rows of a query that ``sift`` chooses."""
         with self.batches.turn:
             if not self._is_prepared:
                 self._write_together([()])
             if self.is_closed:
                 raise closed(self.name)
             with self._in_use():
-                return fetch(self._connection, query, parameters)
+                return fetch(self._connection, query, parameters, sift)
+
+    def administer(self, work: Callable[[Any], T]) -> T:
+        """Call a function with the connection, in this thread's turn."""
+        with self.batches.exclusive():
+            if self.is_closed:
+                raise closed(self.name)
+            with self._in_use():
+                return work(self._connection)
 
     def _write_together(self, calls: Sequence[Call]) -> list[Results]:
         if self.is_closed:
@@ -58,9 +73,12 @@ class SingleConnection(Connections):
                 check_table(self._connection, self.name)
             self._is_checked = True
             results: list[Results] = [[]]
-            if missing or calls != [()]:  # `fetch` only prepares
+            # `fetch` only prepares.
+            if missing or calls != [()] or missing_indexes(self._connection, self.indexes):
                 prepare = partial(create_table, self._database) if missing else None
-                results = write_together(self._connection, calls, self.name, prepare=prepare)
+                results = write_together(
+                    self._connection, calls, self.name, indexes=self.indexes, prepare=prepare
+                )
             # The caller may yet roll back a transaction in which the table was created.
             self._is_prepared = not self._connection.in_transaction
             return results

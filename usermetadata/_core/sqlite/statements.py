@@ -10,19 +10,25 @@ from typing import TYPE_CHECKING, Any
 from usermetadata._core import forking
 from usermetadata._core.erasing import Erasure
 from usermetadata._core.reentry import ChangeError
-from usermetadata._core.rows import decode_row
+from usermetadata._core.rows import decode_row, text_or_bytes
 from usermetadata._core.sqlite.errors import inherited, not_stored, still_open, unknown_if_io_error
+from usermetadata._core.sqlite.indexes import conflict_of, ensure_indexes, not_unique
 from usermetadata.changes import BLIND, apply_in_order
 from usermetadata.codec import encode_metadata
 from usermetadata.exceptions import DamagedMetadataError
+from usermetadata.indexes import values_of
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
+    from usermetadata.indexes import Index
 
+    Row = tuple[str, object]
+    Sift = Callable[[Iterable[Row]], list[Row]]
+    """Chooses some of a query's rows."""
     Key = tuple[str, str]
     """The ids of an app and of a user."""
     Changes = Sequence[tuple[Key, Change]]
@@ -43,6 +49,7 @@ _STORE = (
     " ON CONFLICT (app_id, user_id) DO UPDATE SET user_metadata = excluded.user_metadata"
 )
 _REMOVE = "DELETE FROM user_metadata WHERE app_id = ? AND user_id = ?"
+_EMPTY = "UPDATE user_metadata SET user_metadata = '{}' WHERE app_id = ? AND user_id = ?"
 _HAS_INDEX_OF_USERS = """
 SELECT idx.name, NULL
 FROM pragma_index_list('user_metadata') AS idx, pragma_index_info(idx.name) AS col
@@ -61,30 +68,40 @@ SELECT app_id, NULL FROM app CROSS JOIN user_metadata ON app_id = id AND user_id
 
 
 def fetch(
-    source: sqlite3.Connection | sqlite3.Cursor, query: str, parameters: Sequence[object]
-) -> list[tuple[str, object]]:
+    source: sqlite3.Connection | sqlite3.Cursor,
+    query: str,
+    parameters: Sequence[object],
+    sift: Sift = list,
+) -> list[Row]:
     """Return the rows of a query, with bytes in place of text that is not UTF-8.
 
     The driver's error quotes that text, and does not say whose it is.
     """
     connection: Any = getattr(source, "connection", source)  # the driver may be another
     try:
-        return source.execute(query, parameters).fetchall()
+        return _sifted(source, query, parameters, sift)
     except connection.Error as error:
         if not str(error).startswith("Could not decode to UTF-8"):
             raise
-    before, connection.text_factory = connection.text_factory, _text_or_bytes
+    before, connection.text_factory = connection.text_factory, text_or_bytes
     try:
-        return source.execute(query, parameters).fetchall()
+        return _sifted(source, query, parameters, sift)
     finally:
         connection.text_factory = before
 
 
-def _text_or_bytes(value: bytes) -> str | bytes:
+def _sifted(
+    source: sqlite3.Connection | sqlite3.Cursor,
+    query: str,
+    parameters: Sequence[object],
+    sift: Sift,
+) -> list[Row]:
+    cursor = source.execute(query, parameters)
     try:
-        return value.decode()
-    except UnicodeDecodeError:
-        return value
+        return sift(cursor)
+    finally:
+        if cursor is not source:  # some rows may be left
+            cursor.close()
 
 
 @contextmanager
@@ -105,11 +122,12 @@ def main_file(connection: sqlite3.Connection) -> str:
     return files["main"]
 
 
-def write_together(
+def write_together(  # noqa: PLR0913 - named
     connection: sqlite3.Connection,
     calls: Sequence[Call],
     name: str,
     *,
+    indexes: Sequence[Index] = (),
     prepare: Callable[[], object] | None = None,
     leave_open: bool = False,
 ) -> list[Results]:
@@ -119,6 +137,7 @@ def write_together(
         connection: a connection without another user, whose rows are tuples of ``str``.
         calls: the changes of each call, in order, or an erasure.
         name: the name of the database, for error messages.
+        indexes: those that were declared; missing ones are built.
         prepare: called first in the transaction; it creates the table if that is missing.
         leave_open: whether the caller commits a transaction that is begun here.
 
@@ -128,6 +147,7 @@ def write_together(
     Raises:
         ChangeError: a change has raised an exception, or a row that it reads is damaged.
         StorageError: the database did not store what it was given, or it was not committed.
+        UsageError: a missing index cannot be built unasked.
         sqlite3.Error: a statement failed.
     """
     process = forking.process
@@ -140,13 +160,16 @@ def write_together(
         begun = True
         if prepare is not None:
             prepare()
+        ensure_indexes(connection, name, indexes)
         changes = [
             _changes_of(cursor, call, name) if isinstance(call, Erasure) else call for call in calls
         ]
-        if len(changes) == 1:
-            results = [_write(cursor, changes[0], name)]
+        if len(changes) == 1 or any(index.unique for index in indexes):
+            # Each call leaves unique values behind, not only all of them together.
+            results = [_write(cursor, each, name, indexes) for each in changes]
         else:
-            together = iter(_write(cursor, [change for each in changes for change in each], name))
+            in_order = [change for each in changes for change in each]
+            together = iter(_write(cursor, in_order, name, indexes))
             results = [[next(together) for _ in each] for each in changes]
         if forking.process != process:  # a change has forked: the parent has the transaction
             raise inherited(name)
@@ -188,29 +211,58 @@ def _changes_of(cursor: sqlite3.Cursor, erasure: Erasure, name: str) -> Changes:
     return erasure.changes(sorted(app_ids))
 
 
-def _write(cursor: sqlite3.Cursor, changes: Changes, name: str) -> Results:
+def _write(
+    cursor: sqlite3.Cursor, changes: Changes, name: str, indexes: Sequence[Index]
+) -> Results:
     texts = _read(cursor, [key for key, change in changes if not isinstance(change, BLIND)])
     try:
         results = apply_in_order(
             changes, texts, decode=partial(decode_row, name), encode=encode_metadata
         )
+        for ((_, user_id), _), new in zip(changes, results, strict=True) if indexes else ():
+            if new is not None:
+                values_of(new, indexes, user_id)
     except Exception as error:
         raise ChangeError(error) from error
     gone = {key for key, _ in changes} - texts.keys()
-    # A trigger can swallow a row without an error, so the rows are counted.
-    if texts:
-        cursor.executemany(_STORE, [(*key, text) for key, text in texts.items()])
-        if cursor.rowcount != len(texts):
-            stored = _read(cursor, list(texts))
-            for key, text in texts.items():
-                if stored.get(key) != text:
-                    raise not_stored(name, key)
+    # A trigger can swallow a row without an error, so the rows are counted. The values of removed
+    # rows may be stored in others.
     if gone:
         cursor.executemany(_REMOVE, gone)
         if cursor.rowcount != len(gone):
             for key in _read(cursor, list(gone)):
                 raise not_stored(name, key)
+    if texts and _store(cursor, texts) != len(texts):
+        stored = _read(cursor, list(texts))
+        for key, text in texts.items():
+            if stored.get(key) != text:
+                raise not_stored(name, key)
     return results
+
+
+def _store(cursor: sqlite3.Cursor, texts: dict[Key, object]) -> int:
+    """Store the rows and return how many SQLite has counted."""
+    try:
+        cursor.executemany(_STORE, [(*key, text) for key, text in texts.items()])
+    except cursor.connection.IntegrityError as error:
+        if conflict_of(error) is None:
+            raise
+    else:
+        return cursor.rowcount
+    # SQLite compares each row with those that are there. Two users may exchange their values, so
+    # the old values of all are removed first.
+    cursor.executemany(_EMPTY, texts)
+    count = 0
+    for key, text in texts.items():
+        try:
+            cursor.execute(_STORE, (*key, text))
+        except cursor.connection.IntegrityError as error:
+            conflict = conflict_of(error)
+            if conflict is None:
+                raise
+            raise ChangeError(not_unique(cursor, conflict, key, text)) from error
+        count += cursor.rowcount
+    return count
 
 
 def _read(cursor: sqlite3.Cursor, keys: list[Key]) -> dict[Key, object]:
