@@ -42,9 +42,9 @@ def pytest_configure(config: pytest.Config) -> None:
         sys.modules["msgspec"] = None  # type: ignore[assignment]
 
 
-def pytest_report_header() -> str:
+def pytest_report_header(config: pytest.Config) -> str:
     """Report which databases the tests use, and what encodes and decodes JSON."""
-    msgspec = "not used" if sys.modules.get("msgspec", ...) is None else version("msgspec")
+    msgspec = "not used" if config.getoption("without_msgspec") else version("msgspec")
     return f"sqlite: {sqlite3.sqlite_version}, postgresql: {server_version()}, msgspec: {msgspec}"
 
 

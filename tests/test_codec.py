@@ -83,6 +83,7 @@ BAD_INPUT: dict[str, tuple[object, str]] = {
     "object": ({"a": object()}, 'update["a"]: object is not JSON'),
     "surrogate": ({"a": ["\ud800"]}, 'update["a"][0]: a lone surrogate is not Unicode text'),
     "surrogate in a key": ({"a": {"\udfff": 1}}, 'update["a"]["\\udfff"]: a lone surrogate'),
+    "surrogate in a root key": ({"\udfff": 1}, 'update["\\udfff"]: a lone surrogate'),
     "NUL in a root key": ({"a\0b": 1}, 'update["a\\u0000b"]: a root-level key cannot hold U+0000'),
     "circular": (contains_itself(), 'update["inner"]["list"][1]: contains itself'),
     "the same key twice": (
@@ -257,6 +258,7 @@ BAD_TEXTS = {
     '{"a": [1e-999]}': "it holds a number that a float would change",
     '{"a": 12345678901234567890.12}': "it holds a number that a float would change",
     '{"a": 0.1000000000000000055}': "it holds a number that a float would change",
+    '{"a": 9007199254740993.0}': "it holds a number that a float would change",
     '{"a": 1e99999999999999999999}': "it holds a number that a float would change",
     '{"a": 1.234567e-320}': "it holds a number that a float would change",
     '{"a": 01}': "Expecting ',' delimiter",
