@@ -166,8 +166,7 @@ def is_exact(digits: str, number: float) -> bool:
         >>> is_exact("1.10", 1.1), is_exact("1e-999", 0.0)
         (True, False)
     """
-    # A float holds any 15 digits, if it is neither subnormal nor zero nor infinite.
-    if (len(digits) < _CHARACTERS and _SMALL < abs(number) < _LARGE) or repr(number) == digits:
+    if repr(number) == digits:
         return True
     from decimal import Decimal, InvalidOperation
 
@@ -179,9 +178,11 @@ def is_exact(digits: str, number: float) -> bool:
 
 def _parse_float(digits: str) -> float:
     number = float(digits)
-    if not is_exact(digits, number):
-        raise ValueError("it holds a number that a float would change")
-    return number
+    # A float holds any 15 digits, if it is neither subnormal nor zero nor infinite.
+    short = len(digits) < _CHARACTERS and _SMALL < abs(number) < _LARGE
+    if short or is_exact(digits, number):
+        return number
+    raise ValueError("it holds a number that a float would change")
 
 
 def _depth(text: str) -> int:
@@ -194,7 +195,7 @@ def _depth(text: str) -> int:
 
 _OLDEST_MSGSPEC = (0, 19)
 _CHARACTERS, _SMALL, _LARGE = 16, 1e-290, 1e290
-_SPARSE = 32  # characters for each dot
+_SPARSE = 128  # characters for each dot: then checking the floats one by one is quicker
 _encode = json.JSONEncoder(
     ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":")
 ).encode
