@@ -561,7 +561,8 @@ except ImportError as error:
     print(error)
 """
     output = subprocess.check_output([sys.executable, "-c", program, module], text=True)
-    assert output == "PostgresStorage needs psycopg; pip install 'psycopg[binary,pool]>=3.2'\n"
+    command = "pip install 'psycopg[binary,pool]>=3.2' 'msgspec>=0.19'"
+    assert output == f"PostgresStorage needs psycopg; {command}\n"
 
 
 def test_a_table_of_something_else_is_an_error_of_ours(

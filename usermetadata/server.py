@@ -25,6 +25,7 @@ except ImportError as error:
     raise ImportError(
         "usermetadata.server needs Starlette and uvicorn;"
         " pip install 'starlette>=0.40' 'uvicorn>=0.30' 'httptools>=0.6'"
+        " 'msgspec>=0.19'"
     ) from error
 
 from usermetadata._core.arguments import user_ids_of
