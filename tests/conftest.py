@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import sqlite3
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -29,9 +31,21 @@ if TYPE_CHECKING:
 pytest_plugins = ["pytester"]
 
 
-def pytest_report_header() -> str:
-    """Report which databases the tests use."""
-    return f"sqlite: {sqlite3.sqlite_version}, postgresql: {server_version()}"
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option with which the tests of JSON run a second time."""
+    parser.addoption("--without-msgspec", action="store_true", help="as if it were not installed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the import of msgspec fail; the library imports it with the first object."""
+    if config.getoption("without_msgspec"):
+        sys.modules["msgspec"] = None  # type: ignore[assignment]
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Report which databases the tests use, and what encodes and decodes JSON."""
+    msgspec = "not used" if config.getoption("without_msgspec") else version("msgspec")
+    return f"sqlite: {sqlite3.sqlite_version}, postgresql: {server_version()}, msgspec: {msgspec}"
 
 
 def pytest_unconfigure() -> None:

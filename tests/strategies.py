@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from hypothesis import strategies as st
@@ -35,3 +36,31 @@ mergeable: st.SearchStrategy[dict[str, Any]] = st.dictionaries(
     | st.fixed_dictionaries({}, optional={"a": _shallow, "b": _shallow}),
 )
 """Any metadata or update as far as a merge looks into it, which is quicker to make."""
+
+_numbers = st.sampled_from(
+    [
+        *("1e16", "1E+16", "1.10", "-0", "-0.0", "0e5", "1e-400", "1e400", "0.1000000000000000055"),
+        *("18446744073709551616", "01", "1.", ".5", "+1", "NaN", "-Infinity", "1e5.0"),
+    ]
+)
+_pieces = _numbers | st.sampled_from(
+    [*'{}[],:"\\ \n\x0b\ufeff\0\ud800', "null", '"a":1,', '"a":{"a":2},']
+    + [f"\\{escaped}" for escaped in ("u0000", "ud800", "udc00", "ud83d\\ude00", "/", "x")]
+)
+
+
+@st.composite
+def _texts(draw: st.DrawFn) -> str:
+    """Return metadata as another program writes it, some numbers replaced, or damaged."""
+    dumped = json.dumps(
+        draw(metadata), ensure_ascii=draw(st.booleans()), indent=draw(st.sampled_from([None, 1]))
+    )
+    for piece in draw(st.lists(_pieces, max_size=3)):
+        begin = draw(st.integers(0, len(dumped)))
+        dumped = dumped[:begin] + piece + dumped[begin + draw(st.integers(0, 2)) :]
+    number = draw(st.none() | _numbers)
+    return dumped if number is None else f'{{"n": [{number}], "others": {dumped}}}'
+
+
+json_texts: st.SearchStrategy[str] = _texts()
+"""JSON texts of metadata, sound and damaged."""

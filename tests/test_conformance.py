@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
+import time
 import unicodedata
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -355,6 +356,22 @@ class AnswersWhatWasDropped(InMemoryStorage):
         return [change(stored.get(user_id)) for user_id, change in changes]
 
 
+class ReadsElsewhere(InMemoryStorage):
+    """Says that it never waits, and a read waits as for a server."""
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        time.sleep(0.0001)
+        return super().read(user_ids)
+
+
+class WritesElsewhere(InMemoryStorage):
+    """Says that it never waits, and a write waits as for a disk."""
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        time.sleep(0.0001)
+        return super().write(changes)
+
+
 class SharesWithin(InMemoryStorage):
     """Returns one list where two that are equal were stored."""
 
@@ -542,6 +559,7 @@ PLANTED_FAULTS: dict[str, list[Callable[[], Storage]]] = {
         AnswersWhatWasDropped,
     ],
     "test_concurrent_writes_are_all_kept": [LetsWritersMeet],
+    "test_a_storage_that_never_waits_does_not_block": [ReadsElsewhere, WritesElsewhere],
     "test_what_appears_twice_is_two": [SharesWithin],
     "test_what_read_returns_is_the_callers": [SharesObjects],
     "test_what_write_returns_is_the_callers": [SharesObjects],

@@ -45,6 +45,8 @@ TEXTS = [
 NUMBERS: list[Any] = [
     *(0, -0.0, 1, -1, 2**53 + 1, 2**63, -(2**63) - 1, 10**400),
     *(0.1, 1e22, 5e-324, 1.7976931348623157e308, 123456789.123456789, 1e-7),
+    # JSON may have 1e16 or 1e+16, and 1e-05 or 0.00001.
+    *(1e15, 1e16, -1e16, 1.5e17, 1e-5, 1.25e-5, 9007199254740993.0, 1e300),
 ]
 DOCUMENTS: dict[str, dict[str, Any]] = {
     "values": {"texts": TEXTS, "numbers": NUMBERS, "others": [True, False, [None], {}, [[]]]},

@@ -26,6 +26,7 @@ PACKAGE = Path(usermetadata.__file__).parent
 def test_importing_stays_light(module: str) -> None:
     """Slow imports happen on first use, so scripts and tests start quickly."""
     heavy = {"asyncio", "dataclasses", "inspect", "json", "sqlite3", "sqlite_utils", "click"}
+    heavy |= {"msgspec"}
     program = f"import sys, {module}; print(*sys.modules)"
     # -S skips what site-packages import at start-up; the library is found by its path.
     command = [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}; {program}"]
@@ -67,6 +68,28 @@ def test_every_error_is_ours_and_documented() -> None:
     for name in usermetadata.__all__:
         if name.endswith("Error"):
             assert issubclass(getattr(usermetadata, name), usermetadata.UserMetadataError)
+
+
+def test_msgspec_is_imported_with_the_first_object() -> None:
+    """``init`` does not wait for its import either; the first call that needs JSON does."""
+    program = """
+import sys
+import usermetadata
+from usermetadata.syncio import update_user_metadata
+usermetadata.init("sqlite:///:memory:")
+assert "msgspec" not in sys.modules
+update_user_metadata("alice", {"n": 1})
+assert "msgspec" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_extras_that_serve_many_users_include_msgspec() -> None:
+    """A server, and an application with PostgreSQL, have fast JSON without asking for it."""
+    lines = importlib.metadata.distribution("usermetadata").requires or []
+    of_msgspec = [line for line in lines if line.startswith("msgspec")]
+    for extra in ("fast", "postgres", "server"):
+        assert any(f"extra == '{extra}'" in line for line in of_msgspec)
 
 
 def test_the_distribution_is_what_it_says() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import decimal
 import json
 import subprocess
 import sys
@@ -162,6 +163,29 @@ def test_values_of_others_stay_as_they_are(
     assert text == (
         '{"big":12345678901234567890.123456789,"nested":{"b" : -0.0, "a": null},"new":1,"z":2}'
     )
+
+
+NUMBERS = [1e16, -1.5e17, 1e22, 1e-5, 1.25e-7, -0.0, 5e-324, 1.7976931348623157e308, 10**30, 0.1]
+
+
+def test_every_reader_reads_the_same_numbers(
+    core: Core, postgres: PostgresStorage, direct: psycopg.Connection[Any]
+) -> None:
+    """PostgreSQL's ``json`` and ``jsonb``, a core and a native merge read 1e16, 1e+16 alike."""
+    named = {f"n{place}": number for place, number in enumerate(NUMBERS)}
+    postgres.write([("alice", Replace(named))])
+    for query in (
+        "SELECT value::text FROM user_metadata, json_each(user_metadata::json) ORDER BY key",
+        "SELECT value::text FROM user_metadata, jsonb_each(user_metadata::jsonb) ORDER BY key",
+    ):
+        texts = [decimal.Decimal(text) for [text] in direct.execute(query).fetchall()]
+        assert texts == [decimal.Decimal(repr(number)) for number in NUMBERS]
+    query = "SELECT (user_metadata::jsonb ->> 'n0')::float8 = 1e16 FROM user_metadata"
+    assert direct.execute(query).fetchone() == (True,)
+    core.update("alice", {"by": "core"})
+    [merged] = postgres.write([("alice", Merge({"by": 1e16}))])
+    assert merged is not None
+    assert repr(sorted(merged.items())) == repr(sorted({**named, "by": 1e16}.items()))
 
 
 def test_a_number_that_only_postgres_can_read(
@@ -537,7 +561,8 @@ except ImportError as error:
     print(error)
 """
     output = subprocess.check_output([sys.executable, "-c", program, module], text=True)
-    assert output == "PostgresStorage needs psycopg; pip install 'psycopg[binary,pool]>=3.2'\n"
+    command = "pip install 'psycopg[binary,pool]>=3.2' 'msgspec>=0.19'"
+    assert output == f"PostgresStorage needs psycopg; {command}\n"
 
 
 def test_a_table_of_something_else_is_an_error_of_ours(

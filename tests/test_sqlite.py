@@ -61,6 +61,15 @@ def test_the_table_has_supertokens_names(storage: SQLiteStorage, database: Path)
         assert list(table.rows) == [row]
 
 
+def test_sqlites_own_functions_read_the_numbers(storage: SQLiteStorage, database: Path) -> None:
+    """SQLite's JSON functions read a number, whether it is stored as 1e16 or as 1e+16."""
+    numbers = [1e16, -1.5e17, 1e-5, 1.25e-7, 5e-324, 0.1, 2**53 + 1]
+    storage.write([("alice", Replace({"numbers": numbers}))])
+    query = "SELECT value FROM user_metadata, json_each(user_metadata, '$.numbers')"
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        assert [number for [number] in connection.execute(query)] == numbers
+
+
 def test_nothing_is_opened_before_the_first_call(database: Path) -> None:
     """A storage may be made at import time, before a fork, and before its directory exists."""
     SQLiteStorage(database)

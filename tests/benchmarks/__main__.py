@@ -32,6 +32,7 @@ import parts
 import peers
 import postgres
 import serving
+import sizes
 import supertokens_sdk
 from measuring import Measuring, Times
 from report import OURS, Report, relative, tasks
@@ -78,6 +79,7 @@ class Benchmarks:
     def run(self) -> None:
         """Measure everything."""
         lone.measure(self)
+        self.by_size()
         self.blocking()
         self.threads()
         self.tasks()
@@ -124,6 +126,14 @@ class Benchmarks:
         while time.perf_counter() < end:
             operation(number)
             number += 1
+
+    def by_size(self) -> None:
+        """Objects of several sizes, with and without msgspec."""
+        measuring = sizes.QUICK if self.quick else sizes.THOROUGH
+        measured = sizes.Sizes(measuring, self.report.folder, self.progress)
+        measured.run()
+        for figure, aim, value in measured.aims:
+            self.aim(figure, aim, value, at_most=True)
 
     def blocking(self) -> None:
         """One thread."""

@@ -31,11 +31,24 @@ if TYPE_CHECKING:
 
 
 class HandTuned:
-    """sqlite3 with one connection, its statement cache, and one lock around all calls."""
+    """sqlite3 with one connection, its statement cache, and one lock around all calls.
+
+    Args:
+        folder: where its file is.
+        loads: decodes an object.
+        dumps: encodes one.
+    """
 
     name = "hand-tuned sqlite3"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        loads: Callable[[str], Metadata] = json.loads,
+        dumps: Callable[[Metadata], str] = json.dumps,
+    ) -> None:
+        self.loads = loads
+        self.dumps = dumps
         self.connection = sqlite3.connect(
             folder / "hand_tuned.db", isolation_level=None, check_same_thread=False
         )
@@ -47,7 +60,7 @@ class HandTuned:
     def get(self, user_id: str) -> Metadata:
         with self.lock:
             row = self.connection.execute(SELECT, (APP, user_id)).fetchone()
-        return json.loads(row[0]) if row else {}
+        return self.loads(row[0]) if row else {}
 
     def update(self, user_id: str, update: Metadata) -> Metadata:
         execute = self.connection.execute
@@ -55,8 +68,8 @@ class HandTuned:
             execute("BEGIN IMMEDIATE")
             try:
                 row = execute(SELECT, (APP, user_id)).fetchone()
-                merged = merge(json.loads(row[0]) if row else {}, update)
-                execute(UPSERT, (APP, user_id, json.dumps(merged)))
+                merged = merge(self.loads(row[0]) if row else {}, update)
+                execute(UPSERT, (APP, user_id, self.dumps(merged)))
                 execute("COMMIT")
             except BaseException:
                 execute("ROLLBACK")

@@ -42,7 +42,9 @@ class Storage(Protocol):
 
     Concurrent ``asyncio`` calls share one ``read`` or one ``write`` in a worker thread. The
     attributes ``reads_in_flight`` and ``writes_in_flight`` say how many of each may run at a time;
-    the default is 1. 0 means that the storage never waits and needs no thread.
+    the default is 1. 0 means that the storage needs no thread and is called on the event loop,
+    because none of its calls waits: not for a disk, a network or another process, and for another
+    thread only as long as that one executes a call of the same storage.
 
     **Ownership.** Results of ``read`` and ``write``, and the argument of a change, share nothing
     mutable with the stored rows or with another result. After ``write`` the same holds for the

@@ -34,7 +34,7 @@ try:
     from usermetadata._core.postgres.transactions import Statement
 except ImportError as error:
     raise ImportError(
-        "PostgresStorage needs psycopg; pip install 'psycopg[binary,pool]>=3.2'"
+        "PostgresStorage needs psycopg; pip install 'psycopg[binary,pool]>=3.2' 'msgspec>=0.19'"
     ) from error
 
 from usermetadata._core.apps import OfOneApp

@@ -309,6 +309,20 @@ class StorageConformance:
             stop.set()
             _finish(writer)
 
+    def test_a_storage_that_never_waits_does_not_block(self, storage: Storage) -> None:
+        """What ``reads_in_flight`` or ``writes_in_flight`` of 0 promises: no call gives way."""
+        calls: list[Callable[[], object]] = []
+        if getattr(storage, "reads_in_flight", 1) == 0:
+            calls.append(lambda: storage.read(["alice"]))
+        if getattr(storage, "writes_in_flight", 1) == 0:
+            calls.append(lambda: storage.write([("alice", Merge({"n": 1}))]))
+        if not calls:
+            pytest.skip("the storage may wait")
+        storage.write([("alice", Merge({"n": 0}))])
+        for call in calls:
+            # The system may interrupt any thread; a call that waits does so each time.
+            assert min(_waits(call) for _ in range(20)) == 0, "it waits, on the event loop"
+
     # Ownership.
 
     def test_what_appears_twice_is_two(self, storage: Storage) -> None:
@@ -431,6 +445,19 @@ _LONG = 60.0
 def _exactly(value: Any) -> str:
     """Return a text that differs where ``==`` sees no difference, as between 1 and 1.0."""
     return json.dumps(value, sort_keys=True)
+
+
+def _waits(call: Callable[[], object]) -> int:
+    """Return how often a call gave up the processor, as for a disk, a network or another thread."""
+    try:
+        import resource
+
+        thread = resource.RUSAGE_THREAD
+    except (ImportError, AttributeError):
+        pytest.skip("this system does not count the waits of a thread")
+    before = resource.getrusage(thread).ru_nvcsw
+    call()
+    return resource.getrusage(thread).ru_nvcsw - before
 
 
 def _in_thread(function: Callable[[], object]) -> threading.Thread:
