@@ -122,7 +122,7 @@ def _without_await(function: Callable[..., Coroutine[Any, Any, Any]]) -> Callabl
 FUNCTIONS = [
     name
     for name in dir(usermetadata.syncio)
-    if name.endswith("_user_metadata") or name == "erase_user"
+    if name.endswith("_user_metadata") or name in {"erase_user", "find_user_id"}
 ]
 FACADES: dict[str, Any] = {
     "syncio": usermetadata.syncio,

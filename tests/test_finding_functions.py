@@ -96,7 +96,7 @@ def test_a_unique_value_is_refused(facade: Any, url: str) -> None:
     for refused in (
         lambda: facade.update_user_metadata("bob", {"customer": "c1"}),
         lambda: facade.set_user_metadata("new", {"customer": "c1"}),
-        lambda: facade.modify_user_metadata("bob", lambda old: {**old, "customer": "c1"}),
+        partial(facade.modify_user_metadata, "bob", lambda old: {**old, "customer": "c1"}),
         lambda: facade.update_bulk_user_metadata({"x": {"n": 1}, "bob": {"customer": "c1"}}),
     ):
         with pytest.raises(NotUniqueError, match="property 'customer': user 'alice' has") as caught:
@@ -138,13 +138,14 @@ def test_wrong_questions_are_refused(facade: Any, url: str) -> None:
 @pytest.mark.parametrize("indexes", ["plan", [7], [Index("plan"), Index("plan", unique=True)]])
 def test_wrong_indexes_are_refused(indexes: Any) -> None:
     """``init`` and each storage say what is wrong."""
-    for make in (
+    makers: list[Any] = [
         partial(usermetadata.init, "memory://", indexes=indexes),
         partial(UserMetadata, "users.db", indexes=indexes),
         partial(InMemoryStorage, indexes=indexes),
         partial(SQLiteStorage, "users.db", indexes=indexes),
         partial(PostgresStorage, "postgresql://x", indexes=indexes),
-    ):
+    ]
+    for make in makers:
         with pytest.raises(InvalidInputError, match="indexes: "):
             make()
     with pytest.raises(InvalidInputError, match="pass them to its constructor"):
@@ -316,7 +317,7 @@ def test_a_store_behaves_like_a_dictionary(url: str) -> None:
     with UserMetadata(url, indexes=INDEXES) as users:
         machine = type("Machine", (Finding,), {"users": users})
         checks = [HealthCheck.too_slow, HealthCheck.filter_too_much]
-        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        run_state_machine_as_test(
             machine,
             settings=settings(
                 max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=checks
@@ -356,16 +357,16 @@ def test_the_commands(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command_names_rows_in_the_way(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each user is named, never the value, and nothing is built."""
+    """Users are named, never the value, and nothing is built."""
     monkeypatch.setenv("USERMETADATA_URL", f"sqlite:///{database}")
     usermetadata.init()
     usermetadata.syncio.update_bulk_user_metadata(
-        {"alice": {"plan": 1.5}, "bob": {"plan": "secret"}, "carol": {"plan": "secret"}}
+        {"alice": {"plan": 1.5}, "bob": {"plan": ["secret"]}, "carol": {"plan": "secret"}}
     )
     usermetadata.close()
     shown = run("index", "--unique", "plan", code=1)
     assert "'alice'" in shown
-    assert "'carol'" in shown or "'bob'" in shown
+    assert "'bob'" in shown
     assert "nothing was built" in shown
     assert "secret" not in shown
     assert run("index") == ""
