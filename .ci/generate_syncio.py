@@ -44,6 +44,7 @@ RULES = [
     (r"AsyncioRunner", "BlockingRunner"),
     (r"\((await .*)\)\.(metadata|by_app)", r"\1.\2"),
     (r"\bawait ", ""),
+    (r"users\.asyncio\.", "users.syncio."),
     (r"\basync def ", "def "),
 ]
 

@@ -28,6 +28,7 @@ from usermetadata import (
     UsageError,
     UserMetadata,
     UserMetadataOverrideConfig,
+    syncio,
 )
 from usermetadata.cli import main
 
@@ -54,7 +55,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Generator[str, None, 
 
 def fill() -> None:
     """Store four users."""
-    usermetadata.syncio.update_bulk_user_metadata(
+    syncio.update_bulk_user_metadata(
         {
             "alice": {"plan": "pro", "customer": "c1", "n": 1},
             "bob": {"plan": "free", "customer": "c2"},
@@ -93,12 +94,13 @@ def test_a_unique_value_is_refused(facade: Any, url: str) -> None:
     """The error names the property and the user, never the value; a swap works."""
     usermetadata.init(url, indexes=INDEXES)
     fill()
-    for refused in (
-        lambda: facade.update_user_metadata("bob", {"customer": "c1"}),
-        lambda: facade.set_user_metadata("new", {"customer": "c1"}),
+    writes: list[Any] = [
+        partial(facade.update_user_metadata, "bob", {"customer": "c1"}),
+        partial(facade.set_user_metadata, "new", {"customer": "c1"}),
         partial(facade.modify_user_metadata, "bob", lambda old: {**old, "customer": "c1"}),
-        lambda: facade.update_bulk_user_metadata({"x": {"n": 1}, "bob": {"customer": "c1"}}),
-    ):
+        partial(facade.update_bulk_user_metadata, {"x": {"n": 1}, "bob": {"customer": "c1"}}),
+    ]
+    for refused in writes:
         with pytest.raises(NotUniqueError, match="property 'customer': user 'alice' has") as caught:
             refused()
         assert isinstance(caught.value, ValueError)
@@ -360,7 +362,7 @@ def test_the_command_names_rows_in_the_way(database: Path, monkeypatch: pytest.M
     """Users are named, never the value, and nothing is built."""
     monkeypatch.setenv("USERMETADATA_URL", f"sqlite:///{database}")
     usermetadata.init()
-    usermetadata.syncio.update_bulk_user_metadata(
+    syncio.update_bulk_user_metadata(
         {"alice": {"plan": 1.5}, "bob": {"plan": ["secret"]}, "carol": {"plan": "secret"}}
     )
     usermetadata.close()

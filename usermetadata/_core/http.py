@@ -26,7 +26,8 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        "serving HTTP needs httptools; pip install 'httptools>=0.6' 'starlette>=0.40'"
+        "serving HTTP needs httptools;"
+        " pip install 'httptools>=0.6' 'starlette>=0.40' 'msgspec>=0.19'"
     ) from error
 
 if TYPE_CHECKING:

@@ -385,6 +385,8 @@ class AsyncioUserMetadata(Generic[M, U]):
             StorageError: likewise.
 
         Example:
+            >>> await set_user_metadata("ivan", {"plan": "pro"})
+            MetadataResult(metadata={'plan': 'pro'})
             >>> await count_user_metadata() > 0
             True
         """
@@ -410,9 +412,12 @@ class AsyncioUserMetadata(Generic[M, U]):
             StorageError: as ``list_user_metadata`` does.
 
         Example:
-            With ``init(url, indexes=[Index("stripe_customer_id", unique=True)])``::
-
-                user_id = await find_user_id({"stripe_customer_id": "cus_42"})
+            >>> from usermetadata import Index, UserMetadata
+            >>> users = UserMetadata("memory://", indexes=[Index("customer", unique=True)])
+            >>> await users.asyncio.update_user_metadata("judy", {"customer": "cus_1"})
+            MetadataResult(metadata={'customer': 'cus_1'})
+            >>> await users.asyncio.find_user_id({"customer": "cus_1"})
+            'judy'
         """
         context = {} if user_context is None else user_context
         return await self._functions.asynchronous.find_user_id(where, context)

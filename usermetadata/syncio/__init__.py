@@ -378,6 +378,8 @@ class SyncioUserMetadata(Generic[M, U]):
             StorageError: likewise.
 
         Example:
+            >>> set_user_metadata("ivan", {"plan": "pro"})
+            MetadataResult(metadata={'plan': 'pro'})
             >>> count_user_metadata() > 0
             True
         """
@@ -403,9 +405,12 @@ class SyncioUserMetadata(Generic[M, U]):
             StorageError: as ``list_user_metadata`` does.
 
         Example:
-            With ``init(url, indexes=[Index("stripe_customer_id", unique=True)])``::
-
-                user_id = find_user_id({"stripe_customer_id": "cus_42"})
+            >>> from usermetadata import Index, UserMetadata
+            >>> users = UserMetadata("memory://", indexes=[Index("customer", unique=True)])
+            >>> users.syncio.update_user_metadata("judy", {"customer": "cus_1"})
+            MetadataResult(metadata={'customer': 'cus_1'})
+            >>> users.syncio.find_user_id({"customer": "cus_1"})
+            'judy'
         """
         context = {} if user_context is None else user_context
         return self._functions.blocking.find_user_id(where, context)
