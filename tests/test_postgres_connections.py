@@ -469,7 +469,9 @@ def test_a_read_only_server_says_so(
     open_storage().write([("alice", Merge({"n": 1}))])
     storage = open_storage(options="-c default_transaction_read_only=on")
     assert storage.read(["alice"]) == {"alice": {"n": 1}}
-    with pytest.raises(StorageError, match=r"in a read-only transaction$"):
+    with pytest.raises(
+        StorageError, match=r"in a read-only transaction; connect to a server that accepts writes"
+    ):
         storage.write([("alice", Merge({"n": 2}))])
 
 

@@ -11,9 +11,7 @@ from usermetadata.validation import copy_metadata
 
 if TYPE_CHECKING:
     from usermetadata.codec import Metadata
-
-Value = str | int | bool
-"""What a user can be found by. Equality is that of JSON: ``1``, ``True`` and ``"1"`` differ."""
+    from usermetadata.interfaces import Value
 
 NAME_MAX_LENGTH = 64
 VALUE_MAX_LENGTH = 255

@@ -10,14 +10,16 @@ if TYPE_CHECKING:
 
     from typing_extensions import TypeVar
 
-    from usermetadata.indexes import Value
-
     M = TypeVar("M", bound=Mapping[str, Any], default=dict[str, Any])
     U = TypeVar("U", bound=Mapping[str, Any], default=M, contravariant=True)  # noqa: PLC0105 - it is shown
 else:
     from typing import TypeVar
 
     M, U = TypeVar("M"), TypeVar("U")
+
+
+Value = str | int | bool
+"""What a user can be found by. Equality is that of JSON: ``1``, ``True`` and ``"1"`` differ."""
 
 
 class MetadataResult(Generic[M]):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from usermetadata._core.runners import AsyncioRunner
-    from usermetadata.indexes import Value
+    from usermetadata.interfaces import Value
 
 
 class AsyncioFunctions(RecipeInterface):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from usermetadata._core.runners import BlockingRunner
-    from usermetadata.indexes import Value
+    from usermetadata.interfaces import Value
 
 
 class BlockingFunctions:

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from usermetadata.codec import Metadata
-    from usermetadata.indexes import Index, Value
+    from usermetadata.indexes import Index
+    from usermetadata.interfaces import Value
 
     Key = tuple[str, str]
     Values = dict[Key, dict[str, Value]]

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
-    from usermetadata.indexes import Index, Value
+    from usermetadata.indexes import Index
+    from usermetadata.interfaces import Value
 
     Key = tuple[str, str]
 

@@ -62,7 +62,8 @@ if TYPE_CHECKING:
     from usermetadata._core.postgres.transactions import Transaction
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
-    from usermetadata.indexes import Index, Value
+    from usermetadata.indexes import Index
+    from usermetadata.interfaces import Value
 
 _MIN_TIMEOUT, _MAX_TIMEOUT = 0.001, 1_000_000  # seconds
 _NATIVE_TYPES = (Merge, Replace, Clear)

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from usermetadata._core.sqlite.statements import Row, Sift
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
-    from usermetadata.indexes import Index, Value
+    from usermetadata.indexes import Index
+    from usermetadata.interfaces import Value
 
 _SHAREABLE = {Merge, Replace, Clear}  # any other change may be bound to its thread
 _MAX_TIMEOUT = 1_000_000  # seconds; SQLite counts milliseconds in 31 bits

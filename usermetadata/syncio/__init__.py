@@ -16,12 +16,12 @@ from usermetadata.interfaces import (
     M,
     MetadataResult,
     U,
+    Value,
 )
 
 if TYPE_CHECKING:
     from usermetadata._core.default import Default
     from usermetadata._core.functions import Functions
-    from usermetadata.indexes import Value
 
 
 class SyncioUserMetadata(Generic[M, U]):

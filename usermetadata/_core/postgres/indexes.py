@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from usermetadata._core.postgres.pooled import PooledConnections
     from usermetadata._core.postgres.statements import Table
     from usermetadata._core.postgres.transactions import Answer, Transaction
-    from usermetadata.indexes import Value
+    from usermetadata.interfaces import Value
 
     Execute = Callable[[Sequence[Statement]], list[Answer]]
     Position = tuple[str, str]

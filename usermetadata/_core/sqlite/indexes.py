@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Callable, Mapping, Sequence
 
-    from usermetadata.indexes import Value
+    from usermetadata.interfaces import Value
 
 _BUILT_AT_FIRST_USE = 10_000  # rows
 _PROGRESS_EVERY = 10_000  # rows
