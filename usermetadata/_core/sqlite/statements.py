@@ -160,7 +160,8 @@ def write_together(  # noqa: PLR0913 - named
         begun = True
         if prepare is not None:
             prepare()
-        ensure_indexes(connection, name, indexes)
+        if indexes:
+            ensure_indexes(connection, name, indexes)
         changes = [
             _changes_of(cursor, call, name) if isinstance(call, Erasure) else call for call in calls
         ]
