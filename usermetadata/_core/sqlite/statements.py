@@ -122,7 +122,7 @@ def main_file(connection: sqlite3.Connection) -> str:
     return files["main"]
 
 
-def write_together(  # noqa: PLR0913 - named
+def write_together(  # noqa: C901, PLR0913 - one transaction, step by step
     connection: sqlite3.Connection,
     calls: Sequence[Call],
     name: str,
