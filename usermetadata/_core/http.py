@@ -348,6 +348,7 @@ class _Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._is_blocked = True
+        self.deadline = self._server.loop.time() + self._server.keep_alive_timeout
 
     def resume_writing(self) -> None:
         self._is_blocked = False
@@ -359,7 +360,8 @@ class _Connection(asyncio.Protocol):
         self._has_begun = True
         self._target = b""
         self._headers = []
-        self.deadline = self._server.loop.time() + self._server.request_timeout
+        if not self._is_blocked:
+            self.deadline = self._server.loop.time() + self._server.request_timeout
         if self in self._server.waiting:
             del self._server.waiting[self]
             self._server.waiting[self] = None
@@ -496,7 +498,8 @@ class _Connection(asyncio.Protocol):
         elif self in self._server.connections and self not in self._server.waiting:
             self._server.waiting[self] = None
             timeouts = self._server.keep_alive_timeout, self._server.request_timeout
-            self.deadline = self._server.loop.time() + timeouts[self._has_begun]
+            is_request_awaited = self._has_begun and not self._is_blocked
+            self.deadline = self._server.loop.time() + timeouts[is_request_awaited]
 
     async def _answer(self, request: _Request) -> None:
         try:
