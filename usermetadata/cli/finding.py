@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from usermetadata._core.blocking_functions import BlockingFunctions
-from usermetadata._core.runners import BlockingRunner
 from usermetadata._core.urls import open_storage
-from usermetadata.cli.group import storage_option, with_storage
+from usermetadata.cli.group import functions_of, storage_option, with_storage
 from usermetadata.cli.parsing import parse_where
 from usermetadata.codec import encode_metadata
 from usermetadata.exceptions import UsageError
@@ -45,7 +43,7 @@ def list_(storage: Storage, pairs: tuple[str, ...], limit: int | None, after: st
     At least one property of --where must have an index. A thousand users at a time are read as of
     one moment.
     """
-    functions, where = _functions(storage), parse_where(pairs)
+    functions, where = functions_of(storage), parse_where(pairs)
     left = limit
     while left is None or left > 0:
         size = _PAGE if left is None else min(left, _PAGE)
@@ -63,7 +61,7 @@ def list_(storage: Storage, pairs: tuple[str, ...], limit: int | None, after: st
 @partial(with_storage, must_exist=True, indexed=True)
 def count(storage: Storage, pairs: tuple[str, ...]) -> None:
     """Show how many users there are, or how many have some values."""
-    click.echo(_functions(storage).count_user_metadata(parse_where(pairs), {}))
+    click.echo(functions_of(storage).count_user_metadata(parse_where(pairs), {}))
 
 
 @click.command()
@@ -71,7 +69,7 @@ def count(storage: Storage, pairs: tuple[str, ...]) -> None:
 @partial(with_storage, must_exist=True, indexed=True)
 def find(storage: Storage, pairs: tuple[str, ...]) -> None:
     """Show the id of the user who has a value of a unique index."""
-    user_id = _functions(storage).find_user_id(parse_where(pairs) or {}, {})
+    user_id = functions_of(storage).find_user_id(parse_where(pairs) or {}, {})
     if user_id is None:
         raise click.ClickException("no user has these values")
     click.echo(user_id)
@@ -110,7 +108,3 @@ def index(
             raise click.ClickException(f"{len(faults)} rows are in the way; nothing was built")
         for each in storage.stored_indexes():
             click.echo(json.dumps({"name": each.name, "unique": each.unique}))
-
-
-def _functions(storage: Storage) -> BlockingFunctions:
-    return BlockingFunctions(BlockingRunner(storage))

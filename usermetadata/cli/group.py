@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from usermetadata._core.blocking_functions import BlockingFunctions
+from usermetadata._core.runners import BlockingRunner
 from usermetadata._core.urls import DEFAULT_URL, open_storage
 from usermetadata.exceptions import (
     InvalidInputError,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from usermetadata.indexes import Index
+    from usermetadata.storage import Storage
 
 
 class _Group(click.Group):
@@ -129,6 +132,11 @@ def with_storage(
             command(storage if app_id is None else storage.for_app(app_id), **arguments)
 
     return command_with_storage
+
+
+def functions_of(storage: Storage) -> BlockingFunctions:
+    """Return the blocking functions on a storage, without an override."""
+    return BlockingFunctions(BlockingRunner(storage))
 
 
 def _indexes(url: str) -> tuple[Index, ...]:

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from usermetadata._core.blocking_functions import BlockingFunctions
-from usermetadata._core.runners import BlockingRunner
-from usermetadata.cli.group import UserCommand, with_storage
+from usermetadata.cli.group import UserCommand, functions_of, with_storage
 from usermetadata.cli.parsing import argument_or_input, parse
 from usermetadata.codec import encode_metadata
 
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
 @partial(with_storage, must_exist=True)
 def get(storage: Storage, user_id: str) -> None:
     """Show the metadata of USER_ID, {} if there is none."""
-    _show(_functions(storage).get_user_metadata(user_id, {}).metadata)
+    _show(functions_of(storage).get_user_metadata(user_id, {}).metadata)
 
 
 @click.command("set", cls=UserCommand)
@@ -34,7 +32,7 @@ def get(storage: Storage, user_id: str) -> None:
 def set_(storage: Storage, user_id: str, metadata: str | None) -> None:
     """Replace the metadata of USER_ID with METADATA, a JSON object, and show it."""
     parsed = parse(argument_or_input(metadata), "metadata")
-    _show(_functions(storage).set_user_metadata(user_id, parsed, {}).metadata)
+    _show(functions_of(storage).set_user_metadata(user_id, parsed, {}).metadata)
 
 
 @click.command(cls=UserCommand)
@@ -47,7 +45,7 @@ def update(storage: Storage, user_id: str, update: str | None) -> None:
     Root-level properties are overwritten; those that are null are removed.
     """
     parsed = parse(argument_or_input(update), "metadata_update")
-    _show(_functions(storage).update_user_metadata(user_id, parsed, {}).metadata)
+    _show(functions_of(storage).update_user_metadata(user_id, parsed, {}).metadata)
 
 
 @click.command(cls=UserCommand)
@@ -55,7 +53,7 @@ def update(storage: Storage, user_id: str, update: str | None) -> None:
 @with_storage
 def clear(storage: Storage, user_id: str) -> None:
     """Remove all metadata of USER_ID."""
-    _functions(storage).clear_user_metadata(user_id, {})
+    functions_of(storage).clear_user_metadata(user_id, {})
 
 
 @click.command(cls=UserCommand)
@@ -64,11 +62,7 @@ def clear(storage: Storage, user_id: str) -> None:
 @partial(with_storage, must_exist=True)
 def erase(storage: Storage, user_id: str, *, all_apps: bool) -> None:
     """Remove all metadata of USER_ID, and show what it was, by app."""
-    _show(_functions(storage).erase_user(user_id, all_apps, {}).by_app)
-
-
-def _functions(storage: Storage) -> BlockingFunctions:
-    return BlockingFunctions(BlockingRunner(storage))
+    _show(functions_of(storage).erase_user(user_id, all_apps, {}).by_app)
 
 
 def _show(metadata: Metadata) -> None:
