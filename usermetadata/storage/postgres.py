@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,7 @@ try:
         STORE_ONE,
         Table,
     )
-    from usermetadata._core.postgres.transactions import Statement
+    from usermetadata._core.postgres.transactions import Statement, as_json
 except ImportError as error:
     raise ImportError(
         "PostgresStorage needs psycopg; pip install 'psycopg[binary,pool]>=3.2' 'msgspec>=0.19'"
@@ -158,7 +157,7 @@ class PostgresStorage(OfOneApp):
         if len(user_ids) == 1:
             found = self._read(READ_ONE, user_id=user_ids[0])
         else:
-            found = self._read(READ_MANY, user_ids=_dump(user_ids))
+            found = self._read(READ_MANY, user_ids=as_json(user_ids))
         if not found.keys() <= set(user_ids):
             raise StorageError(
                 f"{self._connections.name}: the database returned rows of other users than asked"
@@ -354,7 +353,7 @@ class PostgresStorage(OfOneApp):
         answers = transaction.at_once(statements)[-len(groups) :] if groups else []
         for (kind, by_user), answer in zip(groups, answers, strict=True):
             if is_alone and kind is not Clear and not answer.affected:
-                raise DataError(NOT_STORED + _dump(next(iter(by_user))))
+                raise DataError(NOT_STORED + as_json(next(iter(by_user))))
             for user_id, text in answer.rows:
                 texts[by_user[user_id][0]] = text
         return texts
@@ -382,14 +381,14 @@ class PostgresStorage(OfOneApp):
         is_alone: bool,
     ) -> Statement:
         if kind is Clear:
-            return self._statement(transaction, REMOVE, user_ids=_dump(list(by_user)))
+            return self._statement(transaction, REMOVE, user_ids=as_json(list(by_user)))
         texts = {
             user_id: encode_metadata(change(None) or {}) for user_id, (_, change) in by_user.items()
         }
         parameters: dict[str, Any] = {}
         if kind is Merge:
             keys = {user_id: [*change.update] for user_id, (_, change) in by_user.items()}
-            parameters["keys"] = _dump(keys)
+            parameters["keys"] = as_json(keys)
         if len(texts) > 1 or not is_alone:
             template = MERGE if kind is Merge else STORE
             return self._statement(transaction, template, rows=_rows(texts.items()), **parameters)
@@ -416,7 +415,7 @@ class PostgresStorage(OfOneApp):
         gone = [user_id for user_id in users if user_id not in texts]
         if gone:
             # First, because another user may get the value of a unique index.
-            statements.insert(0, self._statement(transaction, REMOVE, user_ids=_dump(gone)))
+            statements.insert(0, self._statement(transaction, REMOVE, user_ids=as_json(gone)))
         *_, stored = transaction.end(statements)
         last = {user_id: position for position, (user_id, _) in enumerate(changes)}
         for user_id, text in stored.rows:
@@ -456,7 +455,7 @@ class PostgresStorage(OfOneApp):
             }
             kept = [app_id for app_id, text in texts.items() if text is None]
             if not held.isdisjoint(kept):
-                raise DataError(NOT_STORED + _dump(user_id))
+                raise DataError(NOT_STORED + as_json(user_id))
             # Another transaction may have removed these. With the row held, that cannot happen.
             row = _rows([(user_id, _NO_ROW)])
             holds = [self._statement(transaction, HOLD, app_id=each, rows=row) for each in kept]
@@ -469,11 +468,7 @@ class PostgresStorage(OfOneApp):
 
 
 def _rows(texts: Iterable[tuple[str, str]]) -> str:
-    return _dump([{"user_id": user_id, "user_metadata": text} for user_id, text in texts])
-
-
-def _dump(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return as_json([{"user_id": user_id, "user_metadata": text} for user_id, text in texts])
 
 
 def _grouped(

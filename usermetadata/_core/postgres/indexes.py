@@ -7,7 +7,6 @@ users can swap the values of a unique index, and an update that changes no entry
 
 from __future__ import annotations
 
-import json
 import uuid
 from functools import partial
 from hashlib import sha256
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from psycopg.sql import SQL, Composed, Identifier, Literal
 
-from usermetadata._core.postgres.transactions import Statement
+from usermetadata._core.postgres.transactions import Statement, as_json
 from usermetadata.exceptions import StorageError, UsageError
 from usermetadata.indexes import Index
 
@@ -584,7 +583,7 @@ def _drop(is_meant: Callable[[_Stored], bool], transaction: Transaction) -> tupl
     table = transaction.table
     state = _begin(transaction)
     kept = [each for each in state.stored if not is_meant(each)]
-    of_these = {"names": _dump([each.name for each in state.stored if is_meant(each)])}
+    of_these = {"names": as_json([each.name for each in state.stored if is_meant(each)])}
     if kept:
         remove = Statement(table[_REMOVE_INDEXES], of_these)
         transaction.end([remove, *table.names.maintenance(state, kept)])
@@ -633,7 +632,7 @@ class Search:
         }
         self._has_others = bool(texts)
         if texts:
-            self._parameters["others"] = _dump(texts)
+            self._parameters["others"] = as_json(texts)
 
     def rows(self, transaction: Transaction, after: str, limit: int) -> list[tuple[str, str]]:
         """Return the user ids and texts of a page."""
@@ -680,7 +679,7 @@ def taken_in(error: errors.UniqueViolation, app_id: str) -> Taken:
 
 def owner_of(transaction: Transaction, taken: Taken) -> str | None:
     """Return the user who has a value, if that is to be seen."""
-    parameters = {"wanted": _dump([taken._asdict()])}
+    parameters = {"wanted": as_json([taken._asdict()])}
     [answer] = transaction.at_once([Statement(transaction.table[_OWNERS], parameters)])
     owner: str | None = answer.rows[0][-1]
     return owner
@@ -766,7 +765,7 @@ def _register(transaction: Transaction, declared: Sequence[Index], build: str) -
         # Nothing has maintained what may be left there.
         statements.append(Statement(table[_EMPTY], {}))
     names = [index.name for index in missing]
-    of_these = {"names": _dump(names), "indexes": _rows(missing), "build": build}
+    of_these = {"names": as_json(names), "indexes": _rows(missing), "build": build}
     kept = [each for each in state.stored if each.name not in names]
     new = [_Stored(index.name, index.unique, is_ready=False, build=build) for index in missing]
     statements += [
@@ -805,7 +804,7 @@ def _fill(transaction: Transaction, missing: Sequence[Index], position: Position
                 faults.append(_fault(app_id, user_id, name, reason))
         owners: list[tuple[Any, ...]] = []
         if wanted:
-            statement = Statement(table[_OWNERS], {"wanted": _dump(wanted)})
+            statement = Statement(table[_OWNERS], {"wanted": as_json(wanted)})
             owners = transaction.go_on([statement])[0].rows
         # Who had a value has lost it meanwhile: then it is free.
         if all(owner is not None for *_, owner in owners):
@@ -825,15 +824,11 @@ def _fault(app_id: str, user_id: str, name: str, reason: str) -> str:
 
 def _text_of(value: Value) -> str:
     """Return the value as an entry has it."""
-    text = _dump(value)
+    text = as_json(value)
     if isinstance(value, int) and len(text) > _LONGEST_DIGITS:
         return f"sha256:{sha256(text.encode()).hexdigest()}"
     return text
 
 
-def _dump(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
 def _rows(indexes: Iterable[Index]) -> str:
-    return _dump([{"name": index.name, "is_unique": index.unique} for index in indexes])
+    return as_json([{"name": index.name, "is_unique": index.unique} for index in indexes])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,6 +54,11 @@ class Statement(NamedTuple):
 
     text: bytes
     parameters: Mapping[str, object] | None = None
+
+
+def as_json(value: object) -> str:
+    """Return a parameter as JSON text."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 class Answer(NamedTuple):
