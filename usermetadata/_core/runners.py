@@ -142,20 +142,20 @@ class AsyncioRunner:
         """Read some users."""
         if inside.get():
             check_outside(self.store)
-        storage, call = self._here()
-        if call is None and self._reads_at_once:
+        storage, call = self._here(self._reads_at_once)
+        if call is None:
             return await self._reads.submit(self._key, (storage, user_ids))
-        return (call or call_here)(storage.read, user_ids)
+        return call(storage.read, user_ids)
 
     async def ask(self, query: Query[T]) -> T:
         """Return the answer to a query."""
         if inside.get():
             check_outside(self.store)
-        storage, call = self._here()
-        if call is None and self._reads_at_once:
+        storage, call = self._here(self._reads_at_once)
+        if call is None:
             answer: T = await self._queries.submit(None, (storage, query))
             return answer
-        return (call or call_here)(query.of, storage)
+        return call(query.of, storage)
 
     async def write(
         self, changes: Sequence[tuple[str, Change]], user_context: dict[str, Any]
@@ -166,10 +166,10 @@ class AsyncioRunner:
         try:
             if self.checks is not None:
                 changes = self.checks.of_changes(changes, user_context)
-            storage, call = self._here()
-            if call is None and self._writes_at_once:
+            storage, call = self._here(self._writes_at_once)
+            if call is None:
                 return await self._writes.submit(self._key, (storage, changes))
-            return (call or call_here)(storage.write, changes)
+            return call(storage.write, changes)
         except ChangeError as failed:
             error = failed.error
         raise error
@@ -187,11 +187,11 @@ class AsyncioRunner:
         check = None if self.checks is None else self.checks.of_user(user_id, user_context)
         everywhere = RemovalEverywhere(user_id, check)
         try:
-            storage, call = self._here()
-            if call is None and self._writes_at_once:
+            storage, call = self._here(self._writes_at_once)
+            if call is None:
                 [by_app] = await self._writes.submit(None, (storage, everywhere), alone=True)
                 return by_app or {}
-            return (call or call_here)(everywhere.of, storage)
+            return call(everywhere.of, storage)
         except ChangeError as failed:
             error = failed.error
         raise error
@@ -202,10 +202,13 @@ class AsyncioRunner:
         self._queries.close()
         self._writes.close()
 
-    def _here(self) -> tuple[Storage, Call | None]:
-        """Return the storage, and how to call it in this thread; ``None`` if that must not block.
+    def _here(self, at_once: int) -> tuple[Storage, Call | None]:
+        """Return the storage, and how to call it in this thread; ``None`` if a batch must do it.
 
-        Another thread must call it if the running event loop has other work than this call.
+        That is so if the running event loop has other work than this call, and the call may wait.
+
+        Args:
+            at_once: how many batches of its kind may run at a time.
         """
         import asyncio
 
@@ -219,7 +222,9 @@ class AsyncioRunner:
                 "usermetadata.asyncio: no asyncio event loop is running; under trio, call a"
                 " function of usermetadata.syncio with trio.to_thread.run_sync"
             ) from None
-        return self._storage, place.call if is_private else None
+        if is_private:
+            return self._storage, place.call
+        return self._storage, None if at_once else call_here
 
 
 def _read_together(calls: list[tuple[Storage, Sequence[str]]]) -> list[dict[str, Metadata]]:
