@@ -127,7 +127,7 @@ def stored_indexes(connection: sqlite3.Connection) -> tuple[Index, ...]:
     found: list[Index] = []
     for sqls_name in sorted(stored):
         if sqls_name.startswith(_PREFIX):
-            name = re.sub(r"\^(.)", r"\1", sqls_name.removeprefix(_PREFIX))
+            name = _unmarked(sqls_name.removeprefix(_PREFIX))
             try:
                 both = Index(name), Index(name, unique=True)
             except InvalidInputError:  # another program's
@@ -243,8 +243,7 @@ def conflict_of(error: Exception) -> Conflict | None:
     found = _CONFLICT.search(str(error))
     if found is None:
         return None
-    name = found[1].replace("''", "'")  # SQLite quotes it
-    return Conflict(re.sub(r"\^(.)", r"\1", name))
+    return Conflict(_unmarked(found[1].replace("''", "'")))  # SQLite quotes it
 
 
 def not_unique(
@@ -282,6 +281,10 @@ def _sqls_name(name: str) -> str:
     # SQLite compares names without regard to case.
     marked = re.sub(r"[A-Z^]", r"^\g<0>", name)
     return f'"{_PREFIX}{marked}"'
+
+
+def _unmarked(marked: str) -> str:
+    return re.sub(r"\^(.)", r"\1", marked)
 
 
 @lru_cache
