@@ -249,7 +249,8 @@ class UserMetadataRecipe(UserMetadata[dict[str, Any], "Mapping[str, Any]"]):
         arguments = named, override, indexes
         made = default.get()
         if made is None:
-            recipe = UserMetadataRecipe(storage, override=override, indexes=indexes)
+            recipe = UserMetadataRecipe(opened, override=override)
+            recipe._functions.store.is_ours = is_named
             made = default.claim(Made(recipe, recipe._functions, arguments))
         if made.arguments != arguments:
             raise UsageError(

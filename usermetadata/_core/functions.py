@@ -31,12 +31,13 @@ class Store(ForkHooks):
         is_ours: whether ``close`` closes it.
 
     Attributes:
+        is_ours: the same.
         lock: held while something that is shared is made.
     """
 
     def __init__(self, storage: Storage, *, is_ours: bool) -> None:
         self.storage = storage
-        self._is_ours = is_ours
+        self.is_ours = is_ours
         self._is_closed = False
         self._runner: AsyncioRunner | None = None
         self._users: WeakSet[Functions] = WeakSet()
@@ -69,7 +70,7 @@ class Store(ForkHooks):
                 functions.close()
         if self._runner is not None:
             self._runner.close()
-        if self._is_ours:
+        if self.is_ours:
             self.storage.close()
 
 
