@@ -19,6 +19,7 @@ from usermetadata.indexes import check_indexes, matches
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from usermetadata._core.lookup import Values
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
     from usermetadata.indexes import Index
@@ -111,7 +112,8 @@ class InMemoryStorage(OfOneApp):
                     keyed, staged, decode=lambda _, row: _decode(row), encode=_encode
                 )
                 lookup = store.lookup
-                old = new = None
+                old: Values = {}
+                new: Values = {}
                 if lookup.indexes:
                     keys = [key for key, _ in keyed]
                     new = lookup.values(dict(zip(keys, results, strict=True)))
@@ -124,7 +126,7 @@ class InMemoryStorage(OfOneApp):
                 for key, _ in keyed:
                     if rows.get(key, b"") is None:
                         del rows[key]
-                if old and new is not None:
+                if old:
                     lookup.remove(old, new)
                 return results
             finally:
