@@ -222,7 +222,7 @@ def test_pages_follow_the_order_of_ids(storage: IndexedStorage) -> None:
     assert list(storage.find({"plan": "pro"}, "b", 2)) == ["z", "é"]
 
 
-def test_pages_miss_nobody_while_others_write(storage: IndexedStorage) -> None:
+def test_pages_miss_no_user_while_others_write(storage: IndexedStorage) -> None:
     """Users who match all the time are on exactly one page, though others come and go."""
     storage.write([(f"{at:03}", Merge({"plan": "pro"})) for at in range(0, 200, 2)])
     stop = threading.Event()
@@ -280,8 +280,8 @@ def test_apps_are_separate(storage: IndexedStorage) -> None:
     assert (storage.count(None), shop.count(None), shop.count({"plan": "pro"})) == (1, 2, 1)
 
 
-def test_nothing_stored_is_nobody_found(storage: IndexedStorage) -> None:
-    """A new storage finds nobody."""
+def test_an_empty_storage_finds_no_user(storage: IndexedStorage) -> None:
+    """A new storage finds no user."""
     assert storage.find({"plan": "pro"}, "", 10) == {}
     assert (storage.count({"plan": "pro"}), storage.count(None)) == (0, 0)
 

@@ -72,7 +72,7 @@ def is_consistent(direct: psycopg.Connection[Any], *names: str) -> bool:
 
 
 def test_it_is_a_storage_that_finds_users(storage: PostgresStorage) -> None:
-    """It has the protocol's methods; without a table it finds nobody, and creates nothing."""
+    """It has the protocol's methods; without a table it finds no user, and creates nothing."""
     assert isinstance(storage, IndexedStorage)
     assert storage.indexes == (PLAN, KEY)
     assert storage.find({"plan": "pro"}, "", 10) == {}

@@ -130,7 +130,7 @@ def test_values_are_found_in_any_spelling(
         (5, 5),
     ],
 )
-def test_other_rows_disturb_nobody(
+def test_other_rows_disturb_no_user(
     storage: SQLiteStorage, other: sqlite3.Connection, text: object, value: Any
 ) -> None:
     """A row of another program that has no such value, or is damaged, is stored and not found."""

@@ -130,7 +130,7 @@ def erase_deleted_users(
                 f" {', '.join(map(repr, failed))} was not erased; clear it"
             ) from next(iter(failed.values()))
 
-    original.delete_user = delete_and_erase  # type: ignore[method-assign]
+    original.delete_user = delete_and_erase  # type: ignore[method-assign] # as SDKs do
     return original
 
 

@@ -301,7 +301,7 @@ class _Connection(asyncio.Protocol):
     # What asyncio calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]
+        self._transport = transport  # type: ignore[assignment] # a server has no other
         self._server.connections.add(self)
         self._server.waiting[self] = None
         if self._server.is_stopping:

@@ -214,7 +214,7 @@ class _AsyncpgChannel(Channel):
                     answers.append(Answer([tuple(row) for row in rows], len(rows), None))
             return answers
 
-        import asyncpg  # pyright: ignore[reportMissingTypeStubs]
+        import asyncpg  # pyright: ignore[reportMissingTypeStubs] # it has none
 
         try:
             answers: list[Answer] = self._adapter.run_async(exchange)

@@ -200,8 +200,8 @@ _EVENTS: dict[LiteralString, _Event] = {
     "DELETE": _Event(_CHANGE, _OLD, f"REFERENCING {_OLD_ROWS}"),
     "TRUNCATE": _Event(_TRUNCATE, "", ""),
 }
-# With the rights of the table's owner: whoever may write to the table need not have any on the
-# entries. Nobody else may make a trigger of it.
+# It runs with the rights of the table's owner, so that a role that may write to the table needs no
+# rights on the entries. No other role may make a trigger of it.
 _FUNCTION = """
 CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql
 SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS {body}
@@ -254,8 +254,8 @@ _HAS_MANY_ROWS = (
 )
 _COUNT_ROWS = "SELECT count(*) FROM {table}"
 
-# The rows stay locked until their entries are committed. Who is neither added nor could be indexed,
-# and last, where the page ends.
+# The rows stay locked until their entries are committed. It returns the values that were not added,
+# and in the last row where the page ends.
 _FILL = """
 WITH page AS MATERIALIZED (
     SELECT app_id, user_id, user_metadata FROM {table}
@@ -530,7 +530,7 @@ def build_in_pages(
         transaction.end([])
         return missing
 
-    # All who write from now on run the triggers.
+    # Every write from now on runs the triggers.
     missing = connections.run(register, is_write=True)
     if not missing:
         return []
@@ -678,7 +678,7 @@ def taken_in(error: errors.UniqueViolation, app_id: str) -> Taken:
 
 
 def owner_of(transaction: Transaction, taken: Taken) -> str | None:
-    """Return the user who has a value, if that is to be seen."""
+    """Return the user who has a value, if this role can see that."""
     parameters = {"wanted": as_json([taken._asdict()])}
     [answer] = transaction.at_once([Statement(transaction.table[_OWNERS], parameters)])
     owner: str | None = answer.rows[0][-1]
@@ -806,7 +806,7 @@ def _fill(transaction: Transaction, missing: Sequence[Index], position: Position
         if wanted:
             statement = Statement(table[_OWNERS], {"wanted": as_json(wanted)})
             owners = transaction.go_on([statement])[0].rows
-        # Who had a value has lost it meanwhile: then it is free.
+        # A value that its owner has lost meanwhile is free: the page is filled again.
         if all(owner is not None for *_, owner in owners):
             break
     for app_id, user_id, name, owner in owners:
