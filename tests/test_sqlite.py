@@ -320,11 +320,13 @@ def test_real_interrupts_leave_nothing_locked(database: Path, others: int, times
 import random, signal, sqlite3, sys, threading
 from usermetadata import SQLiteStorage
 from usermetadata.changes import Merge
+from usermetadata.codec import encode_metadata
 
 def write_for_ever(user_id):
     while True:
         storage.write([(user_id, Merge({"n": 1}))])
 
+encode_metadata({})  # Python can lose an interrupt of an import, and JSON is imported on first use
 storage = SQLiteStorage(sys.argv[1], timeout=5)
 for n in range(int(sys.argv[2])):
     threading.Thread(target=write_for_ever, args=[f"user {n}"], daemon=True).start()
