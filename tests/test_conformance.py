@@ -360,7 +360,7 @@ class ReadsElsewhere(InMemoryStorage):
     """Says that it never waits, and a read waits as for a server."""
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
-        time.sleep(0.0001)
+        time.sleep(0.001)
         return super().read(user_ids)
 
 
@@ -368,7 +368,7 @@ class WritesElsewhere(InMemoryStorage):
     """Says that it never waits, and a write waits as for a disk."""
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
-        time.sleep(0.0001)
+        time.sleep(0.001)
         return super().write(changes)
 
 

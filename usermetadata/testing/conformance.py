@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -320,8 +321,9 @@ class StorageConformance:
             pytest.skip("the storage may wait")
         storage.write([("alice", Merge({"n": 0}))])
         for call in calls:
-            # The system may interrupt any thread; a call that waits does so each time.
-            assert min(_waits(call) for _ in range(20)) == 0, "it waits, on the event loop"
+            # The system may interrupt any thread, and a short wait may be over before it begins.
+            waits = statistics.median(_waits(call) for _ in range(21))
+            assert waits == 0, "it waits, on the event loop"
 
     # Ownership.
 
