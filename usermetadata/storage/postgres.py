@@ -12,6 +12,7 @@ try:
     from psycopg import DataError
     from psycopg.errors import UniqueViolation
 
+    from usermetadata._core.postgres import finding
     from usermetadata._core.postgres import indexes as indexing
     from usermetadata._core.postgres.connections import Connections
     from usermetadata._core.postgres.joined import JoinedConnection
@@ -184,7 +185,7 @@ class PostgresStorage(OfOneApp):
 
     def find(self, where: Mapping[str, Value], after: str, limit: int) -> dict[str, Metadata]:
         """Return the metadata of the next users who have these values, in one query."""
-        search = indexing.Search(self._app_id, self._indexes, where)
+        search = finding.Search(self._app_id, self._indexes, where)
         nothing: list[tuple[str, str]] = []
         rows = self._connections.run(lambda each: search.rows(each, after, limit), nothing)
         return {user_id: self._decode(user_id, text) for user_id, text in rows}
@@ -192,11 +193,11 @@ class PostgresStorage(OfOneApp):
     def count(self, where: Mapping[str, Value] | None) -> int:
         """Return how many users have these values, or are there at all, in one query."""
         if where is not None:
-            search = indexing.Search(self._app_id, self._indexes, where)
+            search = finding.Search(self._app_id, self._indexes, where)
             return self._connections.run(search.number, 0)
 
         def count(transaction: Transaction) -> int:
-            statement = self._statement(transaction, indexing.COUNT_ALL)
+            statement = self._statement(transaction, finding.COUNT_ALL)
             number: int = transaction.at_once([statement])[0].rows[0][0]
             return number
 
@@ -282,7 +283,7 @@ class PostgresStorage(OfOneApp):
         changes = self._checked(transaction, changes)
         is_native = {type(change) for _, change in changes} <= _NATIVE
         groups = list(_grouped(changes)) if is_native else []
-        taken: indexing.Taken | None = None
+        taken: finding.Taken | None = None
         # The text of an error quotes the row: what follows must not have it as its context.
         if is_native and len(groups) <= _MOST_STATEMENTS:
             try:
@@ -290,7 +291,7 @@ class PostgresStorage(OfOneApp):
             except DataError:
                 pass
             except UniqueViolation as error:
-                taken = indexing.taken_in(error, self._app_id)
+                taken = finding.taken_in(error, self._app_id)
             # The server's JSON refuses U+0000 in a value and a damaged row; Python's may not. Why a
             # row was not removed is unknown until the rows are held. A later statement may free the
             # value that an earlier one needs.
@@ -299,9 +300,9 @@ class PostgresStorage(OfOneApp):
             try:
                 return self._apply_holding(transaction, changes)
             except UniqueViolation as error:
-                taken = indexing.taken_in(error, self._app_id)
+                taken = finding.taken_in(error, self._app_id)
             transaction.undo()
-        owner = indexing.owner_of(transaction, taken)
+        owner = finding.owner_of(transaction, taken)
         raise ChangeError(NotUniqueError(taken.name, owner))
 
     def _checked(

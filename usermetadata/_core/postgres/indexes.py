@@ -1,33 +1,25 @@
-"""Indexes of the PostgreSQL storage: a table of entries, which triggers of the table maintain.
-
-Triggers serve every writer: also programs that know nothing of an index, and processes that were
-started before it was built. They run once for each statement, when all its rows are stored. So
-users can swap the values of a unique index, and an update that changes no entry writes none.
-"""
+"""Which indexes the PostgreSQL storage has; building and dropping them."""
 
 from __future__ import annotations
 
 import uuid
 from functools import partial
-from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from psycopg.sql import SQL, Composed, Identifier, Literal
+from psycopg.sql import SQL, Literal
 
+from usermetadata._core.postgres.entries import CREATION, VALUE, Stored
 from usermetadata._core.postgres.transactions import Statement, as_json
 from usermetadata.exceptions import StorageError, UsageError
-from usermetadata.indexes import Index
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from typing import LiteralString
-
-    from psycopg import errors
 
     from usermetadata._core.postgres.pooled import PooledConnections
     from usermetadata._core.postgres.statements import Table
     from usermetadata._core.postgres.transactions import Answer, Transaction
-    from usermetadata.interfaces import Value
+    from usermetadata.indexes import Index
 
     Execute = Callable[[Sequence[Statement]], list[Answer]]
     Position = tuple[str, str]
@@ -36,181 +28,6 @@ _COMMAND = "python -m usermetadata index"
 _MOST_ROWS = 10_000  # a table with more is not indexed by the way
 _PAGE = 1000
 _BEGINNING = ("", "")  # before the first app id and user id
-_LONGEST_DIGITS = 255
-_NAME_MAX_BYTES = 63
-
-# The names of the columns stay as they are: `taken_in` reads them in the server's errors.
-_CREATE_ENTRIES = """
-CREATE TABLE {entries} AS
-SELECT app_id, ''::text COLLATE "C" AS name, ''::text COLLATE "C" AS value, user_id,
-    false AS is_unique
-FROM {table} WITH NO DATA
-"""
-_CREATE_KEY = """
-ALTER TABLE {entries}
-    ALTER is_unique SET NOT NULL,
-    ADD PRIMARY KEY (app_id, name, value, user_id)
-"""
-_CREATE_UNIQUE = "CREATE UNIQUE INDEX ON {entries} (app_id, name, value) WHERE is_unique"
-_CREATE_INDEXES = """
-CREATE TABLE {indexes} (
-    name text COLLATE "C" PRIMARY KEY,
-    is_unique boolean NOT NULL,
-    is_ready boolean NOT NULL,
-    build text NOT NULL)
-"""
-
-# The value of a property as an entry has it: its JSON text, in one spelling. NULL: the property is
-# absent, or the row is no JSON. '': it cannot be indexed. The functions of the type json refuse
-# U+0000 and surrogates without a partner anywhere in the text, which become U+FFFF. Before that,
-# the second of two backslashes must not look like the beginning of an escape.
-_VALUE = r"""
-CREATE OR REPLACE FUNCTION {value}(metadata text, name text) RETURNS text
-LANGUAGE plpgsql IMMUTABLE AS $body$
-DECLARE
-    found text;
-    is_patched boolean := false;
-BEGIN
-    BEGIN
-        found := metadata::json -> name;
-    EXCEPTION WHEN data_exception OR statement_too_complex THEN
-        BEGIN
-            is_patched := true;
-            found := regexp_replace(
-                replace(metadata, '\\', '\u005c'),
-                '\\u0000'
-                    '|\\u[dD][89abAB][0-9a-fA-F][0-9a-fA-F](?!\\u[dD][c-fC-F])'
-                    '|(?<!\\u[dD][89abAB][0-9a-fA-F][0-9a-fA-F])\\u[dD][c-fC-F][0-9a-fA-F][0-9a-fA-F]',
-                '\uffff', 'g')::json -> name;
-        EXCEPTION WHEN data_exception OR statement_too_complex THEN
-            RETURN NULL;
-        END;
-    END;
-    IF left(found, 1) = '"' THEN
-        IF strpos(found, '\') > 0 THEN
-            IF is_patched AND strpos(found, '\uffff') > 0 THEN
-                RETURN '';
-            END IF;
-            found := found::json #>> '{{}}';
-            RETURN CASE WHEN length(found) > 255 THEN '' ELSE to_json(found)::text END;
-        END IF;
-        RETURN CASE WHEN length(found) > 257 THEN '' ELSE found END;
-    END IF;
-    RETURN CASE
-        WHEN found = 'null' THEN NULL
-        WHEN found IN ('true', 'false') THEN found
-        WHEN found = '-0' THEN '0'
-        WHEN found !~ '^-?[0-9]+$' THEN ''
-        WHEN length(found) > 255 THEN 'sha256:' || encode(sha256(found::bytea), 'hex')
-        ELSE found
-    END;
-END $body$
-"""
-
-_INSERT = """
-BEGIN
-    IF NOT EXISTS (SELECT FROM new_rows) THEN
-        RETURN NULL;  -- of an upsert that only updates
-    END IF;
-    INSERT INTO {entries} (app_id, name, value, user_id, is_unique)
-    SELECT app_id, name, value, user_id, is_unique
-    FROM (
-        SELECT app_id, name, {value}(user_metadata, name) AS value, user_id, is_unique
-        FROM new_rows, (VALUES {names}) AS index (name, is_unique)) AS entries
-    WHERE value <> ''
-    ORDER BY app_id, name COLLATE "C", value COLLATE "C"
-    ON CONFLICT (app_id, name, value, user_id) DO NOTHING;
-    RETURN NULL;
-END
-"""
-# Most updates end with the first query. The others go in the order of the values, for each value
-# first who loses it: so two writers do not wait for each other, and a value can go from one user to
-# another. A transaction with an old snapshot may not see entries that were made while an index was
-# built, and could not remove them.
-_CHANGE = """
-DECLARE
-    entry record;
-    is_checked boolean := left(current_setting('transaction_isolation'), 4) = 'read';
-BEGIN
-    {unless_changed}
-    FOR entry IN
-        SELECT app_id, name, is_unique, value, user_id, sum(sign) AS sign
-        FROM (
-            SELECT app_id, name, is_unique, {value}(user_metadata, name) AS value, user_id, sign
-            FROM ({source}) AS changed, (VALUES {names}) AS index (name, is_unique)) AS entries
-        WHERE value <> ''
-        GROUP BY app_id, name, is_unique, value, user_id
-        HAVING sum(sign) <> 0
-        ORDER BY app_id, name COLLATE "C", value COLLATE "C", sign
-    LOOP
-        IF entry.sign > 0 THEN
-            INSERT INTO {entries} (app_id, name, value, user_id, is_unique)
-            VALUES (entry.app_id, entry.name, entry.value, entry.user_id, entry.is_unique)
-            ON CONFLICT (app_id, name, value, user_id) DO NOTHING;
-        ELSE
-            IF NOT is_checked THEN
-                IF (SELECT count(*) FROM {indexes} WHERE is_ready AND build IN ({builds}))
-                    < {number}
-                THEN
-                    RAISE serialization_failure USING MESSAGE =
-                        'usermetadata: an index was built since this transaction began; repeat it';
-                END IF;
-                is_checked := true;
-            END IF;
-            DELETE FROM {entries} AS lost
-            WHERE lost.app_id = entry.app_id AND lost.name = entry.name
-                AND lost.value = entry.value AND lost.user_id = entry.user_id;
-        END IF;
-    END LOOP;
-    RETURN NULL;
-END
-"""
-# An update has as many old rows as new ones.
-_UNLESS_CHANGED = """
-    IF NOT EXISTS (
-        SELECT app_id, user_id, {columns} FROM old_rows
-        EXCEPT SELECT app_id, user_id, {columns} FROM new_rows)
-    THEN
-        RETURN NULL;
-    END IF;
-"""
-# The function takes twice as long. It is needed for what the type json refuses.
-_COLUMN = """CASE
-    WHEN user_metadata IS JSON AND strpos(user_metadata, '\\u') = 0
-    THEN (user_metadata::json -> {name})::text
-    ELSE {value}(user_metadata, {name}) END"""
-_COLUMN_BEFORE_16 = "{value}(user_metadata, {name})"
-_TRUNCATE = "BEGIN TRUNCATE {entries}; RETURN NULL; END"
-_OLD = "SELECT app_id, user_id, user_metadata, -1 AS sign FROM old_rows"
-_NEW = "SELECT app_id, user_id, user_metadata, 1 AS sign FROM new_rows"
-_OLD_ROWS, _NEW_ROWS = "OLD TABLE AS old_rows", "NEW TABLE AS new_rows"
-
-
-class _Event(NamedTuple):
-    """What a trigger does, from what it sees of a statement."""
-
-    body: LiteralString
-    source: LiteralString
-    referencing: LiteralString
-
-
-_EVENTS: dict[LiteralString, _Event] = {
-    "INSERT": _Event(_INSERT, "", f"REFERENCING {_NEW_ROWS}"),
-    "UPDATE": _Event(_CHANGE, f"{_OLD} UNION ALL {_NEW}", f"REFERENCING {_OLD_ROWS} {_NEW_ROWS}"),
-    "DELETE": _Event(_CHANGE, _OLD, f"REFERENCING {_OLD_ROWS}"),
-    "TRUNCATE": _Event(_TRUNCATE, "", ""),
-}
-# It runs with the rights of the table's owner, so that a role that may write to the table needs no
-# rights on the entries. No other role may make a trigger of it.
-_FUNCTION = """
-CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql
-SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS {body}
-"""
-_REVOKE = "REVOKE ALL ON FUNCTION {function}() FROM PUBLIC"
-_TRIGGER = """
-CREATE OR REPLACE TRIGGER {trigger} AFTER {event} ON {table} {referencing}
-FOR EACH STATEMENT EXECUTE FUNCTION {function}()
-"""
 
 _LOCK = "LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE"
 _SET_TIMEOUT = "SELECT {timeout}"
@@ -278,7 +95,7 @@ UNION ALL (
     SELECT app_id, user_id, NULL, (SELECT count(*) FROM page)::text FROM page
     ORDER BY app_id DESC, user_id DESC LIMIT 1)
 """
-_OWNERS = """
+OWNERS = """
 SELECT wanted.app_id, wanted.user_id, wanted.name, entry.user_id
 FROM json_to_recordset(%(wanted)s::json)
     AS wanted (app_id text, user_id text, name text, value text)
@@ -287,52 +104,6 @@ LEFT JOIN {entries} AS entry
     AND (entry.is_unique OR entry.user_id = wanted.user_id)
 """
 
-# The index may have been dropped since this process found it.
-_IS_READY = "EXISTS (SELECT FROM {indexes} WHERE name = %(name)s AND is_ready)"
-_HAS_VALUE = """
-    entry.app_id = %(app_id)s AND entry.name = %(name)s AND entry.value = %(value)s"""
-_JOINED = """{entries} AS entry
-    JOIN {table} AS stored ON stored.app_id = entry.app_id AND stored.user_id = entry.user_id"""
-_HAS_OTHERS = """
-    AND NOT EXISTS (
-        SELECT FROM json_each_text(%(others)s::json) AS other (name, value)
-        WHERE {value}(stored.user_metadata, other.name) IS DISTINCT FROM other.value)"""
-
-
-def _find(others: LiteralString) -> LiteralString:
-    return f"""/*NO LOAD BALANCE*/
-SELECT is_ready, found.user_id, found.user_metadata
-FROM (SELECT {_IS_READY}) AS state (is_ready) LEFT JOIN LATERAL (
-    SELECT stored.user_id, stored.user_metadata
-    FROM {_JOINED}
-    WHERE {_HAS_VALUE} AND entry.user_id > %(after)s {others}
-    ORDER BY entry.user_id LIMIT %(limit)s) AS found ON is_ready
-"""
-
-
-def _count(table: LiteralString, others: LiteralString) -> LiteralString:
-    return f"""/*NO LOAD BALANCE*/
-SELECT {_IS_READY}, (SELECT count(*) FROM {table} WHERE {_HAS_VALUE} {others})
-"""
-
-
-_FIND, _FIND_AMONG = _find(""), _find(_HAS_OTHERS)
-_COUNT, _COUNT_AMONG = _count("{entries} AS entry", ""), _count(_JOINED, _HAS_OTHERS)
-COUNT_ALL = """/*NO LOAD BALANCE*/
-SELECT count(*) FROM {table} WHERE app_id = %(app_id)s
-"""
-
-
-class _Stored(NamedTuple):
-    name: str
-    is_unique: bool
-    is_ready: bool
-    build: str
-
-    @property
-    def declaration(self) -> Index:
-        return Index(self.name, unique=self.is_unique)
-
 
 class _State(NamedTuple):
     """What the database has: the table that lists the indexes, and those that are maintained."""
@@ -340,28 +111,14 @@ class _State(NamedTuple):
     oid: str | None
     has_policies: bool
     has_is_json: bool
-    stored: Sequence[_Stored]
+    stored: Sequence[Stored]
 
     @property
-    def ready(self) -> list[_Stored]:
+    def ready(self) -> list[Stored]:
         return [each for each in self.stored if each.is_ready]
 
 
-class Taken(NamedTuple):
-    """A value of a unique index that another user has.
-
-    Attributes:
-        app_id: of which app.
-        name: the index.
-        value: the value, as an entry has it.
-    """
-
-    app_id: str
-    name: str
-    value: str
-
-
-class Page(NamedTuple):
+class _Page(NamedTuple):
     """Some rows whose entries were made.
 
     Attributes:
@@ -373,89 +130,6 @@ class Page(NamedTuple):
     faults: list[str]
     number: int
     end: Position | None
-
-
-class Names:
-    """The names of what belongs to the indexes of a table, in its schema.
-
-    Args:
-        table: the table's name, with a schema or without; percent signs are doubled.
-    """
-
-    def __init__(self, table: tuple[str, ...]) -> None:
-        *self._schema, self._table = table
-
-    def __call__(self, suffix: str) -> Identifier:
-        """Return the name that ends with the suffix."""
-        table = self._table.replace("%%", "%")
-        name = f"{table}_{suffix}"
-        if len(name.encode()) > _NAME_MAX_BYTES:
-            digest = sha256(table.encode()).hexdigest()[:8]
-            room = _NAME_MAX_BYTES - len(f"_{digest}_{suffix}")
-            name = f"{table.encode()[:room].decode(errors='ignore')}_{digest}_{suffix}"
-        return Identifier(*self._schema, name.replace("%", "%%"))
-
-    @property
-    def parts(self) -> dict[str, Identifier | Literal | Composed]:
-        """What the templates of this module name."""
-        indexes = self("indexes")
-        return {
-            "entries": self("index_entries"),
-            "indexes": indexes,
-            "indexes_name": Literal(indexes.as_string()),
-            "value": self("index_value"),
-            "triggers": SQL(", ").join(map(Literal, map(_trigger, _EVENTS))),
-        }
-
-    def maintenance(self, state: _State, stored: Sequence[_Stored]) -> list[Statement]:
-        """The statements that make the triggers for these indexes."""
-        table = Identifier(*self._schema, self._table)
-        literals = [Literal(each.name.replace("%", "%%")) for each in stored]
-        column = _COLUMN if state.has_is_json else _COLUMN_BEFORE_16
-        parts = self.parts | {
-            "names": SQL(", ").join(
-                SQL("({}, {})").format(name, each.is_unique)
-                for name, each in zip(literals, stored, strict=True)
-            ),
-            "columns": SQL(", ").join(
-                SQL(column).format(name=name, value=self.parts["value"]) for name in literals
-            ),
-            "builds": SQL(", ").join(Literal(each.build) for each in stored),
-            "number": Literal(len({each.build for each in stored})),
-        }
-        statements: list[Composed] = []
-        for event, (template, source, referencing) in _EVENTS.items():
-            is_update = event == "UPDATE"
-            body = SQL(template).format(
-                **parts,
-                source=SQL(source),
-                unless_changed=SQL(_UNLESS_CHANGED if is_update else "").format(**parts),
-            )
-            of_event = {
-                "function": self(f"index_{event.lower()}"),
-                "trigger": Identifier(_trigger(event)),
-                "event": SQL(event),
-                "referencing": SQL(referencing),
-                "table": table,
-                "body": Literal(body.as_string()),
-            }
-            statements += [SQL(each).format(**of_event) for each in (_FUNCTION, _REVOKE, _TRIGGER)]
-        return [Statement(each.as_bytes(), {}) for each in statements]
-
-    def removal(self) -> list[Statement]:
-        """The statements that remove the triggers."""
-        table = Identifier(*self._schema, self._table)
-        statements = [
-            SQL("DROP TRIGGER IF EXISTS {} ON {}").format(Identifier(_trigger(event)), table)
-            for event in _EVENTS
-        ]
-        functions = [self(f"index_{event.lower()}") for event in _EVENTS]
-        statements += [SQL("DROP FUNCTION IF EXISTS {}()").format(each) for each in functions]
-        return [Statement(each.as_bytes(), {}) for each in statements]
-
-
-def _trigger(event: str) -> str:
-    return f"usermetadata_{event.lower()}"
 
 
 def ready(transaction: Transaction, declared: Sequence[Index]) -> None:
@@ -559,7 +233,7 @@ def build_in_pages(
     return faults
 
 
-def _fill_page(missing: Sequence[Index], position: Position, transaction: Transaction) -> Page:
+def _fill_page(missing: Sequence[Index], position: Position, transaction: Transaction) -> _Page:
     transaction.begin([])
     page = _fill(transaction, missing, position)
     transaction.end([])
@@ -579,14 +253,14 @@ def drop(transaction: Transaction, name: str) -> tuple[()]:
     return _drop(lambda each: each.name == name, transaction)
 
 
-def _drop(is_meant: Callable[[_Stored], bool], transaction: Transaction) -> tuple[()]:
+def _drop(is_meant: Callable[[Stored], bool], transaction: Transaction) -> tuple[()]:
     table = transaction.table
     state = _begin(transaction)
     kept = [each for each in state.stored if not is_meant(each)]
     of_these = {"names": as_json([each.name for each in state.stored if is_meant(each)])}
     if kept:
         remove = Statement(table[_REMOVE_INDEXES], of_these)
-        transaction.end([remove, *table.names.maintenance(state, kept)])
+        transaction.end([remove, *table.names.maintenance(kept, has_is_json=state.has_is_json)])
         # Writers need not wait for this: they make no such entries any more.
         transaction.at_once([Statement(table[_REMOVE_ENTRIES], of_these)])
     else:
@@ -608,81 +282,6 @@ def stored_indexes(transaction: Transaction) -> tuple[Index, ...]:
     """Return the indexes that can be used."""
     state = _read(transaction.at_once, transaction.table)
     return tuple(each.declaration for each in state.ready)
-
-
-class Search:
-    """Finds and counts the users of an app who have some values.
-
-    Args:
-        app_id: the app.
-        declared: the storage's indexes.
-        where: properties and their values; one has an index.
-    """
-
-    def __init__(self, app_id: str, declared: Sequence[Index], where: Mapping[str, Value]) -> None:
-        self._declared = declared
-        texts = {name: _text_of(value) for name, value in where.items()}
-        # At most one user has the value of a unique index.
-        usable = sorted((not index.unique, index.name) for index in declared if index.name in texts)
-        name = usable[0][1]
-        self._parameters: dict[str, object] = {
-            "app_id": app_id,
-            "name": name,
-            "value": texts.pop(name),
-        }
-        self._has_others = bool(texts)
-        if texts:
-            self._parameters["others"] = as_json(texts)
-
-    def rows(self, transaction: Transaction, after: str, limit: int) -> list[tuple[str, str]]:
-        """Return the user ids and texts of a page."""
-        template = _FIND_AMONG if self._has_others else _FIND
-        found = self._ask(transaction, template, {"after": after, "limit": limit})
-        return [(user_id, text) for _, user_id, text in found if user_id is not None]
-
-    def number(self, transaction: Transaction) -> int:
-        """Return how many there are."""
-        template = _COUNT_AMONG if self._has_others else _COUNT
-        [(_, number)] = self._ask(transaction, template, {})
-        return int(number)
-
-    def _ask(
-        self, transaction: Transaction, template: LiteralString, parameters: dict[str, object]
-    ) -> list[tuple[Any, ...]]:
-        table = transaction.table
-        for _ in range(2):
-            ready(transaction, self._declared)
-            statement = Statement(table[template], self._parameters | parameters)
-            [answer] = transaction.at_once([statement])
-            is_ready, *_ = answer.rows[0]
-            if is_ready:
-                return answer.rows
-            table.forget()
-        raise StorageError(f"index {self._parameters['name']!r}: it is being dropped; build it")
-
-
-def taken_in(error: errors.UniqueViolation, app_id: str) -> Taken:
-    """Return the value that a write was refused for; raise the error if it is about another key."""
-    detail = getattr(error, "detail", None) or error.diag.message_detail or ""
-    # The server does not translate this part of its text.
-    _, is_ours, found = detail.partition(f"(app_id, name, value)=({app_id}, ")
-    if not is_ours:
-        raise error
-    found = found.rpartition(")")[0]
-    # Only a text has quotation marks, a name has none.
-    name, is_text, value = found.partition(', "')
-    if is_text:
-        return Taken(app_id, name, f'"{value}')
-    name, _, value = found.rpartition(", ")
-    return Taken(app_id, name, value)
-
-
-def owner_of(transaction: Transaction, taken: Taken) -> str | None:
-    """Return the user who has a value, if this role can see that."""
-    parameters = {"wanted": as_json([taken._asdict()])}
-    [answer] = transaction.at_once([Statement(transaction.table[_OWNERS], parameters)])
-    owner: str | None = answer.rows[0][-1]
-    return owner
 
 
 def _refuse(table: Table) -> None:
@@ -738,10 +337,10 @@ def _begin(transaction: Transaction) -> _State:
 def _read(execute: Execute, table: Table) -> _State:
     [found] = execute([Statement(table[_EXISTS], {})])
     oid, has_policies, has_is_json = found.rows[0]
-    stored: list[_Stored] = []
+    stored: list[Stored] = []
     if oid is not None:
         [answer] = execute([Statement(table[_STORED], {})])
-        stored = [_Stored(*row) for row in answer.rows]
+        stored = [Stored(*row) for row in answer.rows]
     return _State(oid, has_policies, has_is_json, stored)
 
 
@@ -759,20 +358,19 @@ def _register(transaction: Transaction, declared: Sequence[Index], build: str) -
         return []
     statements: list[Statement] = []
     if state.oid is None:
-        creation = (_CREATE_ENTRIES, _CREATE_KEY, _CREATE_UNIQUE, _CREATE_INDEXES)
-        statements += [Statement(table[template], {}) for template in creation]
+        statements += [Statement(table[template], {}) for template in CREATION]
     elif not state.stored:
         # Nothing has maintained what may be left there.
         statements.append(Statement(table[_EMPTY], {}))
     names = [index.name for index in missing]
     of_these = {"names": as_json(names), "indexes": _rows(missing), "build": build}
     kept = [each for each in state.stored if each.name not in names]
-    new = [_Stored(index.name, index.unique, is_ready=False, build=build) for index in missing]
+    new = [Stored(index.name, index.unique, is_ready=False, build=build) for index in missing]
     statements += [
-        Statement(table[_VALUE], {}),
+        Statement(table[VALUE], {}),
         *(Statement(table[each], of_these) for each in (_REMOVE_ENTRIES, _REMOVE_INDEXES)),
         Statement(table[_ADD_INDEXES], of_these),
-        *table.names.maintenance(state, [*kept, *new]),
+        *table.names.maintenance([*kept, *new], has_is_json=state.has_is_json),
     ]
     transaction.go_on(statements)
     return missing
@@ -782,14 +380,14 @@ def _finish(table: Table, build: str) -> list[Statement]:
     return [Statement(table[_FINISH], {"build": build}), Statement(table[_ANALYZE], {})]
 
 
-def _fill(transaction: Transaction, missing: Sequence[Index], position: Position) -> Page:
+def _fill(transaction: Transaction, missing: Sequence[Index], position: Position) -> _Page:
     table = transaction.table
     app_id, user_id = position
     parameters = {"app_id": app_id, "user_id": user_id, "limit": _PAGE, "indexes": _rows(missing)}
     while True:
         [answer] = transaction.go_on([Statement(table[_FILL], parameters)])
         if not answer.rows:
-            return Page([], 0, None)
+            return _Page([], 0, None)
         *rows, (*_, number) = answer.rows
         faults: list[str] = []
         wanted: list[dict[str, str]] = []
@@ -804,7 +402,7 @@ def _fill(transaction: Transaction, missing: Sequence[Index], position: Position
                 faults.append(_fault(app_id, user_id, name, reason))
         owners: list[tuple[Any, ...]] = []
         if wanted:
-            statement = Statement(table[_OWNERS], {"wanted": as_json(wanted)})
+            statement = Statement(table[OWNERS], {"wanted": as_json(wanted)})
             owners = transaction.go_on([statement])[0].rows
         # A value that its owner has lost meanwhile is free: the page is filled again.
         if all(owner is not None for *_, owner in owners):
@@ -815,19 +413,11 @@ def _fill(transaction: Transaction, missing: Sequence[Index], position: Position
             faults.append(_fault(app_id, user_id, name, reason))
     faults.sort()
     last_app, last_user, _, _ = answer.rows[-1]
-    return Page(faults, int(number), (last_app, last_user))
+    return _Page(faults, int(number), (last_app, last_user))
 
 
 def _fault(app_id: str, user_id: str, name: str, reason: str) -> str:
     return f"user {user_id!r} in app {app_id!r}: property {name!r}: {reason}"
-
-
-def _text_of(value: Value) -> str:
-    """Return the value as an entry has it."""
-    text = as_json(value)
-    if isinstance(value, int) and len(text) > _LONGEST_DIGITS:
-        return f"sha256:{sha256(text.encode()).hexdigest()}"
-    return text
 
 
 def _rows(indexes: Iterable[Index]) -> str:

@@ -14,7 +14,7 @@ from psycopg import Cursor, DataError, NotSupportedError, ProgrammingError, erro
 from psycopg.rows import tuple_row
 from psycopg.sql import SQL, Identifier, Literal
 
-from usermetadata._core.postgres.indexes import Names
+from usermetadata._core.postgres.entries import Names
 from usermetadata._core.postgres.outcomes import NOT_STORED
 from usermetadata._core.postgres.transactions import Statement
 from usermetadata.exceptions import InvalidInputError, StorageError
