@@ -142,8 +142,10 @@ values = (
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(values, max_size=20), values)
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.lists(values, min_size=5, max_size=20), values)
 def test_any_value_is_found(storage: IndexedStorage, stored: list[Any], other: Any) -> None:
     """Those users are found that a comparison of type and value finds, in order of their ids."""
     storage.write([(user_id, Clear()) for user_id in storage.read_after("", 100)])

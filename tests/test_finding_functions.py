@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import sqlite3
+import subprocess
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -228,6 +230,61 @@ def test_a_refused_task_fails_alone(url: str) -> None:
             assert await users.asyncio.count_user_metadata() == 16
 
     asyncio.run(main())
+
+
+ROUNDS = 100  # of 8 processes; 500 take 7 s on SQLite and 15 s on PostgreSQL
+RACE = """
+import json, multiprocessing, sys
+import psycopg, sqlite_utils
+import usermetadata
+from usermetadata import Index, NotUniqueError
+from usermetadata.syncio import update_user_metadata
+
+url, processes, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+fork = multiprocessing.get_context("fork")
+barrier = fork.Barrier(processes)
+
+def race(who, answer):
+    usermetadata.init(url, indexes=[Index("customer", unique=True)] if who else [])
+    owners = []
+    for number in range(rounds):
+        # Not each time: SQLite's writers poll for the lock, and the slowest would set the pace.
+        if number % 5 == 0:
+            barrier.wait(60)
+        user_id = f"{who} {number}"
+        try:
+            update_user_metadata(user_id, {"customer": number})
+            owners.append(user_id)
+        except NotUniqueError as error:
+            owners.append([error.name, error.user_id])
+    usermetadata.close()
+    answer.send(owners)
+
+answers = []
+for who in range(processes):
+    answer, send = fork.Pipe(duplex=False)
+    answers.append(answer)
+    fork.Process(target=race, args=(who, send)).start()
+    send.close()  # else the end of the process would not be seen
+print(json.dumps([answer.recv() for answer in answers]))
+"""
+
+
+@pytest.mark.parametrize("url", ["sqlite", "postgres"], indirect=True)
+def test_processes_race_for_values(url: str) -> None:
+    """Of 8 processes that want a value exactly one gets it, and the others are told who.
+
+    One of them does not declare the index.
+    """
+    usermetadata.init(url, indexes=INDEXES[1:])
+    syncio.update_user_metadata("first", {})
+    command = [sys.executable, "-W", "error", "-c", RACE, url, "8", str(ROUNDS)]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, timeout=120, check=True)
+    for number, outcomes in enumerate(zip(*json.loads(finished.stdout), strict=True)):
+        [winner] = [outcome for outcome in outcomes if isinstance(outcome, str)]
+        assert outcomes.count(["customer", winner]) == 7
+        assert syncio.find_user_id({"customer": number}) == winner
+    assert syncio.count_user_metadata() == ROUNDS + 1
 
 
 class Finding(RuleBasedStateMachine):

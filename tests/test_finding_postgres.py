@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
-from postgres_server import OwnServer, server_url
+from postgres_server import server_url
 from psycopg.sql import SQL, Identifier
-from real_poolers import Pgbouncer
 from sqlalchemy import create_engine
 from sqlalchemy.ext.asyncio import create_async_engine
 from test_postgres import CORES_TABLES
@@ -41,6 +38,12 @@ def storage(schema: str) -> Generator[PostgresStorage, None, None]:
     """A storage with an index that is unique and one that is not."""
     with opened(schema, PLAN, KEY) as storage:
         yield storage
+
+
+def triggers(direct: psycopg.Connection[Any]) -> list[Any]:
+    """Return the names of the table's triggers."""
+    query = "SELECT tgname FROM pg_trigger WHERE tgrelid = 'user_metadata'::regclass"
+    return direct.execute(query).fetchall()
 
 
 def opened(schema: str, *indexes: Index, **arguments: Any) -> Any:
@@ -265,51 +268,6 @@ def test_the_same_value_twice_in_one_write_is_refused(storage: PostgresStorage) 
     assert storage.count(None) == 0
 
 
-RACE = """
-import json, sys
-from usermetadata import PostgresStorage
-from usermetadata.changes import Merge
-from usermetadata.exceptions import NotUniqueError
-from usermetadata.indexes import Index
-
-url, schema, name, is_declared, rounds = sys.argv[1:]
-indexes = [Index("key", unique=True)] if is_declared == "True" else []
-storage = PostgresStorage(url, schema=schema, indexes=indexes)
-won = []
-for number in range(int(rounds)):
-    try:
-        storage.write([(f"{name} {number}", Merge({"key": number}))])
-        won.append(number)
-    except NotUniqueError as error:
-        assert error.name == "key"
-storage.close()
-print(json.dumps(won))
-"""
-
-
-def test_processes_that_race_for_a_value(schema: str, direct: psycopg.Connection[Any]) -> None:
-    """Exactly one process gets each value, also if some do not declare the index."""
-    rounds = 100
-    with opened(schema, KEY) as storage:
-        storage.write([])
-        storage.write([("first", Merge({}))])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RACE, server_url(), schema, str(n), str(n != 1), str(rounds)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for n in range(4)
-    ]
-    won: list[int] = []
-    for process in processes:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0
-        won += json.loads(output)
-    assert sorted(won) == [*range(rounds)]
-    assert is_consistent(direct, "key")
-
-
 def test_threads_that_take_each_others_values_do_not_deadlock(
     storage: PostgresStorage, direct: psycopg.Connection[Any]
 ) -> None:
@@ -467,7 +425,7 @@ def test_rows_in_the_way_are_named(schema: str, direct: psycopg.Connection[Any])
             f"user '{user}'" for user in ("bob", "carol", "eve")
         ]
         assert "user 'alice' has the same value" in faults[0]
-        assert direct.execute("SELECT tgname FROM pg_trigger").fetchall() == []
+        assert triggers(direct) == []
         with opened(schema) as other:
             other.write([(user, Clear()) for user in ("bob", "carol", "eve")])
         assert storage.build_indexes() == []
@@ -526,7 +484,7 @@ def test_an_interrupted_build_leaves_nothing(schema: str, direct: psycopg.Connec
     with opened(schema, KEY) as storage:
         with pytest.raises(KeyboardInterrupt):
             storage.build_indexes(interrupt)
-        assert direct.execute("SELECT tgname FROM pg_trigger").fetchall() == []
+        assert triggers(direct) == []
         assert storage.build_indexes() == []
         assert is_consistent(direct, "key")
 
@@ -555,7 +513,7 @@ def test_an_index_is_dropped_by_name(
         assert other.stored_indexes() == (KEY,)
         assert is_consistent(direct, "key")
         other.drop_index("key")
-        assert direct.execute("SELECT tgname FROM pg_trigger").fetchall() == []
+        assert triggers(direct) == []
         assert entries(direct) == []
         other.drop_index("key")
     assert [*storage.find({"plan": "pro"}, "", 10)] == ["alice"]
@@ -653,22 +611,3 @@ def test_a_role_without_rights_on_the_entries_can_write(
     finally:
         direct.execute("RESET ROLE")
         direct.execute(SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(role))
-
-
-def test_behind_pgbouncer() -> None:
-    """Indexes are built, used and dropped through a pooler whose sessions are shared."""
-    server = OwnServer()
-    try:
-        pooler = Pgbouncer(server, pool_mode="transaction")
-        with contextlib.closing(pooler):
-            storage = PostgresStorage(pooler.url, indexes=[PLAN, KEY])
-            with contextlib.closing(storage):
-                storage.write([(str(n), Merge({"plan": "pro", "key": n})) for n in range(20)])
-                assert storage.count({"plan": "pro"}) == 20
-                with pytest.raises(NotUniqueError):
-                    storage.write([("x", Merge({"key": 1}))])
-                storage.drop_index("key")
-                assert storage.build_indexes() == []
-                assert [*storage.find({"key": 7}, "", 10)] == ["7"]
-    finally:
-        server.stop()

@@ -24,6 +24,8 @@ from test_postgres_connections import trouble
 
 import usermetadata
 from usermetadata import (
+    Index,
+    NotUniqueError,
     OutcomeUnknownError,
     PostgresStorage,
     StorageBusyError,
@@ -407,6 +409,24 @@ def test_threads_tasks_and_processes_lose_nothing(
                     else:
                         assert metadata.items() <= stored[user_id].items()
     assert "rolling back" not in caplog.text
+
+
+def test_users_are_found_behind_a_pooler(server: OwnServer, real_pooler: RealPooler) -> None:
+    """Indexes are built, used and dropped through a pooler, which may share sessions."""
+    indexes = [Index("plan"), Index("key", unique=True)]
+    with (
+        empty_schema(server.url) as schema,
+        contextlib.closing(
+            PostgresStorage(real_pooler.url, schema=schema, indexes=indexes)
+        ) as storage,
+    ):
+        storage.write([(str(n), Merge({"plan": "pro", "key": n})) for n in range(20)])
+        assert storage.count({"plan": "pro"}) == 20
+        with pytest.raises(NotUniqueError):
+            storage.write([("x", Merge({"key": 1}))])
+        storage.drop_index("key")
+        assert storage.build_indexes() == []
+        assert [*storage.find({"key": 7}, "", 10)] == ["7"]
 
 
 def test_a_pooler_that_is_killed_loses_nothing(server: OwnServer, real_pooler: RealPooler) -> None:
