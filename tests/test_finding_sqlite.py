@@ -462,6 +462,24 @@ def test_an_index_that_another_process_drops_is_missed(
             storage.write([("bob", Merge({"customer": 1}))])
 
 
+def test_an_index_that_was_built_by_a_refused_write_is_built_again(
+    storage: SQLiteStorage, other: sqlite3.Connection
+) -> None:
+    """A write that builds an index and fails builds nothing, whatever was known of the schema."""
+    storage.write([("alice", Merge({"customer": 1}))])
+    for _ in range(3):
+        other.execute("DROP INDEX user_metadata_by_customer")
+        with pytest.raises(NotUniqueError):
+            storage.write([("bob", Merge({"customer": 1}))])
+        # SQLite counts this change as it has counted the one that was undone.
+        other.execute("CREATE TABLE theirs (n)")
+        with pytest.raises(NotUniqueError):
+            storage.write([("bob", Merge({"customer": 1}))])
+        storage.write([("alice", Merge({}))])
+        assert set(storage.stored_indexes()) == set(INDEXES)
+        other.execute("DROP TABLE theirs")
+
+
 def test_indexes_of_other_programs_are_not_ours(
     storage: SQLiteStorage, other: sqlite3.Connection
 ) -> None:

@@ -94,7 +94,13 @@ class Connections(ForkHooks, ABC):
 
 
 class Connection(sqlite3.Connection):
-    """A connection that a weak set can hold."""
+    """A connection that a weak set can hold.
+
+    Attributes:
+        indexed_schema: the version of the schema in which the declared indexes were found.
+    """
+
+    indexed_schema: int | None = None
 
     def __del__(self) -> None:
         """Close what was opened while the interpreter ended."""

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from usermetadata._core.rows import decode_row, text_or_bytes
+from usermetadata._core.sqlite.connecting import Connection
 from usermetadata._core.sqlite.schema import has_table
 from usermetadata.exceptions import (
     DamagedMetadataError,
@@ -158,8 +159,15 @@ def ensure_indexes(connection: sqlite3.Connection, name: str, indexes: Sequence[
         UsageError: there are too many rows to do that unasked.
         StorageError: a row is in the way.
     """
+    # Only a connection of ours has no changes of the schema that the caller may undo.
+    ours = connection if isinstance(connection, Connection) else None
+    version = _schema_version(connection) if ours else 0
+    if ours and ours.indexed_schema == version:
+        return
     missing = missing_indexes(connection, indexes)
     if not missing:
+        if ours:
+            ours.indexed_schema = version
         return
     check_few_rows(connection, name, missing)
     lines = _rows_in_the_way(connection, name, missing, None)
@@ -309,6 +317,12 @@ def _create_all(connection: sqlite3.Connection, missing: Sequence[Index]) -> Non
 
 def _data_version(connection: sqlite3.Connection) -> int:
     [(version,)] = connection.execute("PRAGMA data_version").fetchall()
+    return int(version)
+
+
+def _schema_version(connection: sqlite3.Connection) -> int:
+    """Return the number by which SQLite itself knows that another connection changed the schema."""
+    [(version,)] = connection.execute("PRAGMA schema_version").fetchall()
     return int(version)
 
 
