@@ -325,13 +325,35 @@ def damage(database: Path) -> list[str]:
     return damaged
 
 
+def test_an_export_stops_at_a_damaged_row(shell: Shell, tmp_path: Path) -> None:
+    """The error names the user and the option that goes on, and the last export stays."""
+    fill(shell.database, 2500)
+    shell.run("export", "users.jsonl")
+    whole = (tmp_path / "users.jsonl").read_bytes()
+    first, *_ = damage(shell.database)
+    error = shell.run("export", "users.jsonl", code=1)
+    assert f"the metadata of user '{first}' in app 'public' is damaged" in error
+    assert error.endswith("set or clear it to repair it; or leave it out with --skip-damaged\n")
+    assert "ssn" not in error
+    assert (tmp_path / "users.jsonl").read_bytes() == whole
+    with closing(sqlite3.connect(shell.database)) as connection, connection:
+        connection.execute("UPDATE user_metadata SET user_metadata = '{}'")
+        connection.execute("INSERT INTO user_metadata VALUES ('public', ?, '{}')", ["~" * 256])
+    error = shell.run("export", code=1)
+    assert "has 256 characters; 255 are allowed; or leave it out with --skip-damaged\n" in error
+
+
 def test_damaged_rows_are_left_out_of_an_export(shell: Shell, tmp_path: Path) -> None:
-    """All good rows are written; the damaged ones are named, without what they hold."""
+    """With ``--skip-damaged`` all good rows are written, and the damaged ones are named.
+
+    What they hold is not shown, and the exit code says that they are missing.
+    """
     users = fill(shell.database, 2500)
+    shell.run("export", "--skip-damaged", "users.jsonl")
     damaged = damage(shell.database)
     with closing(sqlite3.connect(shell.database)) as connection, connection:
         connection.execute("INSERT INTO user_metadata VALUES ('public', ?, '{}')", ["~" * 256])
-    error = shell.run("export", "users.jsonl", code=1)
+    error = shell.run("export", "--skip-damaged", "users.jsonl", code=3)
     assert re.findall(r"the metadata of user '(.*?)' in app 'public' is damaged", error) == damaged
     assert "has 256 characters; 255 are allowed" in error
     assert "ssn" not in error
@@ -345,16 +367,21 @@ def test_damaged_rows_are_left_out_of_an_export(shell: Shell, tmp_path: Path) ->
 def test_damaged_rows_of_a_core_are_left_out(
     shell: Shell, schema: str, direct: psycopg.Connection[Any]
 ) -> None:
-    """``import-supertokens`` copies all good rows, names the damaged ones, and exits with 1."""
+    """``import-supertokens`` stops at a damaged row, and continues or leaves it out if told to."""
     url = make_conninfo(server_url(), options=f"-csearch_path={schema}")
     users = {f"user {n:05}": {"n": n} for n in range(1200)}
     with closing(PostgresStorage(url)) as core:
         core.write([(user, Merge(users[user])) for user in users])
-    damaged = ["user 00000", "user 00001", "user 01100"]
+    damaged = ["user 00700", "user 00701", "user 01100"]
     direct.execute(
         "UPDATE user_metadata SET user_metadata = '{\"ssn\"' WHERE user_id = ANY(%s)", [damaged]
     )
     error = shell.run("import-supertokens", url, code=1)
+    assert "Go on with --after 'user 00699' after this error:" in error
+    assert "the metadata of user 'user 00700' in app 'public' is damaged" in error
+    assert list(read_all(shell.database)) == list(users)[:700]
+    arguments = ("import-supertokens", url, "--skip-damaged", "--after", "user 00699")
+    error = shell.run(*arguments, code=3)
     assert re.findall(r"the metadata of user '(.*?)' in app 'public' is damaged", error) == damaged
     assert "ssn" not in error
     assert "rows left out: 3" in error

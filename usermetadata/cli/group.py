@@ -92,7 +92,8 @@ def main() -> None:
     """Read and write one JSON object per user.
 
     JSON is read from an argument or from standard input and written to standard output. The exit
-    code is 0 on success, 1 if the storage failed, 2 if the arguments are not valid.
+    code is 0 on success, 1 if the storage failed, 2 if the arguments are not valid, 3 if damaged
+    rows were left out.
     """
 
 

@@ -35,18 +35,28 @@ Batch = TypeVar("Batch", bound="Sized")
 
 _BATCH = 1000  # users that are read, or written, together
 
+_skip_damaged = click.option(
+    "--skip-damaged",
+    is_flag=True,
+    help="Name and leave out rows that cannot be read; then the exit code is 3.",
+)
+
+
+class _SkippedError(click.ClickException):
+    exit_code = 3
+
 
 @click.command()
 @click.argument("file", type=click.Path(dir_okay=False, allow_dash=True), default="-")
+@_skip_damaged
 @partial(with_storage, must_exist=True)
-def export(storage: Storage, file: str) -> None:
+def export(storage: Storage, file: str, *, skip_damaged: bool) -> None:
     """Write all users as JSON Lines to FILE, or to standard output.
 
     Each line is {"userId": "...", "metadata": {...}}. A thousand users at a time are read as of one
-    moment. FILE is replaced when all users are written. Damaged rows are named and left out; then
-    the exit code is 1.
+    moment. FILE is replaced when all users are written; an error leaves it as it was.
     """
-    with _reported() as report, _replaced_at_the_end(file) as output:
+    with _reported(skip=skip_damaged) as report, _replaced_at_the_end(file) as output:
         is_shown = output is sys.stdout and sys.stdout.isatty()
         for batch in _watched(_users(storage, "", report), "Exporting", hidden=is_shown):
             for user_id, metadata in batch.items():
@@ -86,21 +96,28 @@ def import_(storage: Storage, file: BinaryIO, from_line: int) -> None:
 @click.option("--schema", help="Its schema, if not the first of the search path.")
 @click.option("--core-app-id", default="public", show_default=True, help="The core's app.")
 @click.option("--after", default="", help="Skip the users up to this user id.")
+@_skip_damaged
 @with_storage
-def import_supertokens(  # noqa: PLR0913, PLR0917 - they are options
-    storage: Storage, dsn: str, table: str, schema: str | None, core_app_id: str, after: str
+def import_supertokens(  # noqa: PLR0913 - they are options
+    storage: Storage,
+    dsn: str,
+    *,
+    table: str,
+    schema: str | None,
+    core_app_id: str,
+    after: str,
+    skip_damaged: bool,
 ) -> None:
     """Copy the users of a SuperTokens core, whose PostgreSQL database is at DSN.
 
     Existing users are overwritten. The core may keep running; later changes to users that were
-    copied already are not copied again. Damaged rows are named and left out; then the exit code is
-    1.
+    copied already are not copied again.
     """
     from usermetadata.storage.postgres import PostgresStorage
 
     with (
         closing(PostgresStorage(dsn, table=table, schema=schema, app_id=core_app_id)) as source,
-        _reported() as report,
+        _reported(skip=skip_damaged) as report,
         _resumable(lambda: f"--after {shlex.quote(after)}" if after else ""),
     ):
         with suppress(DamagedMetadataError):  # it is one of its users
@@ -140,18 +157,24 @@ def _replaced_at_the_end(file: str) -> Generator[IO[str], None, None]:
 
 
 @contextmanager
-def _reported() -> Generator[Callable[[Exception], None], None, None]:
-    """Yield a function that shows the error of a row that is left out; fail if there was one."""
+def _reported(*, skip: bool) -> Generator[Callable[[Exception], None], None, None]:
+    """Yield a function for the error of a row that cannot be read: it shows or raises it.
+
+    Raises:
+        _SkippedError: at the end, if rows were left out.
+    """
     count = 0
 
     def report(error: Exception) -> None:
         nonlocal count
+        if not skip:
+            raise StorageError(f"{error}; or leave it out with --skip-damaged") from error
         count += 1
         click.echo(str(error), err=True)
 
     yield report
     if count:
-        raise click.ClickException(f"rows left out: {count}; all others are done")
+        raise _SkippedError(f"rows left out: {count}; all others are done")
 
 
 def _users(
@@ -159,7 +182,7 @@ def _users(
 ) -> Iterator[dict[str, Metadata]]:
     """Read all users after ``after`` in batches, in the storage's order.
 
-    Rows that are damaged, or whose user id is not valid, are reported and left out.
+    Rows that are damaged, or whose user id is not valid, are reported, and left out after that.
     """
     if not isinstance(storage, ListingStorage):
         raise UsageError(
