@@ -26,6 +26,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import against
+import finding
 import flushes
 import lone
 import parts
@@ -90,6 +91,7 @@ class Benchmarks:
         self.stored_users()
         self.in_memory()
         postgres.measure(self)
+        self.finding()
         serving.measure(self)
         self.importing()
 
@@ -131,6 +133,13 @@ class Benchmarks:
         """Objects of several sizes, with and without msgspec."""
         measuring = sizes.QUICK if self.quick else sizes.THOROUGH
         measured = sizes.Sizes(measuring, self.report.folder, self.progress)
+        measured.run()
+        for figure, aim, value in measured.aims:
+            self.aim(figure, aim, value, at_most=True)
+
+    def finding(self) -> None:
+        """Users found by their metadata, with a page of its own."""
+        measured = finding.of(self.report.folder, self.progress, quick=self.quick)
         measured.run()
         for figure, aim, value in measured.aims:
             self.aim(figure, aim, value, at_most=True)
