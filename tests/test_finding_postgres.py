@@ -25,7 +25,7 @@ from usermetadata.indexes import Index
 from usermetadata.storage import IndexedStorage
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
@@ -289,6 +289,41 @@ def test_threads_that_take_each_others_values_do_not_deadlock(
 
     with ThreadPoolExecutor(4) as executor:
         list(executor.map(write, range(4)))
+    assert is_consistent(direct, "key")
+    direct.execute("SELECT pg_stat_force_next_flush()")
+    assert direct.execute(query).fetchone() == before
+
+
+@pytest.mark.parametrize(
+    "change", [lambda key: Merge({"key": key}), lambda key: Modify(lambda _: {"key": key})]
+)
+@pytest.mark.parametrize("first", ["replace", "clear"])
+def test_two_writes_that_take_two_values_crosswise_do_not_deadlock(
+    storage: PostgresStorage,
+    direct: psycopg.Connection[Any],
+    first: str,
+    change: Callable[[int], Change],
+) -> None:
+    """Values are given up and taken in one order, also if a write has several kinds of changes."""
+    query = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+    before = direct.execute(query).fetchone()
+    barrier = threading.Barrier(2)
+
+    def write(users: str, mine: int, other: int) -> None:
+        for _ in range(20):
+            taken = Replace({"key": mine})
+            storage.write([(users[0], Replace({}) if first == "replace" else taken)])
+            storage.write([(users[1], Replace({}))])
+            barrier.wait()
+            with contextlib.suppress(NotUniqueError):
+                kind = taken if first == "replace" else Clear()
+                storage.write([(users[0], kind), (users[1], change(other))])
+            barrier.wait()
+            storage.write([(users[1], Replace({}))])
+            barrier.wait()
+
+    with ThreadPoolExecutor(2) as executor:
+        list(executor.map(write, ("ab", "cd"), (1, 2), (2, 1)))
     assert is_consistent(direct, "key")
     direct.execute("SELECT pg_stat_force_next_flush()")
     assert direct.execute(query).fetchone() == before

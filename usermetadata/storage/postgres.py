@@ -122,6 +122,7 @@ class PostgresStorage(OfOneApp):
     ) -> None:
         super().__init__(app_id)
         self._indexes = check_indexes(indexes)
+        self._has_unique = any(index.unique for index in self._indexes)
         if not isinstance(timeout, (int, float)) or not _MIN_TIMEOUT <= timeout <= _MAX_TIMEOUT:
             raise InvalidInputError(
                 f"timeout: {timeout!r} is not a number of seconds, {_MIN_TIMEOUT} or more;"
@@ -285,7 +286,7 @@ class PostgresStorage(OfOneApp):
         groups = list(_grouped(changes)) if is_native else []
         taken: finding.Taken | None = None
         # The text of an error quotes the row: what follows must not have it as its context.
-        if is_native and len(groups) <= _MOST_STATEMENTS:
+        if is_native and len(groups) <= (1 if self._has_unique else _MOST_STATEMENTS):
             try:
                 return self._apply_natively(transaction, groups, len(changes))
             except DataError:
@@ -412,15 +413,20 @@ class PostgresStorage(OfOneApp):
             results += apply_in_order(changes, texts, decode=self._decode, encode=encode_metadata)
         except BaseException as error:
             raise ChangeError(error) from error
-        statements = [self._statement(transaction, STORE, rows=_rows(texts.items()))]
         gone = [user_id for user_id in users if user_id not in texts]
-        if gone:
-            # First, because another user may get the value of a unique index.
-            statements.insert(0, self._statement(transaction, REMOVE, user_ids=as_json(gone)))
-        *_, stored = transaction.end(statements)
+        # With a unique index, one statement gives up and takes all values, in the same order as
+        # other writers do: so they do not deadlock.
+        emptied = dict.fromkeys(gone, "{}") if self._has_unique else {}
+        store = self._statement(transaction, STORE, rows=_rows((texts | emptied).items()))
+        remove = [self._statement(transaction, REMOVE, user_ids=as_json(gone))] if gone else []
+        if emptied:
+            stored, *_ = transaction.end([store, *remove])
+        else:
+            # An index that is not declared here may need the removed values for other users.
+            *_, stored = transaction.end([*remove, store])
         last = {user_id: position for position, (user_id, _) in enumerate(changes)}
         for user_id, text in stored.rows:
-            if text != texts[user_id]:  # a trigger has changed it
+            if user_id in texts and text != texts[user_id]:  # a trigger has changed it
                 results[last[user_id]] = text
         return results
 
