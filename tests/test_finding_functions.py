@@ -75,6 +75,8 @@ def test_users_are_found(facade: Any, url: str) -> None:
     fill()
     assert list(facade.list_user_metadata()) == ["alice", "bob", "carol", "dave"]
     assert list(facade.list_user_metadata(after="alice", limit=2)) == ["bob", "carol"]
+    assert list(facade.list_user_metadata(after="bob" * 100, limit=10**30)) == ["carol", "dave"]
+    assert list(facade.list_user_metadata({"plan": "pro"}, limit=10**30)) == ["alice", "carol"]
     found = facade.list_user_metadata({"plan": "pro"})
     assert {user_id: each.metadata["plan"] for user_id, each in found.items()} == {
         "alice": "pro",
@@ -126,7 +128,10 @@ def test_wrong_questions_are_refused(facade: Any, url: str) -> None:
         (partial(facade.list_user_metadata, {"plan": None}), InvalidInputError, "NoneType is"),
         (partial(facade.list_user_metadata, {"plan": "x" * 256}), InvalidInputError, "255 char"),
         (partial(facade.list_user_metadata, limit=0), InvalidInputError, "limit: 0 is not 1"),
-        (partial(facade.list_user_metadata, after=3), InvalidInputError, "after: int is not a"),
+        (partial(facade.list_user_metadata, limit=True), InvalidInputError, "limit: True is not"),
+        (partial(facade.list_user_metadata, after=3), InvalidInputError, "after: int is not str"),
+        (partial(facade.list_user_metadata, after="a\0"), InvalidInputError, "after: .* U.0000"),
+        (partial(facade.list_user_metadata, after="\ud800"), InvalidInputError, "after: .* lone"),
         (
             partial(facade.update_user_metadata, "alice", {"plan": ["pro"]}),
             InvalidInputError,
@@ -397,7 +402,10 @@ def test_the_commands(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usermetadata.init()
     fill()
     usermetadata.close()
-    assert "none of its properties is indexed" in run("list", "--where", "plan=pro", code=1)
+    advice = (
+        "none of the properties has an index; build one, for example with `python -m usermetadata"
+    )
+    assert f"{advice} index --index plan`" in run("list", "--where", "plan=pro", code=1)
     built = [json.loads(line) for line in run("index", "--index", "plan").splitlines()]
     assert built == [{"name": "plan", "unique": False}]
     assert len(run("index", "--unique", "customer").splitlines()) == 2
@@ -411,7 +419,14 @@ def test_the_commands(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("count", "--where", 'plan="pro"', "--where", "n=2") == "1\n"
     assert run("find", "--where", "customer=c2") == "bob\n"
     assert "no user has these values" in run("find", "--where", "customer=c9", code=1)
+    assert "index --unique plan`" in run("find", "--where", "plan=pro", code=1)
+    assert "Missing option '--where'" in run("find", code=2)
     assert "--where: it has no =" in run("count", "--where", "plan", code=2)
+    both = ("--where", "plan=pro", "--where", "plan=free")
+    assert "--where plan: it has two values" in run("count", *both, code=2)
+    assert "--where plan: Exceeds the limit" in run(
+        "count", "--where", f"plan={'1' * 5000}", code=2
+    )
     assert run("index", "--drop", "plan") == '{"name": "customer", "unique": true}\n'
 
 
@@ -422,10 +437,39 @@ def test_the_command_names_rows_in_the_way(database: Path, monkeypatch: pytest.M
     syncio.update_bulk_user_metadata(
         {"alice": {"plan": 1.5}, "bob": {"plan": ["secret"]}, "carol": {"plan": "secret"}}
     )
+    syncio.update_user_metadata("dave", {"plan": "secret"})
     usermetadata.close()
     shown = run("index", "--unique", "plan", code=1)
     assert "'alice'" in shown
     assert "'bob'" in shown
-    assert "nothing was built" in shown
+    assert "user 'dave': property 'plan' has the same value as that of user 'carol'" in shown
+    assert "rows in the way: 3; nothing was built" in shown
     assert "secret" not in shown
     assert run("index") == ""
+    assert "there is no file missing.db" in run("index", "--storage", "missing.db", code=2)
+
+
+LINES = [{"userId": f"user {n}", "metadata": {"customer": n}} for n in range(3)]
+
+
+@pytest.mark.parametrize("url", ["sqlite", "postgres"], indirect=True)
+@pytest.mark.parametrize(
+    ("user_id", "customer", "line"),
+    [("user 1", "c1", 2), ("user 1", 2, 3), ("user 1", True, 0), ("alice", 2, 3), ("alice", 7, 0)],
+)
+def test_an_import_names_the_line_that_is_not_unique(
+    url: str, tmp_path: Path, user_id: str, customer: Any, line: int
+) -> None:
+    """The error says which line has the value of another user; users may exchange values."""
+    usermetadata.init(url, indexes=INDEXES)
+    fill()
+    usermetadata.close()
+    file = tmp_path / "users.jsonl"
+    lines = [*LINES]
+    if user_id == "alice":
+        lines[0] = {"userId": user_id, "metadata": {"customer": customer}}
+    else:
+        lines[1] = {"userId": user_id, "metadata": {"customer": customer}}
+    file.write_text("\n".join(map(json.dumps, lines)))
+    shown = run("import", str(file), "--storage", url, code=2 if line else 0)
+    assert f"line {line}: property 'customer': " in shown if line else shown == ""

@@ -405,11 +405,12 @@ def test_rows_in_the_way_are_listed(database: Path) -> None:
         with pytest.raises(StorageError, match=r"app 'public'.*python -m usermetadata index"):
             storage.find({"plan": "pro"}, "", 5)
         lines = storage.build_indexes()
-        assert [line.split(" has an index")[0] for line in sorted(lines)] == [
+        assert [line.split(" has ")[0] for line in sorted(lines)] == [
             "app 'public': metadata of user 'float': property 'plan'",
             "app 'public': metadata of user 'long': property 'customer'",
             "app 'public': metadata of user 'long': property 'plan'",
             "app 'public': metadata of user 'null byte': property 'customer'",
+            "app 'public': metadata of user 'same': property 'customer'",
         ]
         assert "s3cret" not in "".join(lines)
         assert storage.stored_indexes() == ()

@@ -76,6 +76,8 @@ def test_a_factory_is_named_by_its_module() -> None:
     storage = ["--storage", "shelf_storage:open_default"]
     shown = CliRunner().invoke(main, ["update", "alice", '{"n": 2}', *storage])
     assert json.loads(shown.stdout) == {"n": 2}
+    shown = CliRunner().invoke(main, ["get", "alice", *storage])
+    assert json.loads(shown.stdout) == {}  # it makes a new storage each time
 
 
 @pytest.mark.usefixtures("_package")

@@ -91,6 +91,25 @@ def check_app_id(app_id: object) -> str:
     return _check_identifier(app_id, "app_id", APP_ID_MAX_LENGTH, 'pass the id of an app, "public"')
 
 
+def check_after(user_id: object) -> str:
+    """Return ``user_id`` if a page can begin after it.
+
+    That of a row of another program may be longer than :func:`check_user_id` allows.
+
+    Args:
+        user_id: the last user id of the page before; ``""`` to begin.
+
+    Raises:
+        InvalidInputError: it is not text, or text that no user id can be.
+
+    Example:
+        >>> check_after("")
+        ''
+    """
+    remedy = 'pass the last user id of the page before, or "" to begin'
+    return _check_identifier(user_id, "after", sys.maxsize, remedy) if user_id != "" else ""
+
+
 def copy_metadata(value: object, name: str) -> Metadata:
     """Return a checked deep copy of ``value``, a JSON object that a caller passed in.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from usermetadata.exceptions import InvalidInputError, UsageError
 from usermetadata.indexes import check_where
 from usermetadata.storage import IndexedStorage, ListingStorage
+from usermetadata.validation import check_after
 
 if TYPE_CHECKING:
     from usermetadata.codec import Metadata
@@ -38,14 +40,10 @@ class Page:
 
     def of(self, storage: Storage) -> dict[str, Metadata]:
         """Return their metadata by user id."""
-        after, limit = self.after, self.limit
-        if not isinstance(after, str):
-            raise InvalidInputError(
-                f"after: {type(after).__name__} is not a user id; pass the last one of the page"
-                ' before, or "" to begin'
-            )
-        if not isinstance(limit, int) or limit < 1:
+        after, limit = check_after(self.after), self.limit
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
             raise InvalidInputError(f"limit: {limit!r} is not 1 or more; pass for example 100")
+        limit = min(limit, sys.maxsize)  # the longest that a database takes
         if self.where is not None:
             indexed = _indexed(storage)
             return indexed.find(check_where(self.where, indexed.indexes), after, limit)
@@ -92,7 +90,7 @@ class Owner:
 def _indexed(storage: Storage) -> IndexedStorage:
     if not isinstance(storage, IndexedStorage):
         raise UsageError(
-            f"where: {type(storage).__name__} has no indexes; use a storage of this library, or"
-            " define the methods of IndexedStorage"
+            f"storage: {type(storage).__name__} can neither find nor count users; use a storage of"
+            " this library, or define the methods of IndexedStorage"
         )
     return storage

@@ -55,6 +55,15 @@ def open_storage(
     return _call_factory(storage) if isinstance(storage, str) else check_storage(storage)
 
 
+def path_of(storage: str) -> str:
+    """Return the path of the SQLite file that a URL or a path names; empty if it names none."""
+    if storage.startswith("sqlite:///"):
+        storage = storage.removeprefix("sqlite:///").partition("?")[0]
+    elif "://" in storage or _FACTORY.fullmatch(storage):
+        return ""
+    return "" if storage == ":memory:" else storage
+
+
 def _refuse_indexes(arguments: dict[str, Any]) -> None:
     if arguments:
         raise InvalidInputError(

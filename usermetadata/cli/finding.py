@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from contextlib import closing
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from usermetadata._core.urls import open_storage
-from usermetadata.cli.group import functions_of, storage_option, with_storage
+from usermetadata.cli.group import check_exists, functions_of, storage_option, with_storage
 from usermetadata.cli.parsing import parse_where
 from usermetadata.codec import encode_metadata
 from usermetadata.exceptions import UsageError
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 _PAGE = 1000  # users that are read together
 
-_where = click.option(
+_where = partial(
+    click.option,
     "--where",
     "pairs",
     multiple=True,
@@ -33,7 +35,7 @@ _where = click.option(
 
 
 @click.command("list")
-@_where
+@_where()
 @click.option("--limit", type=click.IntRange(1), help="Show so many users at most.")
 @click.option("--after", default="", help="Skip the users up to this user id.")
 @partial(with_storage, must_exist=True, indexed=True)
@@ -43,7 +45,7 @@ def list_(storage: Storage, pairs: tuple[str, ...], limit: int | None, after: st
     At least one property of --where must have an index. A thousand users at a time are read as of
     one moment.
     """
-    functions, where = functions_of(storage), parse_where(pairs)
+    functions, where = functions_of(storage), _parsed(storage, pairs)
     left = limit
     while left is None or left > 0:
         size = _PAGE if left is None else min(left, _PAGE)
@@ -57,19 +59,20 @@ def list_(storage: Storage, pairs: tuple[str, ...], limit: int | None, after: st
 
 
 @click.command()
-@_where
+@_where()
 @partial(with_storage, must_exist=True, indexed=True)
 def count(storage: Storage, pairs: tuple[str, ...]) -> None:
     """Show how many users there are, or how many have some values."""
-    click.echo(functions_of(storage).count_user_metadata(parse_where(pairs), {}))
+    click.echo(functions_of(storage).count_user_metadata(_parsed(storage, pairs), {}))
 
 
 @click.command()
-@_where
+@_where(required=True)
 @partial(with_storage, must_exist=True, indexed=True)
 def find(storage: Storage, pairs: tuple[str, ...]) -> None:
     """Show the id of the user who has a value of a unique index."""
-    user_id = functions_of(storage).find_user_id(parse_where(pairs) or {}, {})
+    where = _parsed(storage, pairs, unique=True)
+    user_id = functions_of(storage).find_user_id(where or {}, {})
     if user_id is None:
         raise click.ClickException("no user has these values")
     click.echo(user_id)
@@ -88,6 +91,7 @@ def index(
     Programs may go on writing meanwhile. If a user has a value that cannot be indexed, or that is
     not unique, each of them is named, nothing is built, and the exit code is 1.
     """
+    check_exists(url)
     wanted = [*(Index(name) for name in names), *(Index(name, unique=True) for name in unique)]
     with closing(open_storage(url, wanted)) as storage:
         if not isinstance(storage, IndexedStorage):
@@ -105,6 +109,28 @@ def index(
         for fault in faults:
             click.echo(fault, err=True)
         if faults:
-            raise click.ClickException(f"{len(faults)} rows are in the way; nothing was built")
+            raise click.ClickException(f"rows in the way: {len(faults)}; nothing was built")
         for each in storage.stored_indexes():
             click.echo(json.dumps({"name": each.name, "unique": each.unique}))
+
+
+def _parsed(
+    storage: Storage, pairs: tuple[str, ...], *, unique: bool = False
+) -> dict[str, Any] | None:
+    """Return the properties of --where; ``None`` without one.
+
+    Raises:
+        UsageError: none of them has an index, or one that is unique; it names the command that
+            builds one.
+    """
+    where = parse_where(pairs)
+    indexes = storage.indexes if isinstance(storage, IndexedStorage) else ()
+    usable = {index.name for index in indexes if index.unique or not unique}
+    if where and usable.isdisjoint(where):
+        kind, option = ("a unique index", "--unique") if unique else ("an index", "--index")
+        name = shlex.quote(next(iter(where)))
+        raise UsageError(
+            f"--where: none of the properties has {kind}; build one, for example with"
+            f" `python -m usermetadata index {option} {name}`"
+        )
+    return where

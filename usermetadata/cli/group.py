@@ -15,7 +15,7 @@ import click
 
 from usermetadata._core.blocking_functions import BlockingFunctions
 from usermetadata._core.runners import BlockingRunner
-from usermetadata._core.urls import DEFAULT_URL, open_storage
+from usermetadata._core.urls import DEFAULT_URL, open_storage, path_of
 from usermetadata.exceptions import (
     InvalidInputError,
     NotUniqueError,
@@ -27,7 +27,6 @@ from usermetadata.storage import IndexedStorage
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from usermetadata.indexes import Index
     from usermetadata.storage import Storage
 
 
@@ -123,13 +122,9 @@ def with_storage(
     @click.option("--app-id", help="The app of the users.  [default: that of the URL, or public]")
     @functools.wraps(command)
     def command_with_storage(url: str, app_id: str | None, **arguments: object) -> None:
-        path = url
-        if url.startswith("sqlite:///"):
-            path = url.removeprefix("sqlite:///").partition("?")[0]
-        if must_exist and not ("://" in path or path == ":memory:" or os.path.exists(path)):
-            raise InvalidInputError(f"--storage: there is no file {path}; name one that exists")
-        indexes = _indexes(url) if indexed else ()
-        with closing(open_storage(url, indexes)) as storage:
+        if must_exist:
+            check_exists(url)
+        with closing(_with_indexes(url) if indexed else open_storage(url)) as storage:
             command(storage if app_id is None else storage.for_app(app_id), **arguments)
 
     return command_with_storage
@@ -140,6 +135,23 @@ def functions_of(storage: Storage) -> BlockingFunctions:
     return BlockingFunctions(BlockingRunner(storage))
 
 
-def _indexes(url: str) -> tuple[Index, ...]:
-    with closing(open_storage(url)) as storage:
-        return storage.stored_indexes() if isinstance(storage, IndexedStorage) else ()
+def check_exists(url: str) -> None:
+    """Check that the file of an SQLite storage is there.
+
+    Raises:
+        InvalidInputError: it is not.
+    """
+    path = path_of(url)
+    if path and not os.path.exists(path):
+        raise InvalidInputError(f"--storage: there is no file {path}; name one that exists")
+
+
+def _with_indexes(url: str) -> Storage:
+    """Open a storage with the indexes that its database has."""
+    storage = open_storage(url)
+    if isinstance(storage, IndexedStorage):
+        stored = storage.stored_indexes()
+        if not set(stored) <= set(storage.indexes):
+            storage.close()
+            return open_storage(url, stored)
+    return storage

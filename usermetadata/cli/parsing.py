@@ -45,17 +45,22 @@ def parse_where(pairs: Sequence[str]) -> dict[str, Any] | None:
     """Return the properties of ``NAME=VALUE`` pairs; a value that is no JSON is a text.
 
     Raises:
-        InvalidInputError: one has no equals sign, or a float would change its number.
+        InvalidInputError: one has no equals sign or is there twice, or a float would change its
+            number.
     """
     where: dict[str, Any] = {}
     for pair in pairs:
         name, sign, text = pair.partition("=")
         if not sign:
             raise InvalidInputError("--where: it has no =; write NAME=VALUE, for example plan=pro")
+        if name in where:
+            raise InvalidInputError(f"--where {name}: it has two values; pass one")
         try:
             where[name] = parse_json(text, f"--where {name}")
         except json.JSONDecodeError:
             where[name] = text
+        except (ValueError, RecursionError) as error:
+            raise InvalidInputError(f"--where {name}: {error}") from error
     return where or None
 
 

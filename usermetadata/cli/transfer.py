@@ -19,15 +19,17 @@ from usermetadata.codec import encode_metadata
 from usermetadata.exceptions import (
     DamagedMetadataError,
     InvalidInputError,
+    NotUniqueError,
     StorageError,
     UsageError,
 )
 from usermetadata.storage import ListingStorage
-from usermetadata.validation import check_user_id
+from usermetadata.validation import check_after, check_user_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 
+    from usermetadata.changes import Replace
     from usermetadata.codec import Metadata
     from usermetadata.storage import Storage
 
@@ -86,7 +88,13 @@ def import_(storage: Storage, file: BinaryIO, from_line: int) -> None:
     done = from_line - 1
     with _resumable(lambda: f"--from-line {done + 1}" if done >= from_line else ""):
         for batch in _watched(batches, "Importing"):
-            storage.write([parse_line(line, number) for number, line in batch])
+            changes = [parse_line(line, number) for number, line in batch]
+            try:
+                storage.write(changes)
+            except NotUniqueError as error:
+                place = _refused(storage, error, changes)
+                where = "" if place is None else f"line {batch[place][0]}: "
+                raise InvalidInputError(f"{where}{error}") from error
             done = batch[-1][0]
 
 
@@ -115,6 +123,7 @@ def import_supertokens(  # noqa: PLR0913 - they are options
     """
     from usermetadata.storage.postgres import PostgresStorage
 
+    after = check_after(after)
     with (
         closing(PostgresStorage(dsn, table=table, schema=schema, app_id=core_app_id)) as source,
         _reported(skip=skip_damaged) as report,
@@ -129,6 +138,27 @@ def import_supertokens(  # noqa: PLR0913 - they are options
         for batch in _watched(_users(source, after, report), "Copying"):
             storage.write([(user_id, as_it_is(batch[user_id])) for user_id in batch])
             after = list(batch)[-1]
+
+
+def _refused(
+    storage: Storage, error: NotUniqueError, changes: Sequence[tuple[str, Replace]]
+) -> int | None:
+    """Return the place of the change whose value another user has."""
+    name, owner = error.name, error.user_id
+    values = {
+        user_id: (change.metadata.get(name), place)
+        for place, (user_id, change) in enumerate(changes)
+    }
+    taken: set[tuple[type, object]] = set()
+    if owner is not None and owner not in values:
+        value = storage.read([owner]).get(owner, {}).get(name)
+        taken.add((type(value), value))
+    for value, place in values.values():
+        if isinstance(value, (str, int)):
+            if (type(value), value) in taken:
+                return place
+            taken.add((type(value), value))
+    return None
 
 
 @contextmanager

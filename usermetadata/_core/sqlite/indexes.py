@@ -34,6 +34,14 @@ _PREFIX = "user_metadata_by_"
 _STORED = "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND tbl_name = 'user_metadata'"
 _ALL = "SELECT app_id, user_id, user_metadata FROM user_metadata"
 _HAS_MORE_ROWS = "SELECT 1 FROM user_metadata LIMIT 1 OFFSET ?"
+_REPEATS = """
+WITH row AS (
+    SELECT app_id, user_id,
+        first_value(user_id) OVER (PARTITION BY app_id, value ORDER BY user_id) AS first
+    FROM (SELECT app_id, user_id, {value} AS value FROM user_metadata)
+    WHERE value IS NOT NULL)
+SELECT app_id, user_id, first FROM row WHERE user_id <> first ORDER BY app_id, user_id
+"""
 _HINT = re.compile(r' INDEXED BY "[^"]*"')
 _CONFLICT = re.compile(rf"UNIQUE constraint failed: index '{_PREFIX}(.+)'", re.DOTALL)
 
@@ -311,8 +319,7 @@ def _create_all(connection: sqlite3.Connection, missing: Sequence[Index]) -> Non
         try:
             connection.execute(_create(index))
         except connection.IntegrityError as error:
-            lines = [line for each in missing if each.unique for line in _repeats(connection, each)]
-            raise _RowsInTheWay(lines) from error
+            raise _RowsInTheWay(_repeats(connection, missing)) from error
 
 
 def _data_version(connection: sqlite3.Connection) -> int:
@@ -332,7 +339,11 @@ def _rows_in_the_way(
     missing: Sequence[Index],
     progress: Callable[[int, int], None] | None,
 ) -> list[str]:
-    """Return a line for each row with a value that cannot be indexed."""
+    """Return a line for each row with a value that cannot be indexed.
+
+    If there are such rows, then also one for each that has the value of another: otherwise SQLite
+    looks for these itself.
+    """
     [(total,)] = connection.execute("SELECT count(*) FROM user_metadata").fetchall()
     lines: list[str] = []
     done = 0
@@ -346,7 +357,7 @@ def _rows_in_the_way(
         connection.text_factory = before
     if progress is not None and done % _PROGRESS_EVERY:
         progress(done, total)
-    return lines
+    return lines and lines + _repeats(connection, missing)
 
 
 def _faults(name: str, key: Sequence[Any], text: object, indexes: Sequence[Index]) -> list[str]:
@@ -365,18 +376,16 @@ def _faults(name: str, key: Sequence[Any], text: object, indexes: Sequence[Index
     return lines
 
 
-def _repeats(connection: sqlite3.Connection, index: Index) -> list[str]:
-    """Return a line for each row but the first that has the value of an earlier one."""
-    query = f"""
-WITH row AS (
-    SELECT app_id, user_id,
-        first_value(user_id) OVER (PARTITION BY app_id, value ORDER BY user_id) AS first
-    FROM (SELECT app_id, user_id, {_value(index.name)} AS value FROM user_metadata)
-    WHERE value IS NOT NULL)
-SELECT app_id, user_id, first FROM row WHERE user_id <> first ORDER BY app_id, user_id
-"""  # noqa: S608 - likewise
-    return [
-        f"app {app_id!r}: metadata of user {user_id!r}: property {index.name!r} has the same value"
-        f" as that of user {first!r}, and its index is unique; change one of them"
-        for app_id, user_id, first in connection.execute(query).fetchall()
-    ]
+def _repeats(connection: sqlite3.Connection, indexes: Sequence[Index]) -> list[str]:
+    """Return a line for each row but the first that has a unique value of an earlier one."""
+    lines: list[str] = []
+    for index in indexes:
+        if index.unique:
+            query = _REPEATS.format(value=_value(index.name))
+            lines += [
+                f"app {app_id!r}: metadata of user {user_id!r}: property {index.name!r} has the"
+                f" same value as that of user {first!r}, and its index is unique; change one of"
+                " them"
+                for app_id, user_id, first in connection.execute(query).fetchall()
+            ]
+    return lines
