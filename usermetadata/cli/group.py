@@ -33,6 +33,18 @@ if TYPE_CHECKING:
 class _Group(click.Group):
     """Shows the library's errors as click shows its own: one line, and an exit code."""
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Show the commands in the order in which users need them, not in that of the alphabet."""
+        return list(self.commands)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Show two commands to begin with, as they can be copied."""
+        formatter.write_paragraph()
+        formatter.write_text("To begin, store something about a user, and read it:")
+        with formatter.indentation():
+            for arguments in ('update alice \'{"theme": "dark"}\'', "get alice"):
+                formatter.write_text(f"{ctx.command_path} {arguments}")
+
     def invoke(self, ctx: click.Context) -> Any:
         _check_streams()
         try:
@@ -92,7 +104,7 @@ def main() -> None:
 
     JSON is read from an argument or from standard input and written to standard output. The exit
     code is 0 on success, 1 if the storage failed, 2 if the arguments are not valid, 3 if damaged
-    rows were left out.
+    rows or invalid lines were left out.
     """
 
 
@@ -133,6 +145,11 @@ def with_storage(
 def functions_of(storage: Storage) -> BlockingFunctions:
     """Return the blocking functions on a storage, without an override."""
     return BlockingFunctions(BlockingRunner(storage))
+
+
+def counted(users: int) -> str:
+    """Return how many users there are, in words."""
+    return "1 user" if users == 1 else f"{users} users"
 
 
 def check_exists(url: str) -> None:

@@ -1,4 +1,4 @@
-"""JSON on the command line: arguments, standard input, and JSON Lines."""
+"""JSON on the command line: arguments and standard input."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from usermetadata._core.parsing import parse_json
 from usermetadata.changes import Replace
 from usermetadata.exceptions import InvalidInputError
-from usermetadata.validation import check_user_id
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,30 +63,11 @@ def parse_where(pairs: Sequence[str]) -> dict[str, Any] | None:
     return where or None
 
 
-def parse_line(line: bytes, number: int) -> tuple[str, Replace]:
-    """Return the user id and the change that stores the metadata of a line as it is.
-
-    Other programs may have stored what the functions refuse, such as half a surrogate pair: export
-    writes it, so it is accepted here.
-
-    Raises:
-        InvalidInputError: the line is not one that export writes; the message gives its number.
-    """
-    parsed = parse(line, f"line {number}")
-    if not isinstance(parsed, dict) or set(parsed) != {"userId", "metadata"}:
-        raise InvalidInputError(
-            f'line {number}: is not {{"userId": "...", "metadata": {{...}}}}, as export writes it'
-        )
-    metadata = parsed["metadata"]
-    if not isinstance(metadata, dict):
-        raise InvalidInputError(
-            f"line {number}: metadata: it is not an object; write {{}} for a user without metadata"
-        )
-    return check_user_id(parsed["userId"], f"line {number}: userId"), as_it_is(metadata)
-
-
 def as_it_is(metadata: Metadata) -> Replace:
-    """Return the change that stores the metadata, also a null at its root."""
+    """Return the change that stores the metadata, also a null at its root.
+
+    Other programs may have stored what the functions refuse, such as half a surrogate pair.
+    """
     # Storages store `Replace` itself with fewer statements.
     return _Copy(metadata) if None in metadata.values() else Replace(metadata)
 

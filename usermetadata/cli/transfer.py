@@ -13,8 +13,10 @@ from typing import IO, TYPE_CHECKING, BinaryIO, TypeVar
 
 import click
 
-from usermetadata.cli.group import with_storage
-from usermetadata.cli.parsing import as_it_is, parse_line
+from usermetadata.changes import Merge, Replace
+from usermetadata.cli.formats import FORMATS, csv_table, unpacked
+from usermetadata.cli.group import counted, with_storage
+from usermetadata.cli.parsing import as_it_is
 from usermetadata.codec import encode_metadata
 from usermetadata.exceptions import (
     DamagedMetadataError,
@@ -24,12 +26,12 @@ from usermetadata.exceptions import (
     UsageError,
 )
 from usermetadata.storage import ListingStorage
-from usermetadata.validation import check_after, check_user_id
+from usermetadata.validation import check_after, check_user_id, copy_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 
-    from usermetadata.changes import Replace
+    from usermetadata.cli.formats import Record
     from usermetadata.codec import Metadata
     from usermetadata.storage import Storage
 
@@ -69,36 +71,75 @@ def export(storage: Storage, file: str, *, skip_damaged: bool) -> None:
 @click.command("import")
 @click.argument("file", type=click.File("rb"), default="-")
 @click.option(
+    "--format",
+    "format_",
+    type=click.Choice(list(FORMATS)),
+    default="usermetadata",
+    show_default=True,
+    help="Whose export it is; usermetadata is what export writes.",
+)
+@click.option("--merge", is_flag=True, help="Merge, as update does, instead of replacing.")
+@click.option("--skip-invalid", is_flag=True, help="Name invalid lines, and leave them out.")
+@click.option(
+    "--json",
+    "json_columns",
+    multiple=True,
+    metavar="COLUMN",
+    help="A column of --format csv whose values are JSON, not text. May be repeated.",
+)
+@click.option(
     "--from-line",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Skip the lines before it.",
+    help="Skip the lines before it; in a JSON array, the users before it.",
 )
 @with_storage
-def import_(storage: Storage, file: BinaryIO, from_line: int) -> None:
-    """Store all users of FILE, or of standard input, in the format that export writes.
+def import_(  # noqa: PLR0913 - they are options
+    storage: Storage,
+    file: BinaryIO,
+    *,
+    format_: str,
+    merge: bool,
+    skip_invalid: bool,
+    json_columns: tuple[str, ...],
+    from_line: int,
+) -> None:
+    """Store all users of FILE, or of standard input.
 
-    Existing users are overwritten, so an import can be repeated. A thousand users at a time are
-    stored, all or none; after an error, the message says with which --from-line to continue.
+    gzip may have compressed it. The metadata of existing users is replaced, so an import can be
+    repeated. A thousand users at a time are stored, all or none; after an error, the message says
+    with which --from-line to continue. With --skip-invalid, an invalid line does not stop it; then
+    the exit code is 3.
     """
-    numbered = islice(enumerate(file, 1), from_line - 1, None)
-    lines = ((number, line) for number, line in numbered if line.strip())
-    batches = iter(lambda: list(islice(lines, _BATCH)), [])
-    done = from_line - 1
-    with _resumable(lambda: f"--from-line {done + 1}" if done >= from_line else ""):
-        for batch in _watched(batches, "Importing"):
-            changes = [parse_line(line, number) for number, line in batch]
+    if json_columns and format_ != "csv":
+        raise UsageError("--json: only the columns of --format csv are text; leave it out")
+    read = partial(csv_table, json_columns=json_columns) if json_columns else FORMATS[format_]
+    change = partial(_change, merge=merge, exact=format_ == "usermetadata")
+    done, empty = from_line - 1, 0
+    with (
+        _reported(skip=True) as report,
+        _resumable(lambda: f"--from-line {done + 1}" if done >= from_line else ""),
+        unpacked(file) as source,
+    ):
+        records = (record for record in read(source) if record.number >= from_line)
+        users = _changes(records, change, report if skip_invalid else None)
+        for batch in _watched(iter(lambda: list(islice(users, _BATCH)), []), "Importing"):
+            changes = [(user_id, each) for _, user_id, each in batch if each is not None]
             try:
                 storage.write(changes)
             except NotUniqueError as error:
                 place = _refused(storage, error, changes)
-                where = "" if place is None else f"line {batch[place][0]}: "
+                places = [record.where for record, _, each in batch if each is not None]
+                where = "" if place is None else f"{places[place]}: "
                 raise InvalidInputError(f"{where}{error}") from error
-            done = batch[-1][0]
+            done = batch[-1][0].number
+            empty += len(batch) - len(changes)
+        if empty:
+            click.echo(f"{counted(empty)} without metadata: nothing stored for them", err=True)
 
 
-@click.command()
+@click.command(short_help="Copy the users of a SuperTokens core.")
 @click.argument("dsn")
 @click.option("--table", default="user_metadata", show_default=True, help="The core's table.")
 @click.option("--schema", help="Its schema, if not the first of the search path.")
@@ -140,13 +181,44 @@ def import_supertokens(  # noqa: PLR0913 - they are options
             after = list(batch)[-1]
 
 
+def _changes(
+    records: Iterable[Record],
+    change: Callable[[Metadata, str], Merge | Replace],
+    report: Callable[[Exception], None] | None,
+) -> Iterator[tuple[Record, str, Merge | Replace | None]]:
+    """Read users; yield the record of each, the user id, and the change if there is metadata.
+
+    Invalid records are reported and left out; without ``report`` their errors are raised.
+    """
+    for record in records:
+        try:
+            user_id, metadata = record.read()
+            found = None if metadata is None else change(metadata, record.where)
+        except InvalidInputError as error:
+            if report is None:
+                raise
+            report(error)
+        else:
+            yield record, user_id, found
+
+
+def _change(metadata: Metadata, where: str, *, merge: bool, exact: bool) -> Merge | Replace:
+    if exact and not merge:
+        return as_it_is(metadata)
+    checked = copy_metadata(metadata, f"{where}: metadata")
+    return Merge(checked) if merge else Replace(checked)
+
+
 def _refused(
-    storage: Storage, error: NotUniqueError, changes: Sequence[tuple[str, Replace]]
+    storage: Storage, error: NotUniqueError, changes: Sequence[tuple[str, Merge | Replace]]
 ) -> int | None:
     """Return the place of the change whose value another user has."""
     name, owner = error.name, error.user_id
     values = {
-        user_id: (change.metadata.get(name), place)
+        user_id: (
+            (change.update if isinstance(change, Merge) else change.metadata).get(name),
+            place,
+        )
         for place, (user_id, change) in enumerate(changes)
     }
     taken: set[tuple[type, object]] = set()
@@ -252,12 +324,12 @@ def _watched(batches: Iterable[Batch], label: str, *, hidden: bool = False) -> I
         label=label,
         file=sys.stderr,
         hidden=hidden or not sys.stderr.isatty(),
-        item_show_func=lambda _: f"{done} users",
+        item_show_func=lambda _: counted(done),
     ) as bar:
         for batch in bar:
             yield batch
             done += len(batch)
-    click.echo(f"{done} users", err=True)
+    click.echo(counted(done), err=True)
 
 
 @contextmanager
