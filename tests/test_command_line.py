@@ -69,7 +69,7 @@ class Shell:
     def _checked(found: int, code: int, stdout: str, stderr: str) -> str:
         assert found == code, stderr
         assert "Traceback" not in stderr
-        assert code or re.fullmatch(r"(\d+ users\n)?", stderr)
+        assert code or re.fullmatch(r"(\d+ users?\n)?", stderr)
         return stderr if code else stdout
 
 
@@ -234,6 +234,44 @@ def test_help_says_what_there_is(shell: Shell) -> None:
     for command in ("get", "set", "update", "clear", "export", "import", "import-supertokens"):
         assert f"\n  {command} " in shown
         assert f" {command} [OPTIONS] " in shell.run(command, "--help")
+
+
+@pytest.mark.parametrize("program", ["usermetadata", "python -m usermetadata"])
+def test_without_arguments_the_next_step_is_shown(shell: Shell, program: str) -> None:
+    """The commands, and two that run as they are copied, by the name that was called."""
+    folder = os.path.dirname(sys.executable)
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("USERMETADATA_URL", None)
+
+    def run(command: str, code: int) -> str:
+        finished = subprocess.run(
+            ["sh", "-c", f"{command} 2>&1"],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=environment,
+            cwd=shell.database.parent,
+        )
+        assert finished.returncode == code, finished.stdout
+        return finished.stdout
+
+    shown = run(program, 2)  # as click's groups do
+    assert shown.startswith(f"Usage: {program} ")
+    assert shown.index("  get ") < shown.index("  update ") < shown.index("  export ")
+    update, get = shown.splitlines()[-2:]
+    assert update.startswith(f"  {program} update ")
+    assert run(update, 0) == run(get, 0) == '{\n  "theme": "dark"\n}\n'
+    assert read_all(shell.database) == {"alice": {"theme": "dark"}}
+
+
+def test_one_user_is_a_user(shell: Shell) -> None:
+    """Export and import say "1 user", and "2 users"."""
+    for count, words in ((1, "1 user\n"), (2, "2 users\n")):
+        fill(shell.database, count)
+        environment = {"USERMETADATA_URL": str(shell.database)}
+        exported = CliRunner().invoke(main, ["export"], env=environment)
+        assert exported.stderr == words
+        assert CliRunner().invoke(main, ["import"], exported.stdout, environment).stderr == words
 
 
 def fill(database: Path, count: int) -> dict[str, Any]:

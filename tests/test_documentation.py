@@ -6,6 +6,7 @@ import asyncio
 import doctest
 import importlib
 import json
+import os
 import pkgutil
 import re
 import runpy
@@ -55,6 +56,48 @@ def test_the_examples_of_a_page_run(page: Path) -> None:
     """Every Python block of a page runs, from top to bottom, and shows the right results."""
     for example in Document.parse(str(page), PythonCodeBlockParser()).examples():
         example.evaluate()
+
+
+COMMANDS = [page for page in PAGES if "\n$ " in page.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("page", COMMANDS, ids=lambda page: page.name)
+def test_the_commands_of_a_page_print_what_it_shows(page: Path, tmp_path: Path) -> None:
+    """Each command after ``$`` prints what is shown, with the files that the page shows."""
+    text = page.read_text(encoding="utf-8")
+    for name, content in re.findall(
+        r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```", text, re.DOTALL | re.MULTILINE
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {name: os.environ[name] for name in os.environ if name != "USERMETADATA_URL"}
+    for block in re.findall(r"^```console\n(\$ .*?)^```", text, re.DOTALL | re.MULTILINE):
+        for command, shown in re.findall(r"^\$ (.*\n)((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
+            finished = subprocess.run(
+                ["sh", "-c", command],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+                env={**environment, "PATH": path},
+            )
+            assert finished.stdout == shown, command
+
+
+def test_the_pages_show_commands() -> None:
+    """The test above finds the pages."""
+    assert {"command-line.md", "moving-from-others.md"} <= {page.name for page in COMMANDS}
+
+
+def test_the_test_in_the_readme_runs_as_it_is_copied(tmp_path: Path) -> None:
+    """It needs nothing but the library and pytest, in an empty folder."""
+    [block] = re.findall(
+        r"^## In tests\n.*?```python\n(.*?)```", README.read_text(), re.DOTALL | re.MULTILINE
+    )
+    (tmp_path / "test_theme.py").write_text(block)
+    command = [sys.executable, "-m", "pytest", "-W", "error", "-p", "no:hypothesispytest"]
+    shown = subprocess.check_output(command, text=True, cwd=tmp_path)
+    assert "1 passed" in shown
 
 
 def test_the_pages_have_examples() -> None:

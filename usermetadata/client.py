@@ -165,8 +165,8 @@ class UserMetadata(Generic[M, U]):
 
         Example:
             >>> import sqlite3
-            >>> connection = sqlite3.connect("app.db")
-            >>> users = UserMetadata("sqlite:///app.db")
+            >>> connection = sqlite3.connect("shop.db")
+            >>> users = UserMetadata("sqlite:///shop.db")
             >>> with users.within(connection) as metadata:
             ...     metadata.update_user_metadata("alice", {"plan": "pro"}).metadata
             {'plan': 'pro'}

@@ -1,6 +1,6 @@
 """Print the ids on the lines of ``export`` that the SuperTokens core at SUPERTOKENS_URI lacks.
 
-``python -m usermetadata export | python users_without_account.py > user_ids.txt``
+``usermetadata export | python users_without_account.py > user_ids.txt``
 """
 
 import json

@@ -40,10 +40,10 @@ _where = partial(
 @click.option("--after", default="", help="Skip the users up to this user id.")
 @partial(with_storage, must_exist=True, indexed=True)
 def list_(storage: Storage, pairs: tuple[str, ...], limit: int | None, after: str) -> None:
-    """Show users as JSON Lines, in the format of export: all, or those with some values.
+    """Show users as JSON Lines: all, or those with values.
 
-    At least one property of --where must have an index. A thousand users at a time are read as of
-    one moment.
+    The format is that of export. At least one property of --where must have an index. A thousand
+    users at a time are read as of one moment.
     """
     functions, where = functions_of(storage), _parsed(storage, pairs)
     left = limit
@@ -62,7 +62,7 @@ def list_(storage: Storage, pairs: tuple[str, ...], limit: int | None, after: st
 @_where()
 @partial(with_storage, must_exist=True, indexed=True)
 def count(storage: Storage, pairs: tuple[str, ...]) -> None:
-    """Show how many users there are, or how many have some values."""
+    """Show how many users there are, or have some values."""
     click.echo(functions_of(storage).count_user_metadata(_parsed(storage, pairs), {}))
 
 
@@ -70,7 +70,7 @@ def count(storage: Storage, pairs: tuple[str, ...]) -> None:
 @_where(required=True)
 @partial(with_storage, must_exist=True, indexed=True)
 def find(storage: Storage, pairs: tuple[str, ...]) -> None:
-    """Show the id of the user who has a value of a unique index."""
+    """Show the user who has a value of a unique index."""
     where = _parsed(storage, pairs, unique=True)
     user_id = functions_of(storage).find_user_id(where or {}, {})
     if user_id is None:
@@ -86,7 +86,7 @@ def find(storage: Storage, pairs: tuple[str, ...]) -> None:
 def index(
     url: str, names: tuple[str, ...], unique: tuple[str, ...], dropped: tuple[str, ...]
 ) -> None:
-    """Show the indexes of the database, build some, or remove some.
+    """Show the indexes; build some, or remove some.
 
     Programs may go on writing meanwhile. If a user has a value that cannot be indexed, or that is
     not unique, each of them is named, nothing is built, and the exit code is 1.

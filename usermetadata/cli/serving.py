@@ -86,7 +86,7 @@ def serve(  # noqa: PLR0913, PLR0917 - they are options
     keep_alive_timeout: float,
     log_level: str,
 ) -> None:
-    """Serve user metadata over HTTP to SuperTokens' SDKs, as a core does."""
+    """Serve SuperTokens' SDKs over HTTP, as a core does."""
     from usermetadata._core.http import Server
     from usermetadata.server import create_app, is_loopback
 

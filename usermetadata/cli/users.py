@@ -30,7 +30,10 @@ def get(storage: Storage, user_id: str) -> None:
 @click.argument("metadata", required=False)
 @with_storage
 def set_(storage: Storage, user_id: str, metadata: str | None) -> None:
-    """Replace the metadata of USER_ID with METADATA, a JSON object, and show it."""
+    """Replace the metadata of USER_ID, and show it.
+
+    METADATA is a JSON object.
+    """
     parsed = parse(argument_or_input(metadata), "metadata")
     _show(functions_of(storage).set_user_metadata(user_id, parsed, {}).metadata)
 
@@ -40,9 +43,9 @@ def set_(storage: Storage, user_id: str, metadata: str | None) -> None:
 @click.argument("update", required=False)
 @with_storage
 def update(storage: Storage, user_id: str, update: str | None) -> None:
-    """Merge UPDATE, a JSON object, into the metadata of USER_ID, and show the result.
+    """Merge UPDATE into the metadata of USER_ID, and show it.
 
-    Root-level properties are overwritten; those that are null are removed.
+    UPDATE is a JSON object. Root-level properties are overwritten; those that are null are removed.
     """
     parsed = parse(argument_or_input(update), "metadata_update")
     _show(functions_of(storage).update_user_metadata(user_id, parsed, {}).metadata)
@@ -61,7 +64,10 @@ def clear(storage: Storage, user_id: str) -> None:
 @click.option("--all-apps", is_flag=True, help="Erase the user in all apps of the storage.")
 @partial(with_storage, must_exist=True)
 def erase(storage: Storage, user_id: str, *, all_apps: bool) -> None:
-    """Remove all metadata of USER_ID, and show what it was, by app."""
+    """Remove all metadata of USER_ID, and show what it was.
+
+    It is shown by app.
+    """
     _show(functions_of(storage).erase_user(user_id, all_apps, {}).by_app)
 
 
