@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from psycopg.sql import SQL, Literal
 
+from usermetadata._core.building import (
+    MOST_ROWS,
+    cannot_be_built,
+    repeated,
+    too_many_rows,
+    unfindable,
+)
 from usermetadata._core.postgres.entries import CREATION, VALUE, Stored
 from usermetadata._core.postgres.transactions import Statement, as_json
 from usermetadata.exceptions import StorageError, UsageError
@@ -24,8 +31,6 @@ if TYPE_CHECKING:
     Execute = Callable[[Sequence[Statement]], list[Answer]]
     Position = tuple[str, str]
 
-_COMMAND = "python -m usermetadata index"
-_MOST_ROWS = 10_000  # a table with more is not indexed by the way
 _PAGE = 1000
 _BEGINNING = ("", "")  # before the first app id and user id
 
@@ -146,18 +151,12 @@ def ready(transaction: Transaction, declared: Sequence[Index]) -> None:
     missing = _missing(_learn(transaction), declared)
     if not missing:
         return
-    [answer] = transaction.at_once([Statement(table[_HAS_MANY_ROWS], {"most": _MOST_ROWS})])
+    [answer] = transaction.at_once([Statement(table[_HAS_MANY_ROWS], {"most": MOST_ROWS})])
     if answer.rows[0][0]:
-        raise UsageError(
-            f"index {missing[0].name!r}: it is declared, and not in the database yet; run"
-            f" `{_COMMAND}`"
-        )
+        raise too_many_rows(missing[0].name)
     faults = build_at_once(transaction, declared)
     if faults:
-        raise StorageError(
-            f"index {missing[0].name!r}: it cannot be built: {faults[0]}; `{_COMMAND}` shows all"
-            " rows that are in the way"
-        )
+        raise cannot_be_built(missing[0].name, faults[0])
     _learn(transaction)
 
 
@@ -396,10 +395,7 @@ def _fill(transaction: Transaction, missing: Sequence[Index], position: Position
                 entry = {"app_id": app_id, "user_id": user_id, "name": name, "value": value}
                 wanted.append(entry)
             else:
-                reason = (
-                    "it is neither a short text, nor an integer, nor a boolean; set or remove it"
-                )
-                faults.append(_fault(app_id, user_id, name, reason))
+                faults.append(unfindable(app_id, user_id, name))
         owners: list[tuple[Any, ...]] = []
         if wanted:
             statement = Statement(table[OWNERS], {"wanted": as_json(wanted)})
@@ -407,17 +403,14 @@ def _fill(transaction: Transaction, missing: Sequence[Index], position: Position
         # A value that its owner has lost meanwhile is free: the page is filled again.
         if all(owner is not None for *_, owner in owners):
             break
-    for app_id, user_id, name, owner in owners:
-        if owner != user_id:
-            reason = f"user {owner!r} has the same value; change one of them"
-            faults.append(_fault(app_id, user_id, name, reason))
+    faults += [
+        repeated(app_id, user_id, name, owner)
+        for app_id, user_id, name, owner in owners
+        if owner != user_id
+    ]
     faults.sort()
     last_app, last_user, _, _ = answer.rows[-1]
     return _Page(faults, int(number), (last_app, last_user))
-
-
-def _fault(app_id: str, user_id: str, name: str, reason: str) -> str:
-    return f"user {user_id!r} in app {app_id!r}: property {name!r}: {reason}"
 
 
 def _rows(indexes: Iterable[Index]) -> str:

@@ -8,6 +8,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from usermetadata._core.building import (
+    MOST_ROWS,
+    cannot_be_built,
+    repeated,
+    too_many_rows,
+    unfindable,
+)
 from usermetadata._core.rows import decode_row, text_or_bytes
 from usermetadata._core.sqlite.connecting import Connection
 from usermetadata._core.sqlite.schema import has_table
@@ -15,8 +22,6 @@ from usermetadata.exceptions import (
     DamagedMetadataError,
     InvalidInputError,
     NotUniqueError,
-    StorageError,
-    UsageError,
 )
 from usermetadata.indexes import Index, values_of
 
@@ -26,10 +31,8 @@ if TYPE_CHECKING:
 
     from usermetadata.interfaces import Value
 
-_BUILT_AT_FIRST_USE = 10_000  # rows
 _PROGRESS_EVERY = 10_000  # rows
 _encode = json.JSONEncoder(ensure_ascii=False).encode
-_COMMAND = "python -m usermetadata index"
 _PREFIX = "user_metadata_by_"
 _STORED = "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND tbl_name = 'user_metadata'"
 _ALL = "SELECT app_id, user_id, user_metadata FROM user_metadata"
@@ -177,7 +180,7 @@ def ensure_indexes(connection: sqlite3.Connection, name: str, indexes: Sequence[
         if ours:
             ours.indexed_schema = version
         return
-    check_few_rows(connection, name, missing)
+    check_few_rows(connection, missing)
     lines = _rows_in_the_way(connection, name, missing, None)
     if not lines:
         try:
@@ -185,23 +188,17 @@ def ensure_indexes(connection: sqlite3.Connection, name: str, indexes: Sequence[
         except _RowsInTheWay as found:
             lines = found.lines
     if lines:
-        raise StorageError(
-            f"{name}: a declared index cannot be built: {lines[0]}; run `{_COMMAND}` for all such"
-            " rows"
-        )
+        raise cannot_be_built(missing[0].name, lines[0])
 
 
-def check_few_rows(connection: sqlite3.Connection, name: str, missing: Sequence[Index]) -> None:
+def check_few_rows(connection: sqlite3.Connection, missing: Sequence[Index]) -> None:
     """Check that the table is so small that its indexes are built unasked.
 
     Raises:
         UsageError: it is not.
     """
-    if connection.execute(_HAS_MORE_ROWS, (_BUILT_AT_FIRST_USE,)).fetchall():
-        raise UsageError(
-            f"{name}: the index of {missing[0].name!r} does not exist, and more than"
-            f" {_BUILT_AT_FIRST_USE} rows have to be read to build it; run `{_COMMAND}` once"
-        )
+    if connection.execute(_HAS_MORE_ROWS, (MOST_ROWS,)).fetchall():
+        raise too_many_rows(missing[0].name)
 
 
 def build_indexes(
@@ -371,8 +368,8 @@ def _faults(name: str, key: Sequence[Any], text: object, indexes: Sequence[Index
         try:
             if metadata.get(index.name) is not None:  # a null at the root counts as absent
                 values_of(metadata, [index], user_id)
-        except InvalidInputError as error:
-            lines.append(f"app {app_id!r}: {error}")
+        except InvalidInputError:
+            lines.append(unfindable(app_id, user_id, index.name))
     return lines
 
 
@@ -383,9 +380,7 @@ def _repeats(connection: sqlite3.Connection, indexes: Sequence[Index]) -> list[s
         if index.unique:
             query = _REPEATS.format(value=_value(index.name))
             lines += [
-                f"app {app_id!r}: metadata of user {user_id!r}: property {index.name!r} has the"
-                f" same value as that of user {first!r}, and its index is unique; change one of"
-                " them"
+                repeated(app_id, user_id, index.name, first)
                 for app_id, user_id, first in connection.execute(query).fetchall()
             ]
     return lines

@@ -77,7 +77,7 @@ class JoinedConnection(Connections):
                 missing = missing_indexes(connection, self.indexes)
                 if missing:
                     # A read does not build them: it must not take the caller's write lock.
-                    check_few_rows(connection, self.name, missing)
+                    check_few_rows(connection, missing)
                     query = without_hint(query)
             return fetch(connection, query, parameters, sift)
 
