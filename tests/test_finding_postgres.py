@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -411,6 +413,24 @@ def test_a_transaction_older_than_the_index_cannot_leave_a_wrong_entry(
             old.rollback()
             old.execute(SQL("UPDATE {} SET user_metadata = '{{}}'").format(table))
         assert entries(direct) == []
+
+
+def test_the_reports_of_the_documentation(
+    storage: PostgresStorage, direct: psycopg.Connection[Any]
+) -> None:
+    """The queries of the page work beside U+0000 and rows that are no JSON."""
+    page = Path(__file__).parent.parent / "docs" / "finding.md"
+    _, plans, themes = re.findall(r"```sql\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    metadata = {"a": {"theme": "dark"}, "b": {"theme": "\0"}, "c": {}}
+    storage.write([(user, Merge({**metadata[user], "plan": "pro"})) for user in metadata])
+    direct.execute("INSERT INTO user_metadata VALUES ('public', 'd', '{'), ('public', 'e', '[]')")
+    assert direct.execute(plans).fetchall() == [('"pro"', 3)]
+    if direct.info.server_version < 160000:
+        older = r"strpos(user_metadata, '\u0000') = 0"
+        themes = themes.replace("pg_input_is_valid(user_metadata, 'jsonb')", older)
+        direct.execute("DELETE FROM user_metadata WHERE user_id = 'd'")
+    found = dict(direct.execute(themes).fetchall())
+    assert {user: theme for user, theme in found.items() if theme is not None} == {"a": "dark"}
 
 
 # Building and dropping.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sqlite3
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +20,6 @@ from usermetadata.indexes import Index
 
 if TYPE_CHECKING:
     from collections.abc import Generator
-    from pathlib import Path
 
 INDEXES = (Index("plan"), Index("customer", unique=True))
 
@@ -199,6 +200,16 @@ def test_other_columns_survive_a_swap(storage: SQLiteStorage, other: sqlite3.Con
     storage.write([("alice", Merge({"customer": 2})), ("bob", Merge({"customer": 1}))])
     rows = other.execute("SELECT user_id, note FROM user_metadata ORDER BY user_id").fetchall()
     assert rows == [("alice", "alice"), ("bob", "bob")]
+
+
+def test_the_report_of_the_documentation(storage: SQLiteStorage, other: sqlite3.Connection) -> None:
+    """The query of the page counts the users of each plan, beside rows that are no JSON."""
+    page = Path(__file__).parent.parent / "docs" / "finding.md"
+    query, *_ = re.findall(r"```sql\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    storage.write([(user_id, Merge({"plan": "pro", "text": "\0"})) for user_id in "ab"])
+    insert(other, "damaged", "{")
+    insert(other, "list", "[]")
+    assert dict(other.execute(query).fetchall()) == {"pro": 2, None: 1}
 
 
 # A batch of several calls.
