@@ -237,7 +237,7 @@ def test_a_refused_task_fails_alone(url: str) -> None:
     asyncio.run(main())
 
 
-ROUNDS = 100  # of 8 processes; 500 take 7 s on SQLite and 15 s on PostgreSQL
+ROUNDS = 100  # of 8 processes; 500 take 8 s on SQLite and 18 s on PostgreSQL
 RACE = """
 import json, multiprocessing, sys
 import psycopg, sqlite_utils
