@@ -94,13 +94,14 @@ def check_where(where: object, indexes: Iterable[Index]) -> dict[str, Value]:
         fault = _fault_of(value)
         if fault:
             raise InvalidInputError(f"where[{name!r}]: {fault}; no user can be found by it")
-    if checked.keys().isdisjoint(index.name for index in indexes):
-        name = next(iter(checked))
-        raise UsageError(
-            f"where: none of its properties is indexed; declare one, for example"
-            f" indexes=[Index({name!r})]"
-        )
-    return checked
+    for index in indexes:
+        if index.name in checked:
+            return checked
+    name = next(iter(checked))
+    raise UsageError(
+        f"where: none of its properties is indexed; declare one, for example"
+        f" indexes=[Index({name!r})]"
+    )
 
 
 def values_of(metadata: Metadata, indexes: Iterable[Index], user_id: str) -> dict[str, Value]:

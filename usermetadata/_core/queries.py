@@ -78,13 +78,14 @@ class Owner:
         """Return the user id, if there is one."""
         indexed = _indexed(storage)
         where = check_where(self.where, indexed.indexes)
-        if not any(index.unique and index.name in where for index in indexed.indexes):
-            name = next(iter(where))
-            raise UsageError(
-                "find_user_id: no property of where has a unique index, so several users may have"
-                f" these values; declare Index({name!r}, unique=True), or use list_user_metadata"
-            )
-        return next(iter(indexed.find(where, "", 1)), None)
+        for index in indexed.indexes:
+            if index.unique and index.name in where:
+                return next(iter(indexed.find(where, "", 1)), None)
+        name = next(iter(where))
+        raise UsageError(
+            "find_user_id: no property of where has a unique index, so several users may have"
+            f" these values; declare Index({name!r}, unique=True), or use list_user_metadata"
+        )
 
 
 def _indexed(storage: Storage) -> IndexedStorage:
