@@ -242,22 +242,18 @@ class Finding:
     def updates_on_postgres(self) -> None:
         """Updates on tables; PostgreSQL counts those that were heap-only."""
         self.progress("PostgreSQL, updates")
-        with contextlib.ExitStack() as stack:
-            stores: dict[str, Store] = {}
-            urls: dict[str, str] = {}
-            for each, indexes in (("without", []), ("with", [PLAN])):
-                schema = stack.enter_context(empty_schema())
-                urls[each] = f"-csearch_path={schema}"
-                stores[each] = stack.enter_context(in_schema(schema, FEW, indexes))
-            self.updates("PostgreSQL", stores, [0])
-            shares: dict[str, float] = {}
-            for each, options in urls.items():
-                stores[each].close()
-                with psycopg.connect(server_url(), options=options, autocommit=True) as connection:
-                    connection.execute("SELECT pg_stat_clear_snapshot()")
-                    while not (found := connection.execute(HOT).fetchone() or (0, 0))[0]:
-                        time.sleep(0.1)
-                    shares[each] = found[1] / found[0]
+        shares: dict[str, float] = {}
+        with contextlib.ExitStack() as schemas:
+            with contextlib.ExitStack() as stack:
+                stores: dict[str, Store] = {}
+                names: dict[str, str] = {}
+                for each, indexes in (("without", []), ("with", [PLAN])):
+                    names[each] = schemas.enter_context(empty_schema())
+                    opened = in_schema(names[each], FEW, indexes)
+                    stores[each] = stack.enter_context(opened)
+                self.updates("PostgreSQL", stores, [0])
+            for each, schema in names.items():
+                shares[each] = heap_only(schema)
         self.notes.append(
             "PostgreSQL: of the updates"
             f" {shares['with']:.1%} were heap-only with an index, {shares['without']:.1%} without."
@@ -316,7 +312,7 @@ def sqlite(
         connection.execute(FILL_SQLITE, [users])
     storage = SQLiteStorage(path, indexes=indexes, synchronous=synchronous)  # type: ignore[arg-type]
     assert storage.build_indexes() == []
-    with UserMetadata(storage) as store:
+    with contextlib.closing(storage), UserMetadata(storage) as store:
         yield store
 
 
@@ -339,8 +335,19 @@ def in_schema(schema: str, users: int, indexes: list[Index]) -> Generator[Store,
         connection.execute("VACUUM ANALYZE user_metadata")
     storage = PostgresStorage(url, indexes=indexes)
     assert storage.build_indexes() == []
-    with UserMetadata(storage) as store:
+    with contextlib.closing(storage), UserMetadata(storage) as store:
         yield store
+
+
+def heap_only(schema: str) -> float:
+    """Return the share of the updates that wrote to no index of the table."""
+    options = f"-csearch_path={schema}"
+    with psycopg.connect(server_url(), options=options, autocommit=True) as connection:
+        # The server processes of the storage count when they end.
+        while not (found := connection.execute(HOT).fetchone() or (0, 0))[0]:
+            time.sleep(0.1)
+    share: float = found[1] / found[0]
+    return share
 
 
 def allocated(users: int, *indexes: Index) -> int:
