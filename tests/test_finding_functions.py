@@ -449,6 +449,31 @@ def test_the_command_names_rows_in_the_way(database: Path, monkeypatch: pytest.M
     assert "there is no file missing.db" in run("index", "--storage", "missing.db", code=2)
 
 
+@pytest.mark.parametrize("url", ["sqlite", "postgres"], indirect=True)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("update", "alice", '{"plan": 1.5}'),
+        ("set", "alice", '{"plan": 1.5}'),
+        ("import", "file"),
+        ("import", "--format", "csv", "--json", "plan", "--merge", "table"),
+    ],
+    ids=["update", "set", "import", "merge"],
+)
+def test_commands_store_what_can_be_found(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    """A command that stores a value that cannot be indexed is refused where there is an index."""
+    usermetadata.init(url, indexes=INDEXES)
+    fill()
+    usermetadata.close()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text('{"userId": "alice", "metadata": {"plan": 1.5}}\n')
+    (tmp_path / "table").write_text("user_id,plan\nalice,1.5\n")
+    assert "property 'plan' has an index, and float" in run(*command, "--storage", url, code=2)
+    assert run("count", "--where", "plan=pro", "--storage", url) == "2\n"
+
+
 LINES = [{"userId": f"user {n}", "metadata": {"customer": n}} for n in range(3)]
 
 

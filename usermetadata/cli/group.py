@@ -166,7 +166,9 @@ def check_exists(url: str) -> None:
 def _with_indexes(url: str) -> Storage:
     """Open a storage with the indexes that its database has."""
     storage = open_storage(url)
-    if isinstance(storage, IndexedStorage):
+    path = path_of(url)
+    is_new = path and not os.path.exists(path)  # then it stays so until something is stored
+    if isinstance(storage, IndexedStorage) and not is_new:
         stored = storage.stored_indexes()
         if not set(stored) <= set(storage.indexes):
             storage.close()

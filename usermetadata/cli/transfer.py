@@ -94,7 +94,7 @@ def export(storage: Storage, file: str, *, skip_damaged: bool) -> None:
     show_default=True,
     help="Skip the lines before it; in a JSON array, the users before it.",
 )
-@with_storage
+@partial(with_storage, indexed=True)
 def import_(  # noqa: PLR0913 - they are options
     storage: Storage,
     file: BinaryIO,
@@ -146,7 +146,7 @@ def import_(  # noqa: PLR0913 - they are options
 @click.option("--core-app-id", default="public", show_default=True, help="The core's app.")
 @click.option("--after", default="", help="Skip the users up to this user id.")
 @_skip_damaged
-@with_storage
+@partial(with_storage, indexed=True)
 def import_supertokens(  # noqa: PLR0913 - they are options
     storage: Storage,
     dsn: str,

@@ -28,7 +28,7 @@ def get(storage: Storage, user_id: str) -> None:
 @click.command("set", cls=UserCommand)
 @click.argument("user_id")
 @click.argument("metadata", required=False)
-@with_storage
+@partial(with_storage, indexed=True)
 def set_(storage: Storage, user_id: str, metadata: str | None) -> None:
     """Replace the metadata of USER_ID, and show it.
 
@@ -41,7 +41,7 @@ def set_(storage: Storage, user_id: str, metadata: str | None) -> None:
 @click.command(cls=UserCommand)
 @click.argument("user_id")
 @click.argument("update", required=False)
-@with_storage
+@partial(with_storage, indexed=True)
 def update(storage: Storage, user_id: str, update: str | None) -> None:
     """Merge UPDATE into the metadata of USER_ID, and show it.
 
