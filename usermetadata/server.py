@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "usermetadata.server needs Starlette;"
-        " pip install 'httptools>=0.6' 'starlette>=0.40' 'msgspec>=0.19'"
+        " pip install 'httptools>=0.6.4' 'starlette>=0.40' 'msgspec>=0.19'"
     ) from error
 
 from usermetadata._core.arguments import user_ids_of

@@ -27,7 +27,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "serving HTTP needs httptools;"
-        " pip install 'httptools>=0.6' 'starlette>=0.40' 'msgspec>=0.19'"
+        " pip install 'httptools>=0.6.4' 'starlette>=0.40' 'msgspec>=0.19'"
     ) from error
 
 if TYPE_CHECKING:
@@ -371,28 +371,32 @@ class _Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._arriving:  # else it comes after the body
-            self._headers.append((name.lower(), value))
+            self._headers.append((name.lower(), value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
         if self._is_deaf or self._parser.should_upgrade():
             return
         self._unread = 0
         version = self._parser.get_http_version()
-        names = [name for name, _ in self._headers]
-        has_needed = {"1.0": b"transfer-encoding" not in names, "1.1": b"host" in names}
-        if not has_needed.get(version) or names.count(b"host") > 1:
+        hosts, codings = self._values(b"host"), self._values(b"transfer-encoding")
+        is_valid = {
+            "1.0": len(hosts) <= 1 and not codings,
+            "1.1": len(hosts) == 1 and codings in ([], [b"chunked"]),
+        }
+        if not is_valid.get(version):
             self._refuse(400, "The request is not valid HTTP/1.1")
             return
         split = _TARGET.fullmatch(self._target)
         if _NOT_A_TARGET.search(self._target) or split is None:
             self._refuse(400, "The request's target is not a URL; percent-encode it")
             return
+        expected = self._values(b"expect") if version == "1.1" else []
+        if not {b"100-continue"}.issuperset(expected):
+            self._refuse(417, "The server meets no expectation but 100-continue")
+            return
         request = _Request(self, self._scope(split[1] or b"/", split[2] or b""))
         request.keep_alive = self._parser.should_keep_alive()
-        expected = (b"expect", b"100-continue")
-        request.expects_continue = version == "1.1" and any(
-            (name, value.lower()) == expected for name, value in self._headers
-        )
+        request.expects_continue = bool(expected)
         self._arriving = request
         self._requests.append(request)
         self._go_on()
@@ -447,6 +451,9 @@ class _Connection(asyncio.Protocol):
         self._transport.abort()
 
     # The rest.
+
+    def _values(self, name: bytes) -> list[bytes]:
+        return [value.lower() for each, value in self._headers if each == name]
 
     def _scope(self, path: bytes, query: bytes) -> dict[str, Any]:
         return {
@@ -532,5 +539,6 @@ class _Connection(asyncio.Protocol):
             self._transport.close()
         elif not self._transport.is_closing():
             # Closing now could destroy the answer, so what still arrives is thrown away.
-            self._transport.write_eof()
+            with contextlib.suppress(OSError):  # the client has closed the connection
+                self._transport.write_eof()
             self._transport.resume_reading()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import sys
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,6 +22,14 @@ _log = logging.getLogger(__name__)
 
 class _Keys(click.types.StringParamType):
     envvar_list_splitter = ","
+
+
+class _Seconds(click.FloatRange):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        seconds = super().convert(value, param, ctx)
+        if not math.isfinite(seconds):
+            self.fail(f"{value} is not a number of seconds.", param, ctx)
+        return seconds
 
 
 @click.command()
@@ -55,14 +63,14 @@ class _Keys(click.types.StringParamType):
 )
 @click.option(
     "--request-timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=_Seconds(0, min_open=True),
     default=30.0,
     show_default=True,
     help="In seconds: for a request to arrive, headers and body.",
 )
 @click.option(
     "--keep-alive-timeout",
-    type=click.FloatRange(0, min_open=True),
+    type=_Seconds(0, min_open=True),
     default=120.0,
     show_default=True,
     help="In seconds: for an idle connection. It must be longer than clients and proxies keep one.",
@@ -111,14 +119,15 @@ def serve(  # noqa: PLR0913, PLR0917 - they are options
 
     def started(addresses: list[Any]) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, partial(stop, signal.getsignal(number)))
+            signal.signal(number, stop)
         for name, bound, *_ in addresses:
             shown = f"[{name}]" if ":" in name else name
             url, process = f"http://{shown}:{bound}", os.getpid()
             _log.info("running on %s (process %d; Ctrl-C stops it)", url, process)
 
-    def stop(former: Any, number: int, _: object) -> None:
-        signal.signal(number, former)  # the second signal ends the process at once
+    def stop(*_: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)  # the second signal ends the process at once
         server.stop()
 
     try:
