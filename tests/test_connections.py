@@ -11,15 +11,18 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import time
 from contextlib import closing
 from http.client import HTTPMessage, parse_headers
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from asgi_server import serve, serve_command
+from click.testing import CliRunner
 from test_server import FEW_DESCRIPTORS, KEY, METADATA, receive_all, send_all, send_halves
 
 from usermetadata import InMemoryStorage
+from usermetadata.cli import main
 from usermetadata.server import create_app
 
 if TYPE_CHECKING:
@@ -69,6 +72,16 @@ def command() -> Generator[Command, None, None]:
     with serve_command() as command:
         yield command
         assert len(command.log) == 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def idle(command: Command) -> Generator[tuple[Peer, float], None, None]:
+    """A connection that is idle from the first test on, and the time of its end."""
+    with closing(Peer(command.port)) as peer:
+        peer.send(*put("idle", n=1))
+        _, headers, _ = peer.receive()
+        assert (headers["connection"], headers["keep-alive"]) == ("keep-alive", "timeout=120")
+        yield peer, time.monotonic() + 6
 
 
 @pytest.fixture
@@ -185,16 +198,6 @@ def test_what_the_client_of_the_jdk_sends() -> None:
 # Pools of connections.
 
 
-def test_an_idle_connection_is_kept(peer: Peer) -> None:
-    """For 120 seconds, which the answer says; after six seconds of silence it still answers."""
-    peer.send(*put("idle", n=1))
-    _, headers, _ = peer.receive()
-    assert (headers["connection"], headers["keep-alive"]) == ("keep-alive", "timeout=120")
-    assert select.select([peer.socket], [], [], 6)[0] == []
-    peer.send(*put("idle", m=2))
-    assert json.loads(peer.receive()[2])["metadata"] == {"n": 1, "m": 2}
-
-
 def test_an_idle_connection_is_closed_in_the_end() -> None:
     """``--keep-alive-timeout`` says when; a request that has begun has ``--request-timeout``."""
     with serve_command("--keep-alive-timeout", "0.5", "--request-timeout", "4") as command:
@@ -288,6 +291,18 @@ def test_a_client_may_wait_for_100_continue(peer: Peer) -> None:
     assert peer.receive()[0] == 200
 
 
+def test_an_unknown_expectation_is_refused(peer: Peer) -> None:
+    """417, instead of an answer as if it was met."""
+    start, body = put("expectation", "Expect: 100-continue, more", n=1)
+    peer.send(start)
+    status, headers, _ = peer.receive()
+    assert (status, headers["connection"]) == (417, "close")
+    send_all(peer.socket, body)
+    assert peer.is_closed()
+    with closing(Peer(peer.socket.getpeername()[1])) as other:
+        assert metadata(other, "expectation") == {}
+
+
 def test_a_refused_body_is_not_asked_for() -> None:
     """The answer comes instead of 100, and what follows is not taken for a request."""
     with serve_command("--api-key", KEY) as command, closing(Peer(command.port)) as peer:
@@ -330,8 +345,13 @@ def test_what_is_around_a_chunk_has_a_limit(peer: Peer, flood: bytes) -> None:
         b"Transfer-Encoding: chunked\r\n\r\nx\r\n",
         b"Transfer-Encoding: chunked\r\n\r\n5\r\nabcdefg\r\n0\r\n\r\n",
         b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+        b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        b"Transfer-Encoding: identity, chunked\r\n\r\n0\r\n\r\n",
+        b"Transfer-Encoding:\r\n\r\n",
         b"Content-Length : 5\r\n\r\nabcde",
         b" folded: 1\r\n\r\n",
+        b"x: 1\r\n folded\r\n\r\n",
+        b"x: 1\n\r\n",
         b"x: \0\r\n\r\n",
     ],
 )
@@ -385,12 +405,32 @@ def test_the_rest_of_a_refused_body_is_not_a_request() -> None:
         peer.send(start, body[:1000])
         assert peer.receive()[0] == 413
         peer.send(body[1000:])
-        assert select.select([peer.socket], [], [], 4)[0] == []
+        assert select.select([peer.socket], [], [], 2.8)[0] == []
         peer.send(head("GET", "/hello"))
         assert peer.receive()[::2] == (200, b"Hello")
 
 
+def test_a_client_that_leaves_is_not_logged(command: Command) -> None:
+    """Also if it closes the connection before the answer to what is refused."""
+    command.process.send_signal(signal.SIGSTOP)
+    for request in [b"GARBAGE\r\n\r\n", put("leaving", "Expect: 100-continue")[0]] * 5:
+        with closing(Peer(command.port)) as leaving:
+            leaving.send(request)
+    command.process.send_signal(signal.SIGCONT)
+    with closing(Peer(command.port)) as peer:
+        assert metadata(peer, "leaving") == {}  # the log is read at the end
+
+
 # Requests.
+
+
+def test_blanks_around_a_value_are_no_part_of_it(peer: Peer) -> None:
+    """Spaces and tabs may stand before and after the value of a header."""
+    start, body = put("blanks", "cdi-version: \t5.4 \t", "Expect: 100-continue ", n=1)
+    peer.send(start.replace(b"localhost", b" localhost\t"))
+    assert peer.receive()[0] == 100
+    peer.send(body)
+    assert json.loads(peer.receive()[2])["metadata"] == {"n": 1}
 
 
 def test_targets_have_several_forms(peer: Peer) -> None:
@@ -618,6 +658,42 @@ def test_ctrl_c_ends_it_like_sigterm() -> None:
     assert len(command.log) == 1
 
 
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_the_second_signal_ends_it_at_once(database: Path, first: signal.Signals) -> None:
+    """It does not wait for the storage, and writes nothing more."""
+    with (
+        serve_command("--storage", f"sqlite:///{database}") as command,
+        closing(Peer(command.port)) as peer,
+        closing(Peer(command.port)) as idle,
+    ):
+        peer.send(*put("alice", n=1))
+        assert peer.receive()[0] == 200
+        with closing(sqlite3.connect(database)) as writer:
+            writer.execute("BEGIN IMMEDIATE")
+            peer.send(*put("alice", n=2))
+            idle.send(get("bob"))
+            assert idle.receive()[0] == 200  # what was sent before it has arrived
+            command.process.send_signal(first)
+            assert idle.is_closed()
+            command.process.send_signal(signal.SIGTERM)
+            assert command.process.wait(timeout=10) == -signal.SIGTERM
+        assert peer.is_closed()
+        with closing(sqlite3.connect(database)) as connection:
+            stored = connection.execute("SELECT user_metadata FROM user_metadata").fetchone()
+        assert json.loads(stored[0]) == {"n": 1}
+    assert len(command.log) == 1
+
+
+@pytest.mark.parametrize("option", ["--keep-alive-timeout", "--request-timeout"])
+@pytest.mark.parametrize("seconds", ["inf", "nan"])
+def test_a_time_is_a_number_of_seconds(option: str, seconds: str) -> None:
+    """What is not finite is refused at the start."""
+    arguments = ["serve", "--storage", "memory://", "--port", "0", option, seconds]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 2
+    assert f"'{option}': {seconds} is not a number of seconds." in done.output
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 def test_it_says_in_one_line_why_it_cannot_listen(host: str) -> None:
     """The reason is the system's, and the line says what to change."""
@@ -643,3 +719,11 @@ def test_bytes_after_the_end_of_a_connection_are_harmless(command: Command) -> N
         received = receive_all(peer.socket)
     assert received.count(b"HTTP/1.1") == 1
     assert received.endswith(b"\r\n\r\nHello")
+
+
+def test_an_idle_connection_is_kept(idle: tuple[Peer, float]) -> None:
+    """For 120 seconds, which each answer says; after six seconds of silence it still answers."""
+    peer, end = idle
+    assert select.select([peer.socket], [], [], max(0, end - time.monotonic()))[0] == []
+    peer.send(*put("idle", m=2))
+    assert json.loads(peer.receive()[2])["metadata"] == {"n": 1, "m": 2}
