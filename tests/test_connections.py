@@ -688,8 +688,10 @@ def test_the_second_signal_ends_it_at_once(database: Path, first: signal.Signals
 @pytest.mark.parametrize("seconds", ["inf", "nan"])
 def test_a_time_is_a_number_of_seconds(option: str, seconds: str) -> None:
     """What is not finite is refused at the start."""
-    arguments = ["serve", "--storage", "memory://", "--port", "0", option, seconds]
-    done = CliRunner().invoke(main, arguments)
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # so that no server starts
+        port = str(taken.getsockname()[1])
+        arguments = ["serve", "--storage", "memory://", "--port", port, option, seconds]
+        done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 2
     assert f"'{option}': {seconds} is not a number of seconds." in done.output
 
