@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from usermetadata._core.forking import ForkHooks, notice, watch
+from usermetadata._core.loops import call_outside
 from usermetadata.exceptions import (
     OutcomeUnknownError,
     StorageBusyError,
@@ -314,7 +315,7 @@ class LoopBatches(ForkHooks, Generic[A, R]):
                     self._working += 1
                 except RuntimeError:  # closed, or the interpreter is ending: no thread can start
                     self._working += 1
-                    self._work()
+                    call_outside(self._work)
         return call.future
 
     def _start_worker(self) -> None:

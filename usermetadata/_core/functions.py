@@ -12,6 +12,7 @@ from weakref import WeakSet
 from usermetadata._core.blocking_functions import BlockingFunctions
 from usermetadata._core.checks import Checks, validator_of
 from usermetadata._core.forking import ForkHooks, watch
+from usermetadata._core.loops import call_outside
 from usermetadata._core.runners import AsyncioRunner, BlockingOverride, BlockingRunner
 from usermetadata.exceptions import InvalidInputError, UsageError
 from usermetadata.interfaces import RecipeInterface, UserMetadataOverrideConfig
@@ -71,7 +72,7 @@ class Store(ForkHooks):
         if self._runner is not None:
             self._runner.close()
         if self.is_ours:
-            self.storage.close()
+            call_outside(self.storage.close)
 
 
 class Functions:
@@ -100,7 +101,9 @@ class Functions:
         app_id: str | None = None,
     ) -> None:
         self.store = store
-        self.storage = store.storage if app_id is None else store.storage.for_app(app_id)
+        self.storage = (
+            store.storage if app_id is None else call_outside(store.storage.for_app, app_id)
+        )
         own_app_id: str = getattr(self.storage, "app_id", "public")
         self.app_id = own_app_id if app_id is None else app_id
         self.override = override
@@ -153,7 +156,9 @@ class Functions:
         if self._runner is not None and self._asynchronous is not None:
             overridden = BlockingOverride(self._asynchronous, self._runner, joined)
             return cast("BlockingFunctions", overridden)
-        runner = BlockingRunner(joined or self.storage, self.store.storage)
+        runner = BlockingRunner(
+            joined or self.storage, self.store.storage, is_joined=joined is not None
+        )
         runner.app_id, runner.checks = self.app_id, self._checks
         return BlockingFunctions(runner)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from usermetadata._core.erasing import Removal, RemovalEverywhere
 from usermetadata._core.greenlets import call_here, patched_by, run_in_real_thread
+from usermetadata._core.loops import call_outside
 from usermetadata._core.reentry import ChangeError, check_outside, inside
 from usermetadata.codec import decode_metadata, encode_metadata
 from usermetadata.exceptions import StorageError, UsageError
@@ -39,8 +40,11 @@ class BlockingRunner:
     """Reads and writes in the calling thread.
 
     Args:
-        storage: where to read and write.
+        storage: where to read and write. It is called as if no event loop were running in the
+            thread, unless its ``reads_in_flight`` and ``writes_in_flight`` are 0.
         store: what ``modify`` locks: the storage, of which ``storage`` may be another app.
+        is_joined: whether the storage is part of the caller's transaction. Its connection may need
+            the loop that is running: SQLAlchemy's greenlets switch to it.
 
     Attributes:
         store: the same.
@@ -48,8 +52,17 @@ class BlockingRunner:
         checks: what is checked before each write.
     """
 
-    def __init__(self, storage: Storage, store: object = None) -> None:
+    def __init__(
+        self, storage: Storage, store: object = None, *, is_joined: bool = False
+    ) -> None:
         self._storage = storage
+        self._loop_here: Callable[[], object] | None = None
+        if not is_joined and (
+            getattr(storage, "reads_in_flight", 1) or getattr(storage, "writes_in_flight", 1)
+        ):
+            import asyncio
+
+            self._loop_here = asyncio._get_running_loop  # no call of Python code
         self.store = store or self
         self.app_id: str = getattr(storage, "app_id", "public")
         self.checks: Checks | None = None
@@ -58,12 +71,16 @@ class BlockingRunner:
         """Read some users."""
         if inside.get():
             check_outside(self.store)
+        if self._loop_here is not None and self._loop_here() is not None:
+            return call_outside(self._storage.read, user_ids)
         return self._storage.read(user_ids)
 
     def ask(self, query: Query[T]) -> T:
         """Return the answer to a query."""
         if inside.get():
             check_outside(self.store)
+        if self._loop_here is not None and self._loop_here() is not None:
+            return call_outside(query.of, self._storage)
         return query.of(self._storage)
 
     def write(
@@ -75,6 +92,8 @@ class BlockingRunner:
         try:
             if self.checks is not None:
                 changes = self.checks.of_changes(changes, user_context)
+            if self._loop_here is not None and self._loop_here() is not None:
+                return call_outside(self._storage.write, changes)
             return self._storage.write(changes)
         except ChangeError as failed:
             error = failed.error
@@ -92,7 +111,8 @@ class BlockingRunner:
             check_outside(self.store)
         check = None if self.checks is None else self.checks.of_user(user_id, user_context)
         try:
-            return RemovalEverywhere(user_id, check).of(self._storage)
+            call: Call = call_here if self._loop_here is None else call_outside
+            return call(RemovalEverywhere(user_id, check).of, self._storage)
         except ChangeError as failed:
             error = failed.error
         raise error
@@ -134,7 +154,7 @@ class AsyncioRunner:
             InvalidInputError: the app id is not valid.
         """
         other = copy.copy(self)
-        other._storage, other.checks = self._storage.for_app(app_id), None
+        other._storage, other.checks = call_outside(self._storage.for_app, app_id), None
         other.app_id = other._key = app_id
         return other
 
@@ -324,7 +344,7 @@ def _wait_for(
         _place.set(replace(place, loop=asyncio.get_running_loop(), call=call))
         return await function(*args, **kwargs)
 
-    def run(call: Call = call_here) -> T:
+    def run(call: Call = call_outside) -> T:
         # With a factory, the thread's current event loop, if it has one, stays as it is.
         with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
             return runner.run(main(call))
