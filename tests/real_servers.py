@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+
 import pymysql
 from real_poolers import find
 
@@ -81,7 +82,8 @@ class MariaDBServer(Server):
         self._folder = Path(tempfile.mkdtemp())
         (self._folder / "data").mkdir()
         address = f"{self._folder}/socket"
-        self.arguments = {"unix_socket": address, "user": "root"}
+        # Without ssl_disabled PyMySQL reads all root certificates for each connection.
+        self.arguments = {"unix_socket": address, "user": "root", "ssl_disabled": True}
         command = [
             *(program, "--no-defaults", f"--user={getpass.getuser()}", "--skip-networking"),
             *(f"--datadir={self._folder}/data", f"--socket={address}"),
@@ -94,10 +96,12 @@ class MariaDBServer(Server):
 
     def execute(self, statement: str) -> tuple[tuple[object, ...], ...]:
         """Execute a statement on a separate connection; return the rows."""
-        with pymysql.connect(autocommit=True, **self.arguments) as connection:
-            with connection.cursor() as cursor:
-                cursor.execute(statement)
-                return tuple(cursor.fetchall())
+        with (
+            pymysql.connect(autocommit=True, **self.arguments) as connection,
+            connection.cursor() as cursor,
+        ):
+            cursor.execute(statement)
+            return tuple(cursor.fetchall())
 
     def stop(self) -> None:
         """Stop, and remove the data."""

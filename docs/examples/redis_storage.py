@@ -104,7 +104,9 @@ class RedisStorage:
         return self.read([each.decode() for each in found])
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
-        read = list(dict.fromkeys(user for user, change in changes if not isinstance(change, BLIND)))
+        read = list(
+            dict.fromkeys(user for user, change in changes if not isinstance(change, BLIND))
+        )
         written = list(dict.fromkeys(user for user, _ in changes))
         deadline = time.monotonic() + self._timeout
         pause = 0.001

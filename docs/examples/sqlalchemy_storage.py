@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 from sqlalchemy import (
     Column,
-    ColumnElement,
     Connection,
     Engine,
     MetaData,
@@ -76,6 +75,7 @@ TABLE = Table(
     MetaData(),
     *(id_column("app_id", 64), id_column("user_id", 255), Column("metadata", LONG, nullable=False)),
 )
+ROWS = select(TABLE.c.user_id, TABLE.c.metadata)
 
 
 class UndoneError(StorageBusyError):
@@ -136,8 +136,9 @@ class SQLAlchemyStorage:
         return {user_id: decode(user_id, text) for user_id, text in texts.items()}
 
     def read_after(self, user_id: str, limit: int) -> dict[str, Metadata]:
-        ordered = self._select(TABLE.c.user_id > user_id).order_by(TABLE.c.user_id).limit(limit)
-        texts = self._in_transaction(READ, lambda connection: rows(connection, ordered))
+        query = ROWS.where(TABLE.c.app_id == self._app_id, TABLE.c.user_id > user_id)
+        query = query.order_by(TABLE.c.user_id).limit(limit)
+        texts = self._in_transaction(READ, lambda connection: rows(connection, query))
         return {user_id: decode(user_id, text) for user_id, text in texts.items()}
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
@@ -152,7 +153,11 @@ class SQLAlchemyStorage:
             self._upsert(connection, "metadata", texts)
             for chunk in chunks([user_id for user_id in user_ids if user_id not in texts]):
                 with our_errors():
-                    connection.execute(delete(TABLE).where(*self._are(chunk)))
+                    connection.execute(
+                        delete(TABLE).where(
+                            TABLE.c.app_id == self._app_id, TABLE.c.user_id.in_(chunk)
+                        )
+                    )
             return results
 
         return self._in_transaction(WRITE, work)
@@ -167,18 +172,11 @@ class SQLAlchemyStorage:
         if engine := self._engines.pop(os.getpid(), None):
             engine.dispose()
 
-    def _select(self, *where: ColumnElement[bool]) -> Select[tuple[str, str]]:
-        return select(TABLE.c.user_id, TABLE.c.metadata).where(
-            TABLE.c.app_id == self._app_id, *where
-        )
-
-    def _are(self, user_ids: Sequence[str]) -> tuple[ColumnElement[bool], ...]:
-        return TABLE.c.app_id == self._app_id, TABLE.c.user_id.in_(user_ids)
-
     def _texts(self, connection: Connection, user_ids: Sequence[str]) -> dict[str, str]:
         found: dict[str, str] = {}
         for chunk in chunks(user_ids):
-            found.update(rows(connection, self._select(TABLE.c.user_id.in_(chunk))))
+            query = ROWS.where(TABLE.c.app_id == self._app_id, TABLE.c.user_id.in_(chunk))
+            found.update(rows(connection, query))
         return found
 
     def _upsert(self, connection: Connection, column: str, texts: dict[str, str]) -> None:
@@ -248,4 +246,4 @@ class SQLAlchemyStorage:
 
 def rows(connection: Connection, query: Select[tuple[str, str]]) -> dict[str, str]:
     with our_errors():
-        return {user_id: text for user_id, text in connection.execute(query)}
+        return {row.user_id: row.metadata for row in connection.execute(query)}

@@ -52,9 +52,7 @@ class BlockingRunner:
         checks: what is checked before each write.
     """
 
-    def __init__(
-        self, storage: Storage, store: object = None, *, is_joined: bool = False
-    ) -> None:
+    def __init__(self, storage: Storage, store: object = None, *, is_joined: bool = False) -> None:
         self._storage = storage
         self._loop_here: Callable[[], object] | None = None
         if not is_joined and (
