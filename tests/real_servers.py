@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pymysql
 from real_poolers import find
@@ -82,8 +83,12 @@ class MariaDBServer(Server):
         self._folder = Path(tempfile.mkdtemp())
         (self._folder / "data").mkdir()
         address = f"{self._folder}/socket"
-        # Without ssl_disabled PyMySQL reads all root certificates for each connection.
-        self.arguments = {"unix_socket": address, "user": "root", "ssl_disabled": True}
+        # Without the latter PyMySQL reads all root certificates for each connection.
+        self.arguments: dict[str, Any] = {
+            "unix_socket": address,
+            "user": "root",
+            "ssl_disabled": True,
+        }
         command = [
             *(program, "--no-defaults", f"--user={getpass.getuser()}", "--skip-networking"),
             *(f"--datadir={self._folder}/data", f"--socket={address}"),

@@ -49,7 +49,9 @@ class UndoneError(StorageBusyError):
 
 
 @contextmanager
-def our_errors(otherwise: type[StorageError] = StorageError) -> Generator[None]:
+def our_errors(
+    otherwise: type[StorageError] = StorageError,
+) -> Generator[None]:
     try:
         yield
     except (DatabaseError, InterfaceError) as error:

@@ -1,4 +1,7 @@
-"""A complete storage: a table of MariaDB or MySQL, through PyMySQL."""
+"""A complete storage: a table of MariaDB, through PyMySQL.
+
+For MySQL, name the collation ``utf8mb4_0900_bin`` in place of ``utf8mb4_nopad_bin``.
+"""
 
 import copy
 import os
@@ -28,25 +31,25 @@ from usermetadata.validation import check_app_id
 
 R = TypeVar("R")
 ATTEMPTS, CHUNK = 8, 1000
-# Binary columns compare bytes: no case, no accents, no blanks at the end are ignored.
+# The default collation ignores case and accents. This one also compares blanks at the end.
 TABLE = """CREATE TABLE IF NOT EXISTS user_metadata (
-    app_id VARBINARY(256), user_id VARBINARY(1020), metadata LONGTEXT NOT NULL,
-    PRIMARY KEY (app_id, user_id)) ENGINE=InnoDB CHARACTER SET utf8mb4"""
-SESSION = "SET SESSION sql_mode = 'STRICT_ALL_TABLES', innodb_lock_wait_timeout = %s"
+    app_id VARCHAR(64), user_id VARCHAR(255), metadata LONGTEXT NOT NULL,
+    PRIMARY KEY (app_id, user_id)) ENGINE=InnoDB CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin"""
+SETTINGS = "SET SESSION sql_mode = 'STRICT_ALL_TABLES', innodb_lock_wait_timeout = %s"
 WRITE = ("SET TRANSACTION ISOLATION LEVEL READ COMMITTED", "START TRANSACTION")
-READ = (
+READ = (  # one moment for all chunks
     "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ",
-    "START TRANSACTION WITH CONSISTENT SNAPSHOT",  # for all statements of a long read
+    "START TRANSACTION WITH CONSISTENT SNAPSHOT",
 )
 # Locks a user; one without a row gets one, which other transactions do not see before COMMIT.
 HOLD = """INSERT INTO user_metadata VALUES (%s, %s, '')
-    ON DUPLICATE KEY UPDATE user_id = user_metadata.user_id"""
-SELECT = "SELECT user_id, metadata FROM user_metadata WHERE app_id = %s AND user_id IN %s"
-AFTER = """SELECT user_id, metadata FROM user_metadata WHERE app_id = %s AND user_id > %s
-    ORDER BY user_id LIMIT %s"""
+    ON DUPLICATE KEY UPDATE user_id = VALUES(user_id)"""
 STORE = """INSERT INTO user_metadata VALUES (%s, %s, %s)
     ON DUPLICATE KEY UPDATE metadata = VALUES(metadata)"""
 REMOVE = "DELETE FROM user_metadata WHERE app_id = %s AND user_id IN %s"
+SELECT = "SELECT user_id, metadata FROM user_metadata WHERE app_id = %s AND user_id IN %s"
+AFTER = """SELECT user_id, metadata FROM user_metadata WHERE app_id = %s AND user_id > %s
+    ORDER BY user_id LIMIT %s"""
 
 
 class DeadlockError(StorageBusyError):
@@ -67,28 +70,35 @@ def our_errors(*, is_commit: bool = False) -> Generator[None]:
         if is_commit:
             raise OutcomeUnknownError(f"{text}; read what was stored") from error
         if code == 1205:
-            raise StorageBusyError(f"{text}: timed out waiting for a row; repeat it") from error
+            text += ": timed out waiting for another writer; repeat it"
+            raise StorageBusyError(text) from error
         if code == 1213:
             raise DeadlockError(f"{text}: a deadlock; repeat it") from error
         if code in {0, 1053, 1927} or 2000 <= code < 3000:
             raise LostError(f"{text}; check that the server runs") from error
-        raise StorageError(f"{text}; check the table and the settings") from error
+        raise StorageError(f"{text}; check the database") from error
 
 
 def decode(user_id: str, text: str) -> Metadata:
     try:
         return decode_metadata(text)
     except ValueError as error:
-        raise DamagedMetadataError(f"row of user {user_id!r}: {error}", user_id) from error
+        message = f"row of user {user_id!r}: {error}"
+        raise DamagedMetadataError(message, user_id) from error
 
 
-def chunks(user_ids: Sequence[str]) -> Iterator[list[bytes]]:
-    for start in range(0, len(user_ids), CHUNK):
-        yield [user_id.encode() for user_id in user_ids[start : start + CHUNK]]
+def chunks(user_ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (user_ids[start : start + CHUNK] for start in range(0, len(user_ids), CHUNK))
 
 
 class MariaDBStorage:
-    """Args: those of ``pymysql.connect``; seconds to wait for a lock; the app."""
+    """Keeps metadata in the table ``user_metadata``, which it creates.
+
+    Args:
+        timeout: seconds to wait for a lock.
+        app_id: the app whose rows these are.
+        connect: arguments of ``pymysql.connect``.
+    """
 
     reads_in_flight = writes_in_flight = 4
 
@@ -103,23 +113,22 @@ class MariaDBStorage:
         return {user_id: decode(user_id, text) for user_id, text in texts.items()}
 
     def read_after(self, user_id: str, limit: int) -> dict[str, Metadata]:
-        arguments = (self._app_id.encode(), user_id.encode(), limit)
-        texts = self._in_transaction(READ, lambda cursor: dict(rows(cursor, AFTER, arguments)))
+        arguments = (self._app_id, user_id, limit)
+        texts = self._in_transaction(READ, lambda cursor: rows(cursor, AFTER, arguments))
         return {user_id: decode(user_id, text) for user_id, text in texts.items()}
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
-        app_id = self._app_id.encode()
+        app_id = self._app_id
         user_ids = sorted({user_id for user_id, _ in changes})  # one order, so no deadlocks
 
         def work(cursor: Cursor) -> list[Metadata | None]:
             with our_errors():
-                cursor.executemany(HOLD, [(app_id, user_id.encode()) for user_id in user_ids])
+                cursor.executemany(HOLD, [(app_id, user_id) for user_id in user_ids])
             found = self._texts(cursor, user_ids)
             texts = {user_id: text for user_id, text in found.items() if text}
             results = apply_in_order(changes, texts, decode=decode, encode=encode_metadata)
             with our_errors():
-                stored = [(app_id, user_id.encode(), text) for user_id, text in texts.items()]
-                cursor.executemany(STORE, stored)
+                cursor.executemany(STORE, [(app_id, *row) for row in texts.items()])
                 for chunk in chunks([user_id for user_id in user_ids if user_id not in texts]):
                     cursor.execute(REMOVE, (app_id, chunk))
             return results
@@ -139,7 +148,7 @@ class MariaDBStorage:
     def _texts(self, cursor: Cursor, user_ids: Sequence[str]) -> dict[str, str]:
         found: dict[str, str] = {}
         for chunk in chunks(user_ids):
-            found.update(rows(cursor, SELECT, (self._app_id.encode(), chunk)))
+            found.update(rows(cursor, SELECT, (self._app_id, chunk)))
         return found
 
     def _in_transaction(self, begin: Sequence[str], work: Callable[[Cursor], R]) -> R:
@@ -155,7 +164,7 @@ class MariaDBStorage:
             with our_errors():
                 for statement in begin:
                     cursor.execute(statement)
-            result = work(cursor)  # what a change raises is not taken for an error of the database
+            result = work(cursor)  # what a change raises is no error of the database
             with our_errors(is_commit=True):
                 connection.commit()
             return result
@@ -163,7 +172,7 @@ class MariaDBStorage:
     @contextmanager
     def _connection(self) -> Generator[Connection]:
         if self._closed.is_set():
-            raise UsageError("this MariaDBStorage is closed")
+            raise UsageError("this MariaDBStorage is closed; make a new one")
         idle = self._idle.setdefault(os.getpid(), [])
         try:
             connection = idle.pop()
@@ -181,21 +190,25 @@ class MariaDBStorage:
             self.close()
 
     def _open(self) -> Connection:
-        timeouts = dict.fromkeys(["read_timeout", "write_timeout"], 2 * self._timeout)
+        timeout = 2 * self._timeout
         with our_errors():
-            connection = pymysql.connect(
-                **self._connect, charset="utf8mb4", autocommit=True, connect_timeout=10, **timeouts
+            connection: Connection = pymysql.connect(
+                charset="utf8mb4",
+                autocommit=True,
+                read_timeout=timeout,
+                write_timeout=timeout,
+                **self._connect,
             )
             with connection.cursor() as cursor:
-                cursor.execute(SESSION, (self._timeout,))
+                cursor.execute(SETTINGS, (self._timeout,))
                 cursor.execute(TABLE)
         return connection
 
 
-def rows(cursor: Cursor, query: str, arguments: tuple[object, ...]) -> list[tuple[str, str]]:
+def rows(cursor: Cursor, query: str, arguments: tuple[object, ...]) -> dict[str, str]:
     with our_errors():
         cursor.execute(query, arguments)
-        return [(user_id.decode(), text) for user_id, text in cursor.fetchall()]
+        return dict(cursor.fetchall())
 
 
 def open_url(url: str) -> MariaDBStorage:

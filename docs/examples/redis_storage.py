@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
@@ -100,7 +101,7 @@ class RedisStorage:
     def read_after(self, user_id: str, limit: int) -> dict[str, Metadata]:
         after = f"({user_id}" if user_id else "-"
         with self._client() as client, our_errors():
-            found = client.zrangebylex(self._keys[1], after, "+", 0, limit)
+            found: list[Any] = client.zrangebylex(self._keys[1], after, "+", 0, limit)
         return self.read([each.decode() for each in found])
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:

@@ -9,25 +9,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, TypeVar
 
-from sqlalchemy import (
-    Column,
-    Connection,
-    Engine,
-    MetaData,
-    Select,
-    String,
-    Table,
-    Text,
-    create_engine,
-    delete,
-    event,
-    exc,
-    make_url,
-    select,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.schema import CreateTable
-from sqlalchemy.types import TypeDecorator
 
 from usermetadata import (
     DamagedMetadataError,
@@ -52,30 +36,24 @@ SETTINGS = {
 }
 
 
-class Bytes(TypeDecorator[str]):
-    """Text as bytes: MariaDB would compare characters without case or without trailing blanks."""
-
-    impl, cache_ok = mysql.VARBINARY, True
-
-    def process_bind_param(self, value: str | None, dialect: object) -> Any:
-        return None if value is None else value.encode()
-
-    def process_result_value(self, value: Any, dialect: object) -> str | None:
-        return None if value is None else bytes(value).decode()
+def id_column(name: str, length: int) -> sa.Column[str]:
+    # The default collation of MariaDB ignores case, accents and blanks at the end. Those of
+    # PostgreSQL do not, and "C" sorts quickly. For MySQL, name utf8mb4_0900_bin.
+    in_mariadb = mysql.VARCHAR(length, charset="utf8mb4", collation="utf8mb4_nopad_bin")
+    kind = sa.String(length).with_variant(in_mariadb, "mysql", "mariadb")
+    return sa.Column(
+        name, kind.with_variant(sa.Text(collation="C"), "postgresql"), primary_key=True
+    )
 
 
-def id_column(name: str, length: int) -> Column[str]:
-    kind = String(length).with_variant(Bytes(4 * length), "mysql", "mariadb")
-    return Column(name, kind.with_variant(Text(collation="C"), "postgresql"), primary_key=True)
-
-
-LONG = Text().with_variant(mysql.LONGTEXT(charset="utf8mb4"), "mysql", "mariadb")
-TABLE = Table(
+LONG = sa.Text().with_variant(mysql.LONGTEXT(charset="utf8mb4"), "mysql", "mariadb")
+TABLE = sa.Table(
     "user_metadata",
-    MetaData(),
-    *(id_column("app_id", 64), id_column("user_id", 255), Column("metadata", LONG, nullable=False)),
+    sa.MetaData(),
+    *(id_column("app_id", 64), id_column("user_id", 255)),
+    sa.Column("metadata", LONG, nullable=False),
 )
-ROWS = select(TABLE.c.user_id, TABLE.c.metadata)
+ROWS = sa.select(TABLE.c.user_id, TABLE.c.metadata)
 
 
 class UndoneError(StorageBusyError):
@@ -83,12 +61,14 @@ class UndoneError(StorageBusyError):
 
 
 @contextmanager
-def our_errors(otherwise: type[StorageError] = StorageError) -> Generator[None]:
+def our_errors(
+    otherwise: type[StorageError] = StorageError,
+) -> Generator[None]:
     try:
         yield
-    except exc.TimeoutError as error:
+    except sa.exc.TimeoutError as error:
         raise StorageBusyError("timed out waiting for a connection; repeat it") from error
-    except exc.DBAPIError as error:
+    except sa.exc.DBAPIError as error:
         driver: Any = error.orig
         codes = {getattr(driver, name, None) for name in ("sqlite_errorcode", "sqlstate")}
         codes |= {*driver.args[:1]}
@@ -123,11 +103,11 @@ class SQLAlchemyStorage:
     reads_in_flight = writes_in_flight = 4
 
     def __init__(self, url: str, *, app_id: str = "public") -> None:
-        self._url, self._app_id = make_url(url), check_app_id(app_id)
+        self._url, self._app_id = sa.make_url(url), check_app_id(app_id)
         backend = self._url.get_backend_name()
         self._backend = "mysql" if backend == "mariadb" else backend
         # By process: a child must neither use nor close the connections of its parent.
-        self._engines: dict[int, Engine] = {}
+        self._engines: dict[int, sa.Engine] = {}
         self._created: set[int] = set()
         self._closed = threading.Event()
 
@@ -144,7 +124,7 @@ class SQLAlchemyStorage:
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         user_ids = sorted({user_id for user_id, _ in changes})  # one order, so no deadlocks
 
-        def work(connection: Connection) -> list[Metadata | None]:
+        def work(connection: sa.Connection) -> list[Metadata | None]:
             # Locks the users. One without a row gets one, which no other transaction sees.
             self._upsert(connection, "user_id", dict.fromkeys(user_ids, ""))
             found = self._texts(connection, user_ids)
@@ -154,7 +134,7 @@ class SQLAlchemyStorage:
             for chunk in chunks([user_id for user_id in user_ids if user_id not in texts]):
                 with our_errors():
                     connection.execute(
-                        delete(TABLE).where(
+                        sa.delete(TABLE).where(
                             TABLE.c.app_id == self._app_id, TABLE.c.user_id.in_(chunk)
                         )
                     )
@@ -172,14 +152,14 @@ class SQLAlchemyStorage:
         if engine := self._engines.pop(os.getpid(), None):
             engine.dispose()
 
-    def _texts(self, connection: Connection, user_ids: Sequence[str]) -> dict[str, str]:
+    def _texts(self, connection: sa.Connection, user_ids: Sequence[str]) -> dict[str, str]:
         found: dict[str, str] = {}
         for chunk in chunks(user_ids):
             query = ROWS.where(TABLE.c.app_id == self._app_id, TABLE.c.user_id.in_(chunk))
             found.update(rows(connection, query))
         return found
 
-    def _upsert(self, connection: Connection, column: str, texts: dict[str, str]) -> None:
+    def _upsert(self, connection: sa.Connection, column: str, texts: dict[str, str]) -> None:
         statement: Any
         if self._backend == "mysql":
             inserting = mysql.insert(TABLE)
@@ -194,7 +174,7 @@ class SQLAlchemyStorage:
             if new:
                 connection.execute(statement, new)
 
-    def _in_transaction(self, level: str, work: Callable[[Connection], R]) -> R:
+    def _in_transaction(self, level: str, work: Callable[[sa.Connection], R]) -> R:
         for attempt in range(1, ATTEMPTS):
             try:
                 return self._try(level, work)
@@ -202,7 +182,7 @@ class SQLAlchemyStorage:
                 time.sleep(random.uniform(0, 0.02 * attempt))
         return self._try(level, work)
 
-    def _try(self, level: str, work: Callable[[Connection], R]) -> R:
+    def _try(self, level: str, work: Callable[[sa.Connection], R]) -> R:
         if self._closed.is_set():
             raise UsageError("this SQLAlchemyStorage is closed")
         with our_errors(StorageUnavailableError):
@@ -215,17 +195,17 @@ class SQLAlchemyStorage:
                 connection.commit()
             return result
 
-    def _begin(self, connection: Connection, level: str) -> None:
+    def _begin(self, connection: sa.Connection, level: str) -> None:
         begin = f"SET TRANSACTION ISOLATION LEVEL {level}"
         if self._backend == "sqlite":
             begin = "BEGIN IMMEDIATE" if level == WRITE else "BEGIN"
         connection.exec_driver_sql(begin)
 
-    def _engine(self) -> Engine:
+    def _engine(self) -> sa.Engine:
         process = os.getpid()
         if process not in self._engines:
-            engine = create_engine(self._url, hide_parameters=True)
-            event.listen(engine, "connect", self._prepare)
+            engine = sa.create_engine(self._url, hide_parameters=True)
+            sa.event.listen(engine, "connect", self._prepare)
             self._engines.setdefault(process, engine)
         engine = self._engines[process]
         if process not in self._created:
@@ -244,6 +224,6 @@ class SQLAlchemyStorage:
         connection.commit()
 
 
-def rows(connection: Connection, query: Select[tuple[str, str]]) -> dict[str, str]:
+def rows(connection: sa.Connection, query: sa.Select[tuple[str, str]]) -> dict[str, str]:
     with our_errors():
         return {row.user_id: row.metadata for row in connection.execute(query)}

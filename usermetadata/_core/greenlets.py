@@ -16,7 +16,7 @@ R = TypeVar("R")
 class Call(Protocol):
     """Calls a function that may block."""
 
-    def __call__(self, function: Callable[[A], R], argument: A) -> R: ...
+    def __call__(self, function: Callable[[A], R], argument: A, /) -> R: ...
 
 
 def patched_by() -> str | None:

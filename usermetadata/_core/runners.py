@@ -55,9 +55,8 @@ class BlockingRunner:
     def __init__(self, storage: Storage, store: object = None, *, is_joined: bool = False) -> None:
         self._storage = storage
         self._loop_here: Callable[[], object] | None = None
-        if not is_joined and (
-            getattr(storage, "reads_in_flight", 1) or getattr(storage, "writes_in_flight", 1)
-        ):
+        at_once = {getattr(storage, name, 1) for name in ("reads_in_flight", "writes_in_flight")}
+        if not is_joined and at_once != {0}:
             import asyncio
 
             self._loop_here = asyncio._get_running_loop  # no call of Python code
