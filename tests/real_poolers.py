@@ -39,7 +39,7 @@ class RealPooler:
         self._user = user
         self._log = folder / "log"
         self._configuration = folder / "configuration"
-        ports = _free_ports(2)
+        ports = free_ports(2)
         self._configuration.write_text(self.configuration(server, folder, ports, settings))
         self.url = make_conninfo(
             server.url, host="127.0.0.1", port=ports[0], sslmode="disable", gssencmode="disable"
@@ -156,7 +156,8 @@ def find(program: str, package: str) -> str:
     return path
 
 
-def _free_ports(number: int) -> list[str]:
+def free_ports(number: int) -> list[str]:
+    """Return ports on which nothing listens."""
     with contextlib.ExitStack() as stack:
         listeners = [
             stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)

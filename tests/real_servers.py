@@ -1,9 +1,10 @@
-"""Redis and MariaDB servers of the tests' own, each in a temporary folder, without a port."""
+"""Redis and MariaDB servers of the tests' own, each in a temporary folder and on a free port."""
 
 from __future__ import annotations
 
 import getpass
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pymysql
-from real_poolers import find
+from real_poolers import find, free_ports
 
 
 class Server:
@@ -21,11 +22,11 @@ class Server:
     Args:
         command: starts it in the foreground.
         log: the file for what it writes.
-        address: the socket on which it listens once it has started.
+        port: where it listens once it has started.
     """
 
-    def __init__(self, command: list[str], log: Path, address: str) -> None:
-        self._command, self._log, self._address = command, log, address
+    def __init__(self, command: list[str], log: Path, port: str) -> None:
+        self._command, self._log, self._port = command, log, int(port)
         self.start()
 
     def start(self) -> None:
@@ -35,17 +36,24 @@ class Server:
         deadline = time.monotonic() + 60
         while True:
             try:
-                with socket.socket(socket.AF_UNIX) as client:
-                    client.connect(self._address)
-                    return
+                socket.create_connection(("127.0.0.1", self._port)).close()
+                return
             except OSError:
                 assert self._process.poll() is None, self._log.read_text()
                 assert time.monotonic() < deadline, self._log.read_text()
                 time.sleep(0.01)
 
+    def pause(self) -> None:
+        """Let it answer nothing until ``resume``."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._process.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """Kill it, like a crash; the data stays."""
-        self._process.kill()
+        self._process.kill()  # also one that is paused
         self._process.wait(timeout=60)
 
 
@@ -59,11 +67,11 @@ class RedisServer(Server):
     def __init__(self) -> None:
         program = find("redis-server", "redis-server")
         self._folder = Path(tempfile.mkdtemp())
-        address = f"{self._folder}/socket"
-        self.url = f"unix://{address}"
-        options = {"port": "0", "unixsocket": address, "save": "", "dir": str(self._folder)}
+        [port] = free_ports(1)
+        self.url = f"redis://127.0.0.1:{port}"
+        options = {"bind": "127.0.0.1", "port": port, "save": "", "dir": str(self._folder)}
         command = [program, *(part for name in options for part in (f"--{name}", options[name]))]
-        super().__init__(command, self._folder / "log", address)
+        super().__init__(command, self._folder / "log", port)
 
     def stop(self) -> None:
         """Stop, and remove the folder."""
@@ -75,28 +83,28 @@ class MariaDBServer(Server):
     """A MariaDB server.
 
     Attributes:
-        arguments: what PyMySQL needs to connect.
+        url: its database ``users``.
+        arguments: what PyMySQL needs to connect to the server.
     """
 
     def __init__(self) -> None:
         program = find("mariadbd", "mariadb-server")
         self._folder = Path(tempfile.mkdtemp())
         (self._folder / "data").mkdir()
-        address = f"{self._folder}/socket"
-        # Without the latter PyMySQL reads all root certificates for each connection.
-        self.arguments: dict[str, Any] = {
-            "unix_socket": address,
-            "user": "root",
-            "ssl_disabled": True,
-        }
+        [port] = free_ports(1)
+        self.url = f"mysql://root@127.0.0.1:{port}/users"
+        # Without ssl_disabled PyMySQL reads all root certificates for each connection.
+        self.arguments: dict[str, Any] = {"host": "127.0.0.1", "port": int(port), "user": "root"}
+        self.arguments["ssl_disabled"] = True
         command = [
-            *(program, "--no-defaults", f"--user={getpass.getuser()}", "--skip-networking"),
-            *(f"--datadir={self._folder}/data", f"--socket={address}"),
+            *(program, "--no-defaults", f"--user={getpass.getuser()}", "--bind-address=127.0.0.1"),
+            *(f"--port={port}", f"--socket={self._folder}/socket"),
+            f"--datadir={self._folder}/data",
             "--skip-grant-tables",  # installing the tables of users takes three times as long
             *("--innodb-log-file-size=8M", "--innodb-buffer-pool-size=32M"),
             "--innodb-flush-log-at-trx-commit=2",  # a write survives a kill of the process
         ]
-        super().__init__(command, self._folder / "log", address)
+        super().__init__(command, self._folder / "log", port)
         self.execute("CREATE DATABASE users")
 
     def execute(self, statement: str) -> tuple[tuple[object, ...], ...]:

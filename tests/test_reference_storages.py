@@ -102,9 +102,8 @@ class TestSQLAlchemyOnMariaDB(Conformance):
     @pytest.fixture
     def make(self, mariadb_server: MariaDBServer) -> Callable[[], Storage]:
         empty(mariadb_server)
-        socket = mariadb_server.arguments["unix_socket"]
-        url = f"mysql+pymysql://root@localhost/users?unix_socket={socket}&ssl_disabled=true"
-        return lambda: SQLAlchemyStorage(url)
+        url = mariadb_server.url.replace("mysql", "mysql+pymysql")
+        return lambda: SQLAlchemyStorage(f"{url}?ssl_disabled=true")
 
 
 @contextlib.contextmanager
