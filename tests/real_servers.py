@@ -21,17 +21,17 @@ class Server:
 
     Args:
         command: starts it in the foreground.
-        log: the file for what it writes.
+        folder: where its files are.
         port: where it listens once it has started.
     """
 
-    def __init__(self, command: list[str], log: Path, port: str) -> None:
-        self._command, self._log, self._port = command, log, int(port)
+    def __init__(self, command: list[str], folder: Path, port: str) -> None:
+        self._command, self._folder, self._port = command, folder, int(port)
         self.start()
 
     def start(self) -> None:
         """Start, and return as soon as it accepts connections."""
-        with self._log.open("ab") as log:
+        with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
         deadline = time.monotonic() + 60
         while True:
@@ -39,8 +39,8 @@ class Server:
                 socket.create_connection(("127.0.0.1", self._port)).close()
                 return
             except OSError:
-                assert self._process.poll() is None, self._log.read_text()
-                assert time.monotonic() < deadline, self._log.read_text()
+                assert self._process.poll() is None, (self._folder / "log").read_text()
+                assert time.monotonic() < deadline, (self._folder / "log").read_text()
                 time.sleep(0.01)
 
     def pause(self) -> None:
@@ -51,10 +51,16 @@ class Server:
         """Let it go on."""
         self._process.send_signal(signal.SIGCONT)
 
-    def kill(self) -> None:
-        """Kill it, like a crash; the data stays."""
-        self._process.kill()  # also one that is paused
+    def end(self) -> None:
+        """End it, which breaks all connections; the data stays."""
+        self._process.terminate()
         self._process.wait(timeout=60)
+
+    def stop(self) -> None:
+        """Kill it, and remove the data."""
+        self._process.kill()
+        self._process.wait(timeout=60)
+        shutil.rmtree(self._folder)
 
 
 class RedisServer(Server):
@@ -66,17 +72,12 @@ class RedisServer(Server):
 
     def __init__(self) -> None:
         program = find("redis-server", "redis-server")
-        self._folder = Path(tempfile.mkdtemp())
+        folder = Path(tempfile.mkdtemp())
         [port] = free_ports(1)
         self.url = f"redis://127.0.0.1:{port}"
-        options = {"bind": "127.0.0.1", "port": port, "save": "", "dir": str(self._folder)}
+        options = {"bind": "127.0.0.1", "port": port, "save": "", "dir": str(folder)}
         command = [program, *(part for name in options for part in (f"--{name}", options[name]))]
-        super().__init__(command, self._folder / "log", port)
-
-    def stop(self) -> None:
-        """Stop, and remove the folder."""
-        self.kill()
-        shutil.rmtree(self._folder)
+        super().__init__(command, folder, port)
 
 
 class MariaDBServer(Server):
@@ -89,8 +90,8 @@ class MariaDBServer(Server):
 
     def __init__(self) -> None:
         program = find("mariadbd", "mariadb-server")
-        self._folder = Path(tempfile.mkdtemp())
-        (self._folder / "data").mkdir()
+        folder = Path(tempfile.mkdtemp())
+        (folder / "data").mkdir()
         [port] = free_ports(1)
         self.url = f"mysql://root@127.0.0.1:{port}/users"
         # Without ssl_disabled PyMySQL reads all root certificates for each connection.
@@ -98,13 +99,13 @@ class MariaDBServer(Server):
         self.arguments["ssl_disabled"] = True
         command = [
             *(program, "--no-defaults", f"--user={getpass.getuser()}", "--bind-address=127.0.0.1"),
-            *(f"--port={port}", f"--socket={self._folder}/socket"),
-            f"--datadir={self._folder}/data",
+            *(f"--port={port}", f"--socket={folder}/socket"),
+            f"--datadir={folder}/data",
             "--skip-grant-tables",  # installing the tables of users takes three times as long
             *("--innodb-log-file-size=8M", "--innodb-buffer-pool-size=32M"),
             "--innodb-flush-log-at-trx-commit=2",  # a write survives a kill of the process
         ]
-        super().__init__(command, self._folder / "log", port)
+        super().__init__(command, folder, port)
         self.execute("CREATE DATABASE users")
 
     def execute(self, statement: str) -> tuple[tuple[object, ...], ...]:
@@ -115,8 +116,3 @@ class MariaDBServer(Server):
         ):
             cursor.execute(statement)
             return tuple(cursor.fetchall())
-
-    def stop(self) -> None:
-        """Stop, and remove the data."""
-        self.kill()
-        shutil.rmtree(self._folder)

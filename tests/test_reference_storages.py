@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
+import sys
+import threading
 import uuid
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import django
@@ -13,6 +19,8 @@ import django.db
 import pymysql
 import pytest
 import redis
+import sqlalchemy as sa
+from django.apps import apps
 from django.db import transaction
 from mariadb_storage import MariaDBStorage
 from postgres_server import server_url, with_parameters
@@ -22,21 +30,43 @@ from redis_storage import RedisStorage
 from sqlalchemy_storage import SQLAlchemyStorage
 
 import usermetadata
-from usermetadata import UserMetadataOverrideConfig, syncio
-from usermetadata.changes import Merge
+from usermetadata import (
+    DamagedMetadataError,
+    OutcomeUnknownError,
+    StorageBusyError,
+    StorageUnavailableError,
+    UserMetadataOverrideConfig,
+    syncio,
+)
+from usermetadata.changes import Clear, Merge, Modify, Replace
 from usermetadata.interfaces import RecipeInterface
 from usermetadata.testing import StorageConformance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
-    from pathlib import Path
 
     from usermetadata import Storage
+
+EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
+
+
+@dataclass
+class Database:
+    """An empty database.
+
+    Attributes:
+        make: makes a storage over it.
+        program: an expression that does so in another process.
+        damage: stores text, whatever it is, as alice's row.
+    """
+
+    make: Callable[..., Storage]
+    program: str
+    damage: Callable[[str], object]
 
 
 @pytest.fixture(scope="module")
 def redis_server() -> Generator[RedisServer, None, None]:
-    """A Redis server."""
     server = RedisServer()
     yield server
     server.stop()
@@ -44,140 +74,345 @@ def redis_server() -> Generator[RedisServer, None, None]:
 
 @pytest.fixture(scope="module")
 def mariadb_server() -> Generator[MariaDBServer, None, None]:
-    """A MariaDB server."""
     server = MariaDBServer()
     yield server
     server.stop()
 
 
-class Conformance(StorageConformance):
-    """The suite, with a function ``make`` that makes a storage over the same empty database."""
-
-    @pytest.fixture
-    def storage(self, make: Callable[[], Storage]) -> Generator[Storage, None, None]:
-        with contextlib.closing(make()) as storage:
-            yield storage
-
-    @pytest.fixture
-    def second_storage(self, make: Callable[[], Storage]) -> Generator[Storage, None, None]:
-        with contextlib.closing(make()) as storage:
-            yield storage
+@pytest.fixture
+def on_redis(redis_server: RedisServer) -> Generator[Database, None, None]:
+    url = redis_server.url
+    with contextlib.closing(redis.Redis.from_url(url)) as client:
+        client.flushall()
+        damage = partial(client.hset, "usermetadata:rows:public", "alice")
+        program = f"redis_storage.RedisStorage({url!r})"
+        yield Database(partial(RedisStorage, url), program, damage)
 
 
-class TestRedis(Conformance):
-    @pytest.fixture
-    def make(self, redis_server: RedisServer) -> Callable[[], Storage]:
-        with contextlib.closing(redis.Redis.from_url(redis_server.url)) as client:
-            client.flushall()
-        return lambda: RedisStorage(redis_server.url)
-
-
-def empty(server: MariaDBServer) -> None:
-    """Remove all rows."""
+@pytest.fixture
+def on_mariadb(mariadb_server: MariaDBServer) -> Database:
+    arguments = {**mariadb_server.arguments, "database": "users"}
     with contextlib.suppress(pymysql.ProgrammingError):  # the table was not created yet
-        server.execute("DELETE FROM users.user_metadata")
+        mariadb_server.execute("DELETE FROM users.user_metadata")
+
+    def damage(text: str) -> None:
+        mariadb_server.execute(f"REPLACE users.user_metadata VALUES ('public', 'alice', '{text}')")
+
+    program = f"mariadb_storage.MariaDBStorage(**{arguments!r})"
+    return Database(partial(MariaDBStorage, **arguments), program, damage)
 
 
-class TestMariaDB(Conformance):
-    @pytest.fixture
-    def make(self, mariadb_server: MariaDBServer) -> Callable[[], Storage]:
-        empty(mariadb_server)
-        return lambda: MariaDBStorage(**mariadb_server.arguments, database="users")
+def by_sqlalchemy(url: str) -> Database:
+    def damage(text: str) -> None:
+        engine = sa.create_engine(url)
+        with engine.begin() as connection:
+            connection.execute(sa.text("DELETE FROM user_metadata WHERE user_id = 'alice'"))
+            insert = f"INSERT INTO user_metadata VALUES ('public', 'alice', '{text}')"
+            connection.execute(sa.text(insert))
+        engine.dispose()
+
+    program = f"sqlalchemy_storage.SQLAlchemyStorage({url!r})"
+    return Database(partial(SQLAlchemyStorage, url), program, damage)
 
 
-class TestSQLAlchemyOnSQLite(Conformance):
-    @pytest.fixture
-    def make(self, tmp_path: Path) -> Callable[[], Storage]:
-        return lambda: SQLAlchemyStorage(f"sqlite:///{tmp_path}/users.db")
+@pytest.fixture
+def sqlalchemy_on_sqlite(tmp_path: Path) -> Database:
+    return by_sqlalchemy(f"sqlite:///{tmp_path}/users.db")
 
 
-class TestSQLAlchemyOnPostgreSQL(Conformance):
-    @pytest.fixture
-    def make(self, schema: str) -> Callable[[], Storage]:
-        url = with_parameters(server_url(), options=f"-csearch_path={schema}")
-        return lambda: SQLAlchemyStorage(url.replace("postgresql://", "postgresql+psycopg://"))
+@pytest.fixture
+def sqlalchemy_on_postgres(schema: str) -> Database:
+    url = with_parameters(server_url(), options=f"-csearch_path={schema}")
+    return by_sqlalchemy(url.replace("postgresql://", "postgresql+psycopg://"))
 
 
-class TestSQLAlchemyOnMariaDB(Conformance):
-    @pytest.fixture
-    def make(self, mariadb_server: MariaDBServer) -> Callable[[], Storage]:
-        empty(mariadb_server)
-        url = mariadb_server.url.replace("mysql", "mysql+pymysql")
-        return lambda: SQLAlchemyStorage(f"{url}?ssl_disabled=true")
+@pytest.fixture
+def sqlalchemy_on_mariadb(on_mariadb: Database, mariadb_server: MariaDBServer) -> Database:
+    url = mariadb_server.url.replace("mysql", "mysql+pymysql")
+    return by_sqlalchemy(f"{url}?ssl_disabled=true")
 
 
 @contextlib.contextmanager
-def django_database(**settings: object) -> Generator[str, None, None]:
-    """Give Django a database with the model's table; yield its alias."""
+def by_django(**settings: object) -> Generator[Database, None, None]:
     import_module("django_app")  # configures Django, once in a process
-    if not django.apps.apps.ready:
+    if not apps.ready:
         django.setup()
+    example: Any = import_module("django_storage")
     handler: Any = django.db.connections
     alias = f"reference_{uuid.uuid4().hex}"
     handler.settings[alias] = handler.configure_settings({"default": settings})["default"]
     with handler[alias].schema_editor() as editor:
-        editor.create_model(import_module("django_storage").UserMetadata)
+        editor.create_model(example.UserMetadata)
     handler[alias].close()
-    yield alias
+
+    def damage(text: str) -> None:
+        rows = example.UserMetadata.objects.using(alias)
+        rows.filter(user_id="alice").delete()
+        rows.create(app_id="public", user_id="alice", metadata=text)
+
+    yield Database(partial(example.DjangoStorage, using=alias), "", damage)
     handler[alias].close()
     del handler.settings[alias]
 
 
 @pytest.fixture
-def django_on_sqlite(tmp_path: Path) -> Generator[str, None, None]:
-    with django_database(
+def django_on_sqlite(tmp_path: Path) -> Generator[Database, None, None]:
+    with by_django(
         ENGINE="django.db.backends.sqlite3", NAME=tmp_path / "users.db", OPTIONS={"timeout": 30}
-    ) as alias:
-        yield alias
+    ) as database:
+        yield database
 
 
 @pytest.fixture
-def django_on_postgres(schema: str) -> Generator[str, None, None]:
+def django_on_postgres(schema: str) -> Generator[Database, None, None]:
     options = conninfo_to_dict(server_url(), options=f"-csearch_path={schema}")
     name = options.pop("dbname")
-    with django_database(
-        ENGINE="django.db.backends.postgresql", NAME=name, OPTIONS=options
-    ) as alias:
-        yield alias
+    with by_django(ENGINE="django.db.backends.postgresql", NAME=name, OPTIONS=options) as database:
+        yield database
 
 
-class TestDjangoOnSQLite(Conformance):
+ON_DJANGO = ["django_on_sqlite", "django_on_postgres"]
+ON_MARIADB = ["on_mariadb", "sqlalchemy_on_mariadb"]
+DATABASES = ["on_redis", *ON_MARIADB, "sqlalchemy_on_sqlite", "sqlalchemy_on_postgres", *ON_DJANGO]
+
+
+@pytest.fixture(params=DATABASES)
+def database(request: pytest.FixtureRequest) -> Database:
+    """Each storage in turn, on each server."""
+    found: Database = request.getfixturevalue(request.param)
+    return found
+
+
+class TestConformance(StorageConformance):
     @pytest.fixture
-    def make(self, django_on_sqlite: str) -> Callable[[], Storage]:
-        return lambda: import_module("django_storage").DjangoStorage(using=django_on_sqlite)
+    def storage(self, database: Database) -> Generator[Storage, None, None]:
+        with contextlib.closing(database.make()) as storage:
+            yield storage
 
-
-class TestDjangoOnPostgreSQL(Conformance):
     @pytest.fixture
-    def make(self, django_on_postgres: str) -> Callable[[], Storage]:
-        return lambda: import_module("django_storage").DjangoStorage(using=django_on_postgres)
+    def second_storage(self, database: Database) -> Generator[Storage, None, None]:
+        with contextlib.closing(database.make()) as storage:
+            yield storage
 
 
-@pytest.mark.parametrize("database", ["django_on_sqlite", "django_on_postgres"])
+def count(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {"n": metadata.get("n", 0) + 1}
+
+
+def test_set_and_clear_repair_a_damaged_row(database: Database) -> None:
+    """Changes that need what is stored name the user; those that do not are done."""
+    with contextlib.closing(database.make()) as storage:
+        storage.write([("alice", Merge({}))])  # creates the table
+        for repair, stored in ((Replace({"n": 1}), {"alice": {"n": 1}}), (Clear(), {})):
+            database.damage("[1")
+            calls: list[Callable[[], object]] = [
+                lambda: storage.read(["alice"]),
+                lambda: storage.write([("bob", Merge({})), ("alice", Merge({"n": 1}))]),
+            ]
+            for call in calls:
+                with pytest.raises(DamagedMetadataError) as caught:
+                    call()
+                assert caught.value.user_id == "alice"
+            storage.write([("alice", repair)])
+            assert storage.read(["alice", "bob"]) == stored
+
+
+def test_users_are_listed(database: Database) -> None:
+    """``read_after`` returns each user once, page by page, of one app."""
+    with contextlib.closing(database.make()) as storage:
+        users = [f"user {number}" for number in range(5)]
+        storage.write([(user, Merge({"id": user})) for user in reversed(users)])
+        storage.for_app("other").write([("user 7", Merge({}))])
+        storage.write([("user 3", Clear())])
+        pages = [storage.read_after("", 3), storage.read_after("user 2", 3)]
+        assert [[*page] for page in pages] == [users[:3], ["user 4"]]
+        assert pages[1] == {"user 4": {"id": "user 4"}}
+        assert storage.read_after("user 4", 3) == {}
+
+
+PROGRAM = """
+import contextlib, os, sys
+sys.path.insert(0, {examples!r})
+import mariadb_storage, redis_storage, sqlalchemy_storage
+from usermetadata.changes import Modify
+
+def count(metadata):
+    return {{"n": metadata.get("n", 0) + 1}}
+
+for program in {programs!r}:
+    storage = eval(program)
+    assert storage.read(["alice"]) == {{}}  # the parent has an open connection
+    child = os.fork()
+    for _ in range(50):
+        storage.write([("alice", Modify(count))])
+    if child == 0:
+        storage.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert storage.read(["alice"]) == {{"alice": {{"n": 100}}}}, storage.read(["alice"])
+    storage.close()
+"""
+
+
+def test_a_fork_is_two_processes(
+    on_redis: Database,
+    on_mariadb: Database,
+    sqlalchemy_on_sqlite: Database,
+    sqlalchemy_on_postgres: Database,
+) -> None:
+    """Parent and child write the same user, at first without a row, and lose nothing."""
+    databases = (on_redis, on_mariadb, sqlalchemy_on_sqlite, sqlalchemy_on_postgres)
+    programs = [database.program for database in databases]
+    program = PROGRAM.format(examples=str(EXAMPLES), programs=programs)
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["on_redis", *ON_MARIADB])
+def test_a_server_that_ends_during_a_write_has_done_nothing(
+    request: pytest.FixtureRequest, name: str
+) -> None:
+    """The error says that the server cannot be reached; the storage works once it is back."""
+    database = request.getfixturevalue(name)
+    server = request.getfixturevalue("redis_server" if name == "on_redis" else "mariadb_server")
+    with contextlib.closing(database.make()) as storage:
+        storage.write([("alice", Merge({"n": 1}))])
+
+        def end(metadata: dict[str, Any]) -> dict[str, Any]:
+            server.end()
+            return count(metadata)
+
+        try:
+            with pytest.raises(StorageUnavailableError) as caught:
+                storage.write([("alice", Modify(end))])
+            with pytest.raises(StorageUnavailableError):
+                storage.read(["alice"])
+        finally:
+            server.start()
+        assert caught.value.__cause__ is not None
+        expected = {} if name == "on_redis" else {"alice": {"n": 1}}  # it keeps nothing on disk
+        assert storage.read(["alice"]) == expected
+        assert storage.write([("alice", Replace({"n": 5}))]) == [{"n": 5}]
+
+
+def test_redis_without_an_answer_leaves_the_outcome_unknown(
+    on_redis: Database, redis_server: RedisServer
+) -> None:
+    """The write was sent. It is not repeated, although it may have been done."""
+    with contextlib.closing(on_redis.make(timeout=0.2)) as storage:
+        storage.write([("alice", Merge({"n": 1}))])
+
+        def pause(metadata: dict[str, Any]) -> dict[str, Any]:
+            redis_server.pause()
+            return count(metadata)
+
+        with pytest.raises(OutcomeUnknownError):
+            storage.write([("alice", Modify(pause))])
+        redis_server.resume()
+        assert storage.write([("alice", Modify(count))]) in ([{"n": 2}], [{"n": 3}])
+
+
+@pytest.mark.parametrize("name", ON_MARIADB)
+def test_mariadb_without_an_answer_to_commit_leaves_the_outcome_unknown(
+    request: pytest.FixtureRequest, mariadb_server: MariaDBServer, name: str
+) -> None:
+    """COMMIT was sent, so the write is not repeated."""
+    database: Database = request.getfixturevalue(name)
+    with contextlib.ExitStack() as stack:
+        if name == "on_mariadb":
+            storage = stack.enter_context(contextlib.closing(database.make(timeout=1)))
+        else:
+            url = f"{mariadb_server.url}?ssl_disabled=true&read_timeout=1"
+            made = SQLAlchemyStorage(url.replace("mysql", "mysql+pymysql"))
+            storage = stack.enter_context(contextlib.closing(made))
+        storage.write([("alice", Merge({"n": 1}))])
+        blocking = stack.enter_context(pymysql.connect(**mariadb_server.arguments))
+        calls: list[int] = []
+
+        def block(metadata: dict[str, Any]) -> dict[str, Any]:
+            calls.append(1)
+            with blocking.cursor() as cursor:
+                cursor.execute("BACKUP STAGE START")
+                cursor.execute("BACKUP STAGE BLOCK_COMMIT")
+            return count(metadata)
+
+        with pytest.raises(OutcomeUnknownError):
+            storage.write([("alice", Modify(block))])
+        with blocking.cursor() as cursor:
+            cursor.execute("BACKUP STAGE END")
+        assert calls == [1]
+        assert storage.write([("alice", Modify(count))]) in ([{"n": 2}], [{"n": 3}])
+
+
+def test_a_held_user_is_waited_for_no_longer_than_the_timeout(on_mariadb: Database) -> None:
+    """The error says that another writer was in the way; nothing is stored."""
+    with contextlib.closing(on_mariadb.make(timeout=1)) as storage:
+        errors: list[BaseException] = []
+
+        def write() -> None:
+            try:
+                storage.write([("alice", Merge({"n": 2}))])
+            except StorageBusyError as error:
+                errors.append(error)
+
+        def hold(metadata: dict[str, Any]) -> dict[str, Any]:
+            thread = threading.Thread(target=write)
+            thread.start()
+            thread.join()
+            return count(metadata)
+
+        assert storage.write([("alice", Modify(hold))]) == [{"n": 1}]
+        assert len(errors) == 1
+
+
+@pytest.mark.usefixtures("on_redis", "on_mariadb")
+def test_a_url_names_them(
+    redis_server: RedisServer,
+    mariadb_server: MariaDBServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A package that has the examples as modules registers their schemes."""
+    info = tmp_path / "storages-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: storages\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[usermetadata.storages]\n"
+        "redis = redis_storage:RedisStorage\nmysql = mariadb_storage:open_url\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for url in (redis_server.url, mariadb_server.url):
+        usermetadata.init(url)
+        usermetadata.init(url)  # the same again
+        assert syncio.update_user_metadata("alice", {"n": 1}).metadata == {"n": 1}
+        usermetadata.close()
+
+
+class Counting(RecipeInterface):
+    """Counts the reads in another user's metadata."""
+
+    def __init__(self, original: RecipeInterface) -> None:
+        self.original = original
+
+    async def get_user_metadata(self, user_id: str, user_context: dict[str, Any]) -> Any:
+        syncio.modify_user_metadata("reads", count)
+        return await self.original.get_user_metadata(user_id, user_context)
+
+    async def update_user_metadata(
+        self, user_id: str, metadata_update: dict[str, Any], user_context: dict[str, Any]
+    ) -> Any:
+        return await self.original.update_user_metadata(user_id, metadata_update, user_context)
+
+    async def clear_user_metadata(self, user_id: str, user_context: dict[str, Any]) -> Any:
+        return await self.original.clear_user_metadata(user_id, user_context)
+
+
+@pytest.mark.parametrize("name", ON_DJANGO)
 def test_djangos_orm_works_under_an_override(
-    request: pytest.FixtureRequest, facade: Any, database: str
+    request: pytest.FixtureRequest, facade: Any, name: str
 ) -> None:
     """It refuses to be used where an event loop is running, and is not called there."""
-
-    class Counting(RecipeInterface):
-        def __init__(self, original: RecipeInterface) -> None:
-            self.original = original
-
-        async def get_user_metadata(self, user_id: str, user_context: dict[str, Any]) -> Any:
-            syncio.modify_user_metadata("reads", lambda old: {"n": old.get("n", 0) + 1})
-            return await self.original.get_user_metadata(user_id, user_context)
-
-        async def update_user_metadata(
-            self, user_id: str, metadata_update: dict[str, Any], user_context: dict[str, Any]
-        ) -> Any:
-            return await self.original.update_user_metadata(user_id, metadata_update, user_context)
-
-        async def clear_user_metadata(self, user_id: str, user_context: dict[str, Any]) -> Any:
-            return await self.original.clear_user_metadata(user_id, user_context)
-
-    alias = request.getfixturevalue(database)
-    storage = import_module("django_storage").DjangoStorage(using=alias)
-    usermetadata.init(storage, UserMetadataOverrideConfig(functions=Counting))
+    database: Database = request.getfixturevalue(name)
+    usermetadata.init(database.make(), UserMetadataOverrideConfig(functions=Counting))
     facade.update_user_metadata("alice", {"n": 1})
     facade.update_bulk_user_metadata({"alice": {"m": 1}, "bob": {}})
     assert facade.get_user_metadata("alice").metadata == {"n": 1, "m": 1}
@@ -191,21 +426,24 @@ def test_djangos_orm_works_under_an_override(
     asyncio.run(main())
 
 
-def test_a_call_of_djangos_storage_is_part_of_the_transaction(django_on_sqlite: str) -> None:
+@pytest.mark.parametrize("name", ON_DJANGO)
+def test_a_call_of_djangos_storage_is_part_of_the_transaction(
+    request: pytest.FixtureRequest, name: str
+) -> None:
     """In ``transaction.atomic`` it is rolled back with the application's own rows.
 
     A change that raises an error leaves the transaction usable.
     """
-    storage = import_module("django_storage").DjangoStorage(using=django_on_sqlite)
+    storage: Any = request.getfixturevalue(name).make()
     storage.write([("alice", Merge({"n": 1}))])
 
     def fail(_: object) -> Any:
         raise LookupError
 
-    with transaction.atomic(using=django_on_sqlite):
+    with transaction.atomic(using=storage._using):
         storage.write([("alice", Merge({"n": 2}))])
         with pytest.raises(LookupError):
             storage.write([("alice", Merge({"n": 3})), ("bob", fail)])
         assert storage.read(["alice"]) == {"alice": {"n": 2}}
-        transaction.set_rollback(True, using=django_on_sqlite)
+        transaction.set_rollback(True, using=storage._using)
     assert storage.read(["alice"]) == {"alice": {"n": 1}}

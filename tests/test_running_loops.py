@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from conftest import FACADES
 
 import usermetadata
+import usermetadata.asyncio
 from usermetadata import InMemoryStorage, UserMetadata, UserMetadataOverrideConfig, syncio
 from usermetadata.cli import main
 from usermetadata.interfaces import RecipeInterface

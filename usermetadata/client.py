@@ -245,7 +245,8 @@ class UserMetadataRecipe(UserMetadata[dict[str, Any], "Mapping[str, Any]"]):
         opened = open_storage(storage, indexes)
         is_named = opened is not storage
         # A relative path names another file in another directory; the representation tells.
-        named = (str(storage), repr(opened)) if is_named else (opened, "")
+        has_repr = type(opened).__repr__ is not object.__repr__  # that one has the address
+        named = (str(storage), repr(opened) if has_repr else "") if is_named else (opened, "")
         arguments = named, override, indexes
         made = default.get()
         if made is None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
+from redis.exceptions import BusyLoadingError
 from redis.retry import Retry
 
 from usermetadata import (
@@ -55,7 +56,7 @@ def our_errors(*, is_sent: bool = False) -> Generator[None]:
     """Translate redis-py's errors; ``is_sent``: a write was sent, and its answer is missing."""
     try:
         yield
-    except redis.exceptions.BusyLoadingError as error:
+    except BusyLoadingError as error:
         raise StorageUnavailableError("Redis: it is loading its data; repeat it") from error
     except (redis.ConnectionError, redis.TimeoutError) as error:
         if is_sent:

@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy import event, exc
 from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.schema import CreateTable
 
@@ -66,9 +67,9 @@ def our_errors(
 ) -> Generator[None]:
     try:
         yield
-    except sa.exc.TimeoutError as error:
+    except exc.TimeoutError as error:
         raise StorageBusyError("timed out waiting for a connection; repeat it") from error
-    except sa.exc.DBAPIError as error:
+    except exc.DBAPIError as error:
         driver: Any = error.orig
         codes = {getattr(driver, name, None) for name in ("sqlite_errorcode", "sqlstate")}
         codes |= {*driver.args[:1]}
@@ -205,7 +206,7 @@ class SQLAlchemyStorage:
         process = os.getpid()
         if process not in self._engines:
             engine = sa.create_engine(self._url, hide_parameters=True)
-            sa.event.listen(engine, "connect", self._prepare)
+            event.listen(engine, "connect", self._prepare)
             self._engines.setdefault(process, engine)
         engine = self._engines[process]
         if process not in self._created:
@@ -224,6 +225,6 @@ class SQLAlchemyStorage:
         connection.commit()
 
 
-def rows(connection: sa.Connection, query: sa.Select[tuple[str, str]]) -> dict[str, str]:
+def rows(connection: sa.Connection, query: sa.Select[Any, Any]) -> dict[str, str]:
     with our_errors():
         return {row.user_id: row.metadata for row in connection.execute(query)}

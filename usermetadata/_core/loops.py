@@ -10,14 +10,10 @@ from usermetadata._core.greenlets import patched_by
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from typing_extensions import ParamSpec
-
-    P = ParamSpec("P")
-
 R = TypeVar("R")
 
 
-def call_outside(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def call_outside(function: Callable[..., R], *arguments: object) -> R:
     """Call the function in this thread; during the call no event loop is running there.
 
     The thread's event loop cannot continue before the function returns, so it is hidden for that
@@ -27,14 +23,14 @@ def call_outside(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) ->
     loop = None if asyncio is None else asyncio._get_running_loop()
     # Greenlets share the loop of their thread, and it continues while this one waits.
     if asyncio is None or loop is None or patched_by() is not None:
-        return function(*args, **kwargs)
+        return function(*arguments)
     task = asyncio.current_task(loop)
     try:
         # From CPython 3.14 on a thread has one current task, not one for each loop.
         if task is not None:
             asyncio._leave_task(loop, task)
         asyncio._set_running_loop(None)
-        return function(*args, **kwargs)
+        return function(*arguments)
     finally:
         asyncio._set_running_loop(loop)
         if task is not None and asyncio.current_task(loop) is None:
