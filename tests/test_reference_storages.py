@@ -22,6 +22,7 @@ import redis
 import sqlalchemy as sa
 from django.apps import apps
 from django.db import transaction
+from json_file_storage import JSONFileStorage
 from mariadb_storage import MariaDBStorage
 from postgres_server import server_url, with_parameters
 from psycopg.conninfo import conninfo_to_dict
@@ -171,12 +172,22 @@ def django_on_postgres(schema: str) -> Generator[Database, None, None]:
         yield database
 
 
+@pytest.fixture
+def json_file(tmp_path: Path) -> Database:
+    path = tmp_path / "users.json"
+
+    def damage(text: str) -> None:
+        path.write_text(json.dumps({"public": {"alice": text}}))
+
+    return Database(partial(JSONFileStorage, path), "", damage)
+
+
 ON_DJANGO = ["django_on_sqlite", "django_on_postgres"]
 ON_MARIADB = ["on_mariadb", "sqlalchemy_on_mariadb"]
 DATABASES = ["on_redis", *ON_MARIADB, "sqlalchemy_on_sqlite", "sqlalchemy_on_postgres", *ON_DJANGO]
 
 
-@pytest.fixture(params=DATABASES)
+@pytest.fixture(params=[*DATABASES, "json_file"])
 def database(request: pytest.FixtureRequest) -> Database:
     """Each storage in turn, on each server."""
     found: Database = request.getfixturevalue(request.param)

@@ -29,6 +29,7 @@ from usermetadata.validation import check_app_id
 
 R = TypeVar("R")
 ATTEMPTS, CHUNK, READ, WRITE = 8, 500, "REPEATABLE READ", "READ COMMITTED"
+NEW = "new"  # the text of a user who has no row yet and is locked
 BUSY, UNDONE = {5, "55P03"}, {"40001", "40P01"}  # the codes of SQLite and PostgreSQL
 
 
@@ -49,9 +50,7 @@ class UndoneError(StorageBusyError):
 
 
 @contextmanager
-def our_errors(
-    otherwise: type[StorageError] = StorageError,
-) -> Generator[None]:
+def our_errors(otherwise: type[StorageError] = StorageError) -> Generator[None]:
     try:
         yield
     except (DatabaseError, InterfaceError) as error:
@@ -103,8 +102,9 @@ class DjangoStorage:
 
         def work() -> list[Metadata | None]:
             # Locks the users. One without a row gets one, which no other transaction sees.
-            self._upsert("app_id", dict.fromkeys(user_ids, ""))
-            texts = {user_id: text for user_id, text in self._texts(user_ids).items() if text}
+            self._upsert("app_id", dict.fromkeys(user_ids, NEW))
+            found = self._texts(user_ids)
+            texts = {user_id: text for user_id, text in found.items() if text != NEW}
             results = apply_in_order(changes, texts, decode=decode, encode=encode_metadata)
             self._upsert("metadata", texts)
             with our_errors():

@@ -18,13 +18,14 @@ Apps = dict[str, dict[str, str]]  # JSON text by user id by app id
 
 
 @contextmanager
-def our_errors(path: Path) -> Generator[None]:
+def our_errors(path: Path, user_id: str | None = None) -> Generator[None]:
     try:
         yield
     except OSError as error:
         raise StorageError(f"{path}: {error}") from error
     except ValueError as error:
-        raise DamagedMetadataError(f"{path}: {error}") from error
+        whose = "" if user_id is None else f", user {user_id!r}"
+        raise DamagedMetadataError(f"{path}{whose}: {error}", user_id) from error
 
 
 class JSONFileStorage:
@@ -34,15 +35,18 @@ class JSONFileStorage:
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         texts = self._load().get(self._app_id, {})
-        return {user: self._decode(texts[user]) for user in user_ids if user in texts}
+        return {user: self._decode(user, texts[user]) for user in user_ids if user in texts}
+
+    def read_after(self, user_id: str, limit: int) -> dict[str, Metadata]:
+        users = sorted(self._load().get(self._app_id, {}))
+        return self.read([user for user in users if user > user_id][:limit])
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         with self._locked():
             apps = self._load()
             texts = apps.setdefault(self._app_id, {})
-            results = apply_in_order(
-                changes, texts, decode=lambda _, text: self._decode(text), encode=encode_metadata
-            )
+            # It decodes no text that its change ignores: set and clear repair a damaged one.
+            results = apply_in_order(changes, texts, decode=self._decode, encode=encode_metadata)
             self._save(apps)
         return results
 
@@ -69,9 +73,9 @@ class JSONFileStorage:
             apps: Apps = json.loads(self._path.read_text()) if self._path.exists() else {}
         return apps
 
-    def _decode(self, text: str) -> Metadata:
-        with our_errors(self._path):
-            return decode_metadata(text)
+    def _decode(self, user_id: str, text: str) -> Metadata:
+        with our_errors(self._path, user_id):
+            return decode_metadata(str(text))  # another program may have stored no text
 
     def _save(self, apps: Apps) -> None:
         new = self._path.with_suffix(".new")

@@ -41,8 +41,8 @@ READ = (  # one moment for all chunks
     "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ",
     "START TRANSACTION WITH CONSISTENT SNAPSHOT",
 )
-# Locks a user; one without a row gets one, which other transactions do not see before COMMIT.
-HOLD = """INSERT INTO user_metadata VALUES (%s, %s, '')
+# Locks a user; one without a row gets "new", which other transactions do not see before COMMIT.
+HOLD = """INSERT INTO user_metadata VALUES (%s, %s, 'new')
     ON DUPLICATE KEY UPDATE user_id = VALUES(user_id)"""
 STORE = """INSERT INTO user_metadata VALUES (%s, %s, %s)
     ON DUPLICATE KEY UPDATE metadata = VALUES(metadata)"""
@@ -125,7 +125,7 @@ class MariaDBStorage:
             with our_errors():
                 cursor.executemany(HOLD, [(app_id, user_id) for user_id in user_ids])
             found = self._texts(cursor, user_ids)
-            texts = {user_id: text for user_id, text in found.items() if text}
+            texts = {user_id: text for user_id, text in found.items() if text != "new"}
             results = apply_in_order(changes, texts, decode=decode, encode=encode_metadata)
             with our_errors():
                 cursor.executemany(STORE, [(app_id, *row) for row in texts.items()])

@@ -1,4 +1,4 @@
-"""A complete storage: a table of SQLite, PostgreSQL, MariaDB or MySQL, through SQLAlchemy Core."""
+"""A complete storage: a table of SQLite, PostgreSQL or MariaDB, through SQLAlchemy Core."""
 
 import copy
 import os
@@ -29,6 +29,7 @@ from usermetadata.validation import check_app_id
 R = TypeVar("R")
 ATTEMPTS, CHUNK, READ, WRITE = 8, 1000, "REPEATABLE READ", "READ COMMITTED"
 BUSY = {5, "55P03", 1205}  # the codes of SQLite, PostgreSQL and MariaDB for a lock that was held
+NEW = "new"  # the text of a user who has no row yet and is locked
 UNDONE = {"40001", "40P01", "23505", 1213}  # a deadlock; 23505: two created the table at once
 SETTINGS = {
     "sqlite": "PRAGMA busy_timeout = 30000",
@@ -62,9 +63,7 @@ class UndoneError(StorageBusyError):
 
 
 @contextmanager
-def our_errors(
-    otherwise: type[StorageError] = StorageError,
-) -> Generator[None]:
+def our_errors(otherwise: type[StorageError] = StorageError) -> Generator[None]:
     try:
         yield
     except exc.TimeoutError as error:
@@ -127,9 +126,9 @@ class SQLAlchemyStorage:
 
         def work(connection: sa.Connection) -> list[Metadata | None]:
             # Locks the users. One without a row gets one, which no other transaction sees.
-            self._upsert(connection, "user_id", dict.fromkeys(user_ids, ""))
+            self._upsert(connection, "user_id", dict.fromkeys(user_ids, NEW))
             found = self._texts(connection, user_ids)
-            texts = {user_id: text for user_id, text in found.items() if text}
+            texts = {user_id: text for user_id, text in found.items() if text != NEW}
             results = apply_in_order(changes, texts, decode=decode, encode=encode_metadata)
             self._upsert(connection, "metadata", texts)
             for chunk in chunks([user_id for user_id in user_ids if user_id not in texts]):
