@@ -45,7 +45,8 @@ class Storage(Protocol):
     attributes ``reads_in_flight`` and ``writes_in_flight`` say how many of each may run at a time;
     the default is 1. 0 means that the storage needs no thread and is called on the event loop,
     because none of its calls waits: not for a disk, a network or another process, and for another
-    thread only as long as that one executes a call of the same storage.
+    thread only as long as that one executes a call of the same storage. In all other cases no event
+    loop is running in the thread that calls the storage, also under an override.
 
     **Ownership.** Results of ``read`` and ``write``, and the argument of a change, share nothing
     mutable with the stored rows or with another result. After ``write`` the same holds for the
@@ -103,7 +104,8 @@ class Storage(Protocol):
     def for_app(self, app_id: str) -> Self:
         """Return the same storage for another app; neither sees the other's rows.
 
-        Both share the connections, so closing one closes both.
+        Both share the connections, so closing one closes both. It is called on event loops, and so
+        does no I/O.
 
         Args:
             app_id: any valid app id; a storage starts with ``"public"``.
