@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
     from usermetadata import Storage
+    from usermetadata.storage import ListingStorage
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 
@@ -62,7 +63,7 @@ class Database:
         damage: stores text, whatever it is, as alice's row.
     """
 
-    make: Callable[..., Storage]
+    make: Callable[..., ListingStorage]
     program: str
     damage: Callable[[str], object]
 

@@ -45,6 +45,8 @@ from usermetadata import (
     StorageError,
     StorageUnavailableError,
     UsageError,
+    UserMetadata,
+    UserMetadataOverrideConfig,
 )
 from usermetadata.changes import Clear, Merge, Modify, Replace
 from usermetadata.storage import JoiningStorage
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 
     from usermetadata import Storage
     from usermetadata.codec import Metadata
+    from usermetadata.interfaces import MetadataResult, RecipeInterface
 
 SINCE_3_12 = ["sqlite3, autocommit=False", "sqlite3, autocommit=True"]
 TRANSACTIONAL = [
@@ -393,6 +396,33 @@ def test_both_are_committed_or_neither(databases: Databases, *, order_first: boo
         assert storage.read(["alice"]) == {"alice": {"n": 2, "m": 1}}
 
     databases.run(body)
+
+
+def test_an_override_joins_each_kind_of_connection(databases: Databases) -> None:
+    """Also Django's, which refuses a thread whose event loop is running."""
+
+    def functions(original: RecipeInterface) -> RecipeInterface:
+        update = original.update_user_metadata
+
+        async def update_user_metadata(
+            user_id: str, metadata_update: dict[str, Any], user_context: dict[str, Any]
+        ) -> MetadataResult[Any]:
+            return await update(user_id, {**metadata_update, "by": "override"}, user_context)
+
+        original.update_user_metadata = update_user_metadata  # type: ignore[method-assign]
+        return original
+
+    override = UserMetadataOverrideConfig(functions=functions)
+    with UserMetadata(databases.storage, override=override) as users:
+
+        def body(application: Application) -> None:
+            with users.within(application.connection) as metadata:
+                metadata.update_user_metadata("alice", {"n": 1})
+                assert metadata.get_user_metadata("alice").metadata == {"n": 1, "by": "override"}
+            application.rollback()
+
+        databases.run(body)
+    assert databases.storage.read(["alice"]) == {}
 
 
 def test_metadata_alone_is_a_transaction(databases: Databases) -> None:
