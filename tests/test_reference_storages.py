@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -185,8 +186,10 @@ def json_file(tmp_path: Path) -> Database:
 
 ON_DJANGO = ["django_on_sqlite", "django_on_postgres"]
 ON_MARIADB = ["on_mariadb", "sqlalchemy_on_mariadb"]
-ON_SERVERS = ["on_redis", *ON_MARIADB, "sqlalchemy_on_postgres", "django_on_postgres"]
-ALL = [*ON_SERVERS, "sqlalchemy_on_sqlite", "django_on_sqlite", "json_file"]
+SLOW = ["sqlalchemy_on_mariadb", "sqlalchemy_on_postgres", "django_on_postgres"]
+ALL = ["on_redis", "on_mariadb", "sqlalchemy_on_sqlite", "django_on_sqlite", "json_file", *SLOW]
+IN_CI = pytest.mark.skipif("CI" not in os.environ, reason="takes a minute: CI=1 runs it")
+SUITE = ["on_redis", "on_mariadb", *(pytest.param(name, marks=IN_CI) for name in SLOW)]
 
 
 @pytest.fixture
@@ -196,7 +199,7 @@ def database(request: pytest.FixtureRequest) -> Database:
     return found
 
 
-@pytest.mark.parametrize("database", [*ON_SERVERS, "sqlalchemy_on_sqlite"], indirect=True)
+@pytest.mark.parametrize("database", [*SUITE, "sqlalchemy_on_sqlite"], indirect=True)
 class TestConformance(StorageConformance):
     @pytest.fixture
     def storage(self, database: Database) -> Generator[Storage, None, None]:

@@ -32,9 +32,9 @@ BUSY = {5, "55P03", 1205}  # the codes of SQLite, PostgreSQL and MariaDB for a l
 NEW = "new"  # the text of a user who has no row yet and is locked
 UNDONE = {"40001", "40P01", 1213, "23505", "42P07"}  # deadlocks; two who create the table at once
 SETTINGS = {
-    "sqlite": "PRAGMA busy_timeout = 30000",
-    "postgresql": "SET lock_timeout = '30s'",
-    "mysql": "SET SESSION innodb_lock_wait_timeout = 30, sql_mode = 'STRICT_ALL_TABLES'",
+    "sqlite": ["PRAGMA busy_timeout = 30000", "PRAGMA journal_mode = WAL"],
+    "postgresql": ["SET lock_timeout = '30s'"],
+    "mysql": ["SET SESSION innodb_lock_wait_timeout = 30, sql_mode = 'STRICT_ALL_TABLES'"],
 }
 
 
@@ -220,7 +220,8 @@ class SQLAlchemyStorage:
         if self._backend == "sqlite":
             connection.isolation_level = None  # the transactions are begun in _begin
         with closing(connection.cursor()) as cursor:
-            cursor.execute(SETTINGS[self._backend])
+            for setting in SETTINGS[self._backend]:
+                cursor.execute(setting)
         connection.commit()
 
 
