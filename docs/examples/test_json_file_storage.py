@@ -18,10 +18,3 @@ class TestJSONFileStorage(StorageConformance):
         storage = JSONFileStorage(tmp_path / "users.json")
         yield storage
         storage.close()
-
-    @pytest.fixture
-    def second_storage(self, tmp_path: Path) -> Iterator[JSONFileStorage]:
-        """Give a test the same file once more, as another process opens it."""
-        storage = JSONFileStorage(tmp_path / "users.json")
-        yield storage
-        storage.close()
