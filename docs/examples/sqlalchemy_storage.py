@@ -30,8 +30,8 @@ R = TypeVar("R")
 ATTEMPTS, CHUNK, READ, WRITE = 8, 1000, "REPEATABLE READ", "READ COMMITTED"
 BUSY = {5, "55P03", 1205}  # the codes of SQLite, PostgreSQL and MariaDB for a lock that was held
 NEW = "new"  # the text of a user who has no row yet and is locked
-UNDONE = {"40001", "40P01", 1213}  # a deadlock
-UNDONE |= {"23505", "42710", "42P07"}  # PostgreSQL: another one creates the table
+CREATING = {"23505", "42710", "42P07"}  # PostgreSQL: another process creates the table
+UNDONE = {"40001", "40P01", 1213, *CREATING}  # the others: a deadlock
 SETTINGS = {
     "sqlite": ["PRAGMA busy_timeout = 30000", "PRAGMA journal_mode = WAL"],
     "postgresql": ["SET lock_timeout = '30s'"],
