@@ -20,7 +20,9 @@ def call_outside(function: Callable[..., R], *arguments: object) -> R:
     time. Otherwise Django's ORM would refuse each query, and a storage could run no loop itself.
     """
     asyncio = sys.modules.get("asyncio")
-    loop = None if asyncio is None else asyncio._get_running_loop()
+    # Another thread may be importing it.
+    running_loop = getattr(asyncio, "_get_running_loop", None)
+    loop = None if running_loop is None else running_loop()
     # Greenlets share the loop of their thread, and it continues while this one waits.
     if asyncio is None or loop is None or patched_by() is not None:
         return function(*arguments)
