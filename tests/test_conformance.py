@@ -4,58 +4,117 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sqlite3
 import threading
 import time
 import unicodedata
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
+from postgres_server import empty_schema, server_url
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from sqlite_utils import Database
 
-from usermetadata import InMemoryStorage, UsageError
+from usermetadata import InMemoryStorage, PostgresStorage, SQLiteStorage, UsageError
 from usermetadata.changes import Clear, Merge, Modify, Replace
 from usermetadata.codec import decode_metadata, encode_metadata
-from usermetadata.testing import StorageConformance
+from usermetadata.testing import BreakingProxy, StorageConformance
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
+    from pathlib import Path
     from typing import Self
 
     from usermetadata import Storage
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
+    from usermetadata.testing.process import OtherProcess
+
+
+KINDS = [
+    *("memory", "memory, indexed", "sqlite file, indexed", "sqlite memory", "sqlite borrowed"),
+    *("postgres", "postgres, indexed"),
+]
 
 
 class TestEveryStorage(StorageConformance):
-    """All storages keep all promises; ``conftest.storage`` yields each in turn."""
+    """All storages keep all promises; those of a server also if connections break."""
 
-    def test_apps_are_apart_in_calls_for_many_users(self, storage: Storage) -> None:
-        """Neither a read nor a write of several users finds those of another app."""
-        everybody = ["alice", "bob", "carol"]
-        shop = storage.for_app("shop")
-        storage.write([(user, Replace({"public": user})) for user in ("alice", "bob")])
-        shop.write([(user, Replace({"shop": user})) for user in ("bob", "carol")])
-        of_public = {user: {"public": user} for user in ("alice", "bob")}
-        of_shop = {user: {"shop": user} for user in ("bob", "carol")}
-        storage.write([("Alice", Replace({"other": True}))])
-        assert storage.read(everybody) == of_public
-        assert shop.read(everybody) == of_shop
-        merged = [(user, Merge({"n": 1})) for user in everybody]
-        assert shop.write(merged) == [{**of_shop.get(user, {}), "n": 1} for user in everybody]
-        seen: list[Metadata | None] = []
-        shop.write([(user, seen.append) for user in everybody])
-        assert seen == [{**of_shop.get(user, {}), "n": 1} for user in everybody]
-        assert shop.read(everybody) == {}
-        shop.write([(user, Clear()) for user in everybody])
-        assert storage.read(everybody) == of_public
+    @pytest.fixture(params=KINDS)
+    def opened(
+        self,
+        request: pytest.FixtureRequest,
+        tmp_path: Path,
+        usermetadata_process: OtherProcess,
+        proxy: BreakingProxy,
+    ) -> Generator[Opened, None, None]:
+        with contextlib.ExitStack() as stack:
+            kind, _, indexed = request.param.partition(", ")
+            arguments: dict[str, Any] = {"indexes": self.indexes} if indexed else {}
+            opened = Opened(InMemoryStorage(**arguments))
+            if kind == "sqlite file":
+                path = tmp_path / "users.db"
+                opened = Opened(
+                    SQLiteStorage(path, **arguments),
+                    lambda: usermetadata_process.open(SQLiteStorage, path, **arguments),
+                )
+            elif kind == "sqlite memory":
+                opened = Opened(SQLiteStorage(":memory:", **arguments))
+            elif kind == "sqlite borrowed":
+                connection = sqlite3.connect(":memory:", check_same_thread=False)
+                stack.enter_context(contextlib.closing(connection))
+                opened = Opened(SQLiteStorage(Database(connection), **arguments))
+            elif kind == "postgres":
+                arguments["schema"] = stack.enter_context(empty_schema())
+                opened = Opened(
+                    PostgresStorage(through(proxy), **arguments),
+                    lambda: usermetadata_process.open(PostgresStorage, server_url(), **arguments),
+                    proxy,
+                )
+            stack.enter_context(contextlib.closing(opened.storage))
+            yield opened
 
-    def test_a_storage_may_be_closed_before_its_first_call(self, storage: Storage) -> None:
-        """It is closed then like any other, and opens nothing any more."""
-        storage.close()
-        with pytest.raises(UsageError, match="closed"):
-            storage.read(["alice"])
-        with pytest.raises(UsageError, match="closed"):
-            storage.write([("alice", Merge({}))])
+    @pytest.fixture
+    def storage(self, opened: Opened) -> Storage:
+        return opened.storage
+
+    @pytest.fixture
+    def second_storage(self, opened: Opened) -> Generator[Storage, None, None]:
+        if opened.open_second is None:
+            pytest.skip("no second storage can have these rows")
+        with contextlib.closing(opened.open_second()) as storage:
+            yield storage
+
+    @pytest.fixture
+    def break_connection(self, opened: Opened) -> Any:
+        if opened.proxy is None:
+            pytest.skip("there is no connection")
+        return opened.proxy.break_connection
+
+
+class Opened(NamedTuple):
+    storage: Storage
+    open_second: Callable[[], Storage] | None = None
+    proxy: BreakingProxy | None = None
+
+
+@pytest.fixture(scope="module")
+def proxy() -> Generator[BreakingProxy, None, None]:
+    """A network between the storage and the PostgreSQL server."""
+    options = conninfo_to_dict(server_url())
+    host, port = str(options.get("host") or "/var/run/postgresql"), options.get("port") or 5432
+    unix = host.startswith("/")
+    address = f"{host}/.s.PGSQL.{port}" if unix else (host, int(port))
+    with contextlib.closing(BreakingProxy(address)) as proxy:
+        yield proxy
+
+
+def through(proxy: BreakingProxy) -> str:
+    """Return the server's URL, with the proxy in between."""
+    return make_conninfo(
+        server_url(), host=proxy.host, port=proxy.port, sslmode="disable", gssencmode="disable"
+    )
 
 
 class AbsentIsEmpty(InMemoryStorage):

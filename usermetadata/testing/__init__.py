@@ -14,13 +14,17 @@ pytest.register_assert_rewrite("usermetadata.testing.conformance")
 from usermetadata.testing.conformance import StorageConformance  # noqa: E402 - after the call above
 from usermetadata.testing.fixtures import (  # noqa: E402 - likewise
     _usermetadata_served,
+    usermetadata_process,
     usermetadata_server,
     usermetadata_storage,
 )
+from usermetadata.testing.proxy import BreakingProxy  # noqa: E402 - likewise
 
 __all__ = [
+    "BreakingProxy",
     "StorageConformance",
     "_usermetadata_served",
+    "usermetadata_process",
     "usermetadata_server",
     "usermetadata_storage",
 ]

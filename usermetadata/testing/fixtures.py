@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
+    from usermetadata.testing.process import OtherProcess
 
 
 @pytest.fixture
@@ -59,6 +60,29 @@ def usermetadata_server(
     _usermetadata_served.storage = usermetadata_storage
     yield _usermetadata_served.url
     _usermetadata_served.storage = None
+
+
+@pytest.fixture(scope="session")
+def usermetadata_process() -> Generator[OtherProcess, None, None]:
+    """A second process, in which the conformance suite opens a second storage.
+
+    Its method ``open`` takes a class or a function of a module, and the arguments of it. It returns
+    a storage that works like one of this process. It has ``read``, ``write``, ``for_app``,
+    ``close``, ``read_after``, ``erase``, ``indexes``, ``find`` and ``count``.
+
+    Example:
+        The fixture of a test class::
+
+            @pytest.fixture
+            def second_storage(self, usermetadata_process, tmp_path):
+                with closing(usermetadata_process.open(MyStorage, tmp_path / "users")) as storage:
+                    yield storage
+    """
+    from usermetadata.testing.process import OtherProcess
+
+    process = OtherProcess()
+    yield process
+    process.close()
 
 
 class _Served:

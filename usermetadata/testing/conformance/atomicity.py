@@ -1,0 +1,341 @@
+"""Writes that are whole or not at all, and threads."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+
+from usermetadata.changes import Clear, Merge, Modify, Replace
+from usermetadata.exceptions import UsageError, UserMetadataError
+from usermetadata.testing.conformance.suite import COUNT, Suite
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from usermetadata.changes import Change
+    from usermetadata.codec import Metadata
+    from usermetadata.storage import Storage
+
+ROW_OR_NOT = pytest.mark.parametrize("row", [False, True], ids=["no row", "a row"])
+WHICH_USER = pytest.mark.parametrize("which", ["the last user", "a user whose change comes later"])
+
+
+class AtomicityConformance(Suite):
+    """What threads see of one storage."""
+
+    # One write.
+
+    @pytest.mark.parametrize("error", [LookupError("no such property"), KeyboardInterrupt()])
+    def test_a_failing_change_undoes_the_whole_write(
+        self, storage: Storage, error: BaseException
+    ) -> None:
+        """An exception of a change, or an interrupt, propagates unchanged; nothing is stored."""
+        storage.write([("alice", Merge({"n": 1})), ("bob", Merge({"n": 1}))])
+
+        def fail(old: Metadata | None) -> Metadata:
+            raise error
+
+        with pytest.raises(type(error)) as caught:
+            storage.write([("alice", Merge({"n": 2})), ("bob", Clear()), ("carol", fail)])
+        assert caught.value is error
+        expected = {"alice": {"n": 1}, "bob": {"n": 1}}
+        assert storage.read(["alice", "bob", "carol"]) == expected
+
+    def test_a_storage_works_after_a_failed_write(self, storage: Storage) -> None:
+        """A change that raised leaves nothing locked or open."""
+
+        def fail(old: Metadata | None) -> Metadata:
+            raise LookupError
+
+        for _ in range(3):
+            with pytest.raises(LookupError):
+                storage.write([("alice", fail)])
+            storage.write([("alice", Merge({"n": 1}))])
+            self.in_thread(lambda: storage.write([("alice", Merge({"m": 1}))]))
+        assert storage.read(["alice"]) == {"alice": {"n": 1, "m": 1}}
+
+    # Writes that meet.
+
+    @ROW_OR_NOT
+    def test_no_write_comes_between(self, storage: Storage, *, row: bool) -> None:
+        """A write that starts while a change runs is not lost, whether or not there is a row."""
+        check_nothing_comes_between(self, storage, storage, row=row)
+
+    @WHICH_USER
+    def test_every_user_of_a_write_is_locked(self, storage: Storage, which: str) -> None:
+        """A write is not lost that starts while a write of several users runs."""
+        check_every_user_is_locked(self, storage, storage, which)
+
+    def test_a_change_that_is_called_again_starts_anew(self, storage: Storage) -> None:
+        """A storage that repeats a write begins with what is stored, so nothing counts twice."""
+        check_nothing_counts_twice(self, storage, storage)
+
+    def test_a_reader_sees_all_of_a_write_or_nothing(self, storage: Storage) -> None:
+        """``read`` in the middle of a ``write`` returns the users as they were, or waits."""
+        check_a_reader_sees_all_or_nothing(self, storage, storage)
+
+    def test_functions_in_opposite_order_do_not_deadlock(self, storage: Storage) -> None:
+        """``[a, b]``, ``[b, a]`` and ``[b]`` can be written at the same time, with functions."""
+        check_functions_do_not_deadlock(self, storage, storage)
+
+    @pytest.mark.parametrize("change", [Merge({"m": 1}), COUNT], ids=["merge", "modify"])
+    def test_writes_in_opposite_order_do_not_deadlock(
+        self, storage: Storage, change: Change
+    ) -> None:
+        """The same holds for many users, written by threads again and again."""
+        check_orders_do_not_deadlock(self, storage, storage, change)
+
+    # Threads.
+
+    def test_any_thread_may_use_the_storage(self, storage: Storage) -> None:
+        """One thread reads what another has written; a third may call ``close``."""
+        self.in_thread(lambda: storage.write([("alice", Merge({"n": 1}))]))
+        assert self.in_thread(lambda: storage.read(["alice"])) == {"alice": {"n": 1}}
+        self.in_thread(storage.close)
+        with pytest.raises(UsageError):
+            storage.read(["alice"])
+
+    def test_what_was_acknowledged_is_stored(self, storage: Storage) -> None:
+        """When ``write`` returns, another thread reads exactly what it returned."""
+        count = Modify(lambda metadata: {"n": metadata.get("n", 0) + 1})
+        with ThreadPoolExecutor(1) as other:
+            for number in range(20):
+                changes: list[tuple[str, Change]] = [
+                    ("alice", Merge({"n": number})),
+                    ("bob", Replace({"n": number})),
+                    ("carol", count),
+                    ("dave", Clear() if number % 2 else Merge({"n": number})),
+                ]
+                users = [user_id for user_id, _ in changes]
+                answered = dict(zip(users, storage.write(changes), strict=True))
+                stored = other.submit(storage.read, users).result()
+                assert stored == {user: row for user, row in answered.items() if row is not None}
+
+    def test_concurrent_writes_are_all_kept(self, storage: Storage) -> None:
+        """Eight threads that count in one row, and merge into another, lose nothing."""
+        check_all_are_kept(self, [storage] * 8, 25)
+
+    def test_two_first_merges_both_survive(self, storage: Storage) -> None:
+        """Two threads that merge at once into a user without a row lose nothing."""
+        check_first_merges_survive(self, storage, storage)
+
+    def test_a_read_is_of_one_moment(self, storage: Storage) -> None:
+        """A reader never sees only one change of two users that are always written together."""
+        check_reads_are_of_one_moment(self, storage, storage, 0)
+
+    def test_a_read_of_many_users_is_of_one_moment(self, storage: Storage) -> None:
+        """The same holds if thousands of others are read with them, in several queries or not."""
+        check_reads_are_of_one_moment(self, storage, storage, 3000)
+
+    def test_closing_leaks_no_other_error(self, storage: Storage) -> None:
+        """Calls that are under way when another thread closes the storage end, or say so.
+
+        They raise ``UsageError``, or another error of this library, and never a driver's.
+        """
+        storage.write([("alice", Merge({}))])
+        started = threading.Barrier(5)
+
+        def call(number: int) -> None:
+            started.wait(self.timeout)
+            for _ in itertools.count():
+                if number % 2:
+                    storage.read(["alice", "bob"])
+                else:
+                    storage.write([("alice", COUNT), ("bob", Merge({"n": 1}))])
+
+        threads = [self.start(partial(call, number)) for number in range(4)]
+        started.wait(self.timeout)
+        storage.close()
+        for thread in threads:
+            with pytest.raises(UserMetadataError):
+                thread.result()
+        with pytest.raises(UsageError):
+            storage.read(["alice"])
+
+
+def check_nothing_comes_between(
+    suite: Suite, storage: Storage, other: Storage, *, row: bool
+) -> None:
+    """Change a user, who gets other properties in the middle of it."""
+    if row:
+        storage.write([("alice", Merge({"old": 1}))])
+
+    def write() -> None:
+        other.write([("alice", Merge({"merged": 1}))])
+        other.write([("alice", Modify(lambda metadata: {**metadata, "modified": 1}))])
+
+    meanwhile = suite.meanwhile(write)
+
+    def change(metadata: Metadata) -> Metadata:
+        meanwhile()
+        return {**metadata, "mine": 1}
+
+    storage.write([("alice", Modify(change))])
+    meanwhile.finish()
+    expected = {"old": 1} if row else {}
+    assert storage.read(["alice"]) == {
+        "alice": {**expected, "mine": 1, "merged": 1, "modified": 1}
+    }, "one of two writes that met is lost: the row was not locked, nor compared when it was stored"
+
+
+def check_every_user_is_locked(suite: Suite, storage: Storage, other: Storage, which: str) -> None:
+    """Change two users; another write changes the second one in the middle of it."""
+    storage.write([(user, Merge({"old": 1})) for user in ("alice", "bob")])
+    meanwhile = suite.meanwhile(lambda: other.write([("bob", Merge({"other": 1}))]))
+
+    def change(metadata: Metadata) -> Metadata:
+        meanwhile()
+        return {**metadata, "mine": 1}
+
+    def mine(metadata: Metadata) -> Metadata:
+        return {**metadata, "mine": 1}
+
+    functions = [mine, change] if which == "the last user" else [change, mine]
+    storage.write(list(zip(("alice", "bob"), map(Modify, functions), strict=True)))
+    meanwhile.finish()
+    assert storage.read(["alice", "bob"]) == {
+        "alice": {"old": 1, "mine": 1},
+        "bob": {"old": 1, "mine": 1, "other": 1},
+    }, "the last user of a write was not locked"
+
+
+def check_nothing_counts_twice(suite: Suite, storage: Storage, other: Storage) -> None:
+    """Count in a write that another one meets, which a storage without locks has to repeat."""
+
+    def add_ten(metadata: Metadata) -> Metadata:
+        return {"n": metadata.get("n", 0) + 10}
+
+    meanwhile = suite.meanwhile(
+        lambda: other.write([("alice", Modify(add_ten)), ("bob", Modify(add_ten))])
+    )
+
+    def count(metadata: Metadata) -> Metadata:
+        meanwhile()
+        return {"n": metadata.get("n", 0) + 1}
+
+    changes = [("alice", Modify(count)), ("alice", COUNT), ("bob", COUNT)]
+    results = storage.write(changes)
+    meanwhile.finish()
+    assert storage.read(["alice", "bob"]) == {"alice": {"n": 12}, "bob": {"n": 11}}, (
+        "two writes that met count wrong: a write that is repeated has to begin with what is"
+        " stored, not with the results of the attempt before"
+    )
+    assert results in (
+        [{"n": 1}, {"n": 2}, {"n": 1}],
+        [{"n": 11}, {"n": 12}, {"n": 11}],
+    ), "the results are not those of the attempt that was stored"
+
+
+def check_a_reader_sees_all_or_nothing(suite: Suite, storage: Storage, other: Storage) -> None:
+    """Read two users in the middle of a write."""
+    users = ["alice", "bob"]
+    storage.write([(user_id, Merge({"n": 1})) for user_id in users])
+    seen: list[dict[str, Metadata]] = []
+    meanwhile = suite.meanwhile(lambda: seen.append(other.read(users)))
+
+    def change(metadata: Metadata) -> Metadata:
+        meanwhile()
+        return {"n": 2}
+
+    storage.write([("alice", Merge({"n": 2})), ("bob", Modify(change))])
+    meanwhile.finish()
+    assert seen[0] in ({user: {"n": 1} for user in users}, {user: {"n": 2} for user in users})
+
+
+def check_functions_do_not_deadlock(suite: Suite, storage: Storage, other: Storage) -> None:
+    """Begin two writes of the same users in opposite order, before either can end."""
+    arrived = {"alice": threading.Event(), "bob": threading.Event()}
+
+    def meeting(mine: str, theirs: str) -> Modify:
+        def change(metadata: Metadata) -> Metadata:
+            arrived[mine].set()
+            # It is not set if the storage makes the other write wait.
+            arrived[theirs].wait(suite.moment)
+            return {"n": metadata.get("n", 0) + 1}
+
+        return Modify(change)
+
+    writes: list[Callable[[], object]] = [
+        lambda: storage.write([("alice", meeting("alice", "bob")), ("bob", COUNT)]),
+        lambda: other.write([("bob", meeting("bob", "alice")), ("alice", COUNT)]),
+        lambda: other.write([("bob", COUNT)]),
+    ]
+    for thread in [suite.start(write) for write in writes]:
+        thread.result()
+    assert storage.read(["alice", "bob"]) == {"alice": {"n": 2}, "bob": {"n": 3}}
+
+
+def check_orders_do_not_deadlock(
+    suite: Suite, storage: Storage, other: Storage, change: Change
+) -> None:
+    """Write many users in both orders, and some of them alone, at the same time."""
+    users = [f"user {number:02}" for number in range(20)]
+    rounds = 15
+    suite.in_rounds(
+        [
+            lambda _: storage.write([(user, change) for user in users]),
+            lambda _: other.write([(user, change) for user in reversed(users)]),
+            lambda _: storage.write([(users[-1], change), (users[0], change)]),
+            lambda _: other.write([(users[-1], change)]),
+        ],
+        rounds,
+    )
+    last = storage.read([users[-1]])[users[-1]]
+    assert last == ({"m": 1} if isinstance(change, Merge) else {"n": 4 * rounds})
+
+
+def check_all_are_kept(suite: Suite, storages: list[Storage], number: int) -> None:
+    """Count in one row, and merge into another, in one thread for each of the storages."""
+
+    def write(thread: int, storage: Storage) -> None:
+        for each in range(number):
+            storage.write([("alice", COUNT)])
+            storage.write([("bob", Merge({f"{thread}:{each}": True}))])
+
+    threads = [suite.start(partial(write, at, each)) for at, each in enumerate(storages)]
+    for thread in threads:
+        thread.result()
+    assert storages[0].read(["alice"]) == {"alice": {"n": len(storages) * number}}
+    assert len(storages[0].read(["bob"])["bob"]) == len(storages) * number
+
+
+def check_first_merges_survive(suite: Suite, storage: Storage, other: Storage) -> None:
+    """Merge into users without a row, in two threads at once."""
+    suite.in_rounds(
+        [
+            lambda number: storage.write([(f"user {number}", Merge({"left": True}))]),
+            lambda number: other.write([(f"user {number}", Merge({"right": True}))]),
+        ],
+        50,
+    )
+    found = storage.read([f"user {number}" for number in range(50)])
+    assert list(found.values()) == [{"left": True, "right": True}] * 50
+
+
+def check_reads_are_of_one_moment(
+    suite: Suite, storage: Storage, other: Storage, between: int
+) -> None:
+    """Read two users, the first and the last of many, who are written together all the time."""
+    users = ["alice", *(f"absent {number}" for number in range(between)), "bob"]
+    storage.write([(user_id, Merge({"n": 0})) for user_id in ("alice", "bob")])
+    stop = threading.Event()
+
+    def write() -> None:
+        for number in itertools.takewhile(lambda _: not stop.is_set(), itertools.count()):
+            other.write([(user_id, Merge({"n": number})) for user_id in ("alice", "bob")])
+
+    writer = suite.start(write)
+    try:
+        for _ in range(30 if between else 100):
+            found = storage.read(users)
+            assert found["alice"] == found["bob"], (
+                "one read returned rows of two moments: several queries need one snapshot"
+            )
+    finally:
+        stop.set()
+        writer.result()

@@ -1,0 +1,182 @@
+"""Connections that break, for a storage whose tests define ``break_connection``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import TYPE_CHECKING
+
+import pytest
+
+from usermetadata.changes import Merge, Modify, Replace
+from usermetadata.exceptions import OutcomeUnknownError, StorageError
+from usermetadata.testing.conformance.suite import COUNT, Suite
+from usermetadata.testing.proxy import Phase
+
+if TYPE_CHECKING:
+    from usermetadata.changes import Change
+    from usermetadata.codec import Metadata
+    from usermetadata.storage import Storage
+
+BreakConnection = Callable[[Phase, int, Callable[[], object]], AbstractContextManager[object]]
+
+_PHASES: list[Phase] = ["before sending", "after sending", "after the answer"]
+_PHASE = pytest.mark.parametrize("phase", _PHASES)
+_ROUND_TRIPS = 4
+_ATTEMPTS = 10
+
+
+class ConnectionConformance(Suite):
+    """A write whose connection breaks is never done twice, and never half."""
+
+    @_PHASE
+    def test_a_broken_connection_does_nothing_twice(
+        self, storage: Storage, break_connection: BreakConnection, phase: Phase
+    ) -> None:
+        """What was acknowledged is done, once. What was refused is not.
+
+        ``OutcomeUnknownError`` is the error of what may have been done. A storage may repeat what
+        was not done.
+        """
+        count = Modify(lambda metadata: {"n": metadata.get("n", 0) + 1})
+        changes: dict[str, tuple[Change, Callable[[int], Metadata]]] = {
+            "modify": (count, lambda at: {"n": at}),
+            "callable": (lambda old: {"n": (old or {}).get("n", 0) + 1}, lambda at: {"n": at}),
+        }
+        for kind, (change, expected) in changes.items():
+            users = [f"{kind} {name}" for name in ("alice", "bob")]
+            storage.write([(user, change) for user in users])
+            done = 1
+            for number in range(_ROUND_TRIPS):
+                write = partial(storage.write, [(user, change) for user in users])
+                outcome = _break(break_connection, phase, number, write)
+                found = _read_again(storage, users)
+                where = f"{phase}, round trip {number}, {kind}: {_SAID[outcome]}"
+                assert found[users[0]] == found[users[1]], f"{where}, and half of it was done"
+                times = found[users[0]].get("n", 0) - done
+                assert times in _TIMES[outcome], f"{where}, and it was done {times} times"
+                assert found[users[0]] == expected(done + times)
+                done += times
+
+    @_PHASE
+    @pytest.mark.parametrize("kind", [Merge, Replace])
+    def test_a_broken_connection_writes_all_or_nothing(
+        self,
+        storage: Storage,
+        break_connection: BreakConnection,
+        phase: Phase,
+        kind: type[Merge | Replace],
+    ) -> None:
+        """The same holds for changes that a storage does natively, of one user and of several."""
+        storage.write([(user, Merge({})) for user in ("alice", "bob")])
+        stored: dict[str, Metadata] = {"alice": {}, "bob": {}}
+        for number in range(_ROUND_TRIPS):
+            for users in (["alice"], ["alice", "bob"]):
+                new: Metadata = {"number": number, "users": len(users)}
+                write = partial(storage.write, [(user, kind(new)) for user in users])
+                outcome = _break(break_connection, phase, number, write)
+                found = _read_again(storage, ["alice", "bob"])
+                where = f"{phase}, round trip {number}: {_SAID[outcome]}"
+                after = {**stored, **dict.fromkeys(users, new)}
+                possible = {"done": [after], "nothing": [stored], "unknown": [stored, after]}
+                assert found in possible[outcome], where
+                stored = found
+
+    def test_what_may_have_been_done_is_not_repeated(
+        self, storage: Storage, second_storage: Storage, break_connection: BreakConnection
+    ) -> None:
+        """A write whose answer was lost does not overwrite what another process wrote later."""
+        for number in range(_ROUND_TRIPS):
+            for kind in (Merge, Replace):
+                storage.write([("alice", Replace({"n": 0}))])
+                was_done: list[bool] = []
+
+                def write_later(was_done: list[bool] = was_done) -> None:
+                    was_done.append(second_storage.read(["alice"]) == {"alice": {"n": 1}})
+                    second_storage.write([("alice", Merge({"n": 2}))])
+
+                write = partial(storage.write, [("alice", kind({"n": 1}))])
+                _break(break_connection, "after sending", number, write, write_later)
+                if was_done == [True]:
+                    assert _read_again(storage, ["alice"]) == {"alice": {"n": 2}}, (
+                        f"after sending, round trip {number}: the write was done, its answer was"
+                        " lost, and the storage repeated it over a later write"
+                    )
+
+    @_PHASE
+    def test_a_read_survives_a_broken_connection(
+        self, storage: Storage, break_connection: BreakConnection, phase: Phase
+    ) -> None:
+        """It returns what is stored, or raises ``StorageError``; later calls work again."""
+        storage.write([("alice", Merge({"n": 1}))])
+        for number in range(2):
+            found: list[dict[str, Metadata]] = []
+            _break(break_connection, phase, number, lambda: found.append(storage.read(["alice"])))  # noqa: B023 - called at once
+            assert found in ([], [{"alice": {"n": 1}}])
+            assert _read_again(storage, ["alice"]) == {"alice": {"n": 1}}
+
+    def test_threads_count_what_was_done(
+        self, storage: Storage, break_connection: BreakConnection
+    ) -> None:
+        """Connections break under several threads: acknowledged <= stored, and no more than those.
+
+        A write with an unknown outcome counts or does not.
+        """
+        storage.write([("alice", Merge({}))])
+        outcomes: list[str] = []
+
+        def write(_: int) -> None:
+            outcomes.append(_outcome("a break", lambda: storage.write([("alice", COUNT)])))
+
+        for phase in _PHASES:
+            for number in range(3):
+                with break_connection(phase, number, lambda: None):
+                    self.in_rounds([write] * 4, 2)
+        stored = _read_again(storage, ["alice"])["alice"].get("n", 0)
+        done, unknown = outcomes.count("done"), outcomes.count("unknown")
+        assert done <= stored <= done + unknown, f"{done} acknowledged, {unknown} unknown"
+
+
+# What a call told its caller, and how often it may have been done then.
+_SAID = {
+    "done": "the write was acknowledged",
+    "unknown": "the write raised OutcomeUnknownError",
+    "nothing": "the write raised StorageError, which says that nothing was done",
+}
+_TIMES = {"done": {1}, "unknown": {0, 1}, "nothing": {0}}
+
+
+def _break(
+    break_connection: BreakConnection,
+    phase: Phase,
+    number: int,
+    call: Callable[[], object],
+    meanwhile: Callable[[], object] = lambda: None,
+) -> str:
+    """Call while the connection breaks; return what the call told its caller."""
+    with break_connection(phase, number, meanwhile):
+        return _outcome(f"{phase}, round trip {number}", call)
+
+
+def _outcome(where: str, call: Callable[[], object]) -> str:
+    try:
+        call()
+    except OutcomeUnknownError:
+        return "unknown"
+    except StorageError:
+        return "nothing"
+    except Exception as error:
+        raise AssertionError(
+            f"{where}: {type(error).__name__} came through; raise a StorageError from it"
+        ) from error
+    return "done"
+
+
+def _read_again(storage: Storage, user_ids: list[str]) -> dict[str, Metadata]:
+    """Read after a break; each connection of a pool may be broken."""
+    for _ in range(_ATTEMPTS):
+        found: list[dict[str, Metadata]] = []
+        if _outcome("the next read", lambda: found.append(storage.read(user_ids))) == "done":  # noqa: B023 - called at once
+            return found[0]
+    pytest.fail(f"after a break, {_ATTEMPTS} reads failed: are broken connections thrown away?")

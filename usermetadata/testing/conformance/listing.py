@@ -1,0 +1,149 @@
+"""Listing users, for a storage that is a ``ListingStorage``."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from usermetadata.changes import Clear, Merge
+from usermetadata.exceptions import UsageError
+from usermetadata.storage import ListingStorage
+from usermetadata.testing.conformance.suite import Suite, spoil
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from usermetadata.codec import Metadata
+    from usermetadata.storage import Storage
+
+_USER_IDS = [
+    "a",
+    "B",
+    "\u00e9",
+    "e\u0301",
+    "z",
+    "\uffff",
+    "\U0001f600",
+    "10",
+    "9",
+    "a b",
+    "a ",
+    "'",
+]
+_USER_IDS += ["a:b", "a%", "_", "\x1f", "~", "x" * 254 + "a", "x" * 254 + "b"]
+
+
+class ListingConformance(Suite):
+    """``read_after`` finds each user once."""
+
+    def test_pages_have_each_user_once(self, storage: Storage) -> None:
+        """Pages of any size list all users in one order; the last id of one begins the next."""
+        listing = _listing(storage)
+        storage.write([(user_id, Merge({"id": user_id})) for user_id in _USER_IDS])
+        everybody = listing.read_after("", 1000)
+        assert everybody == {user_id: {"id": user_id} for user_id in _USER_IDS}
+        for limit in (1, 3, len(_USER_IDS)):
+            pages = [*pages_of(lambda after, limit=limit: listing.read_after(after, limit))]  # type: ignore[misc]
+            assert max(map(len, pages)) <= limit
+            found = [user_id for page in pages for user_id in page]
+            assert ascii(found) == ascii([*everybody])
+        assert listing.read_after([*everybody][-1], 10) == {}
+
+    def test_a_page_may_begin_after_a_user_who_is_gone(self, storage: Storage) -> None:
+        """The id that begins a page needs no row, so a page can follow one whose users are gone."""
+        listing = _listing(storage)
+        storage.write([(user_id, Merge({})) for user_id in _USER_IDS])
+        everybody = [*listing.read_after("", 1000)]
+        for number, user_id in enumerate(everybody):
+            storage.write([(user_id, Clear())])
+            later = everybody[number + 1 :]
+            assert ascii([*listing.read_after(user_id, 1000)]) == ascii(later)
+
+    def test_an_app_lists_its_own_users(self, storage: Storage) -> None:
+        """No user of another app is listed."""
+        listing = _listing(storage)
+        assert listing.read_after("", 10) == {}
+        shop = listing.for_app("shop")
+        storage.write([("alice", Merge({"n": 1})), ("carol", Merge({"n": 2}))])
+        shop.write([("alice", Merge({"n": 3})), ("bob", Merge({"n": 4}))])
+        assert listing.read_after("", 10) == {"alice": {"n": 1}, "carol": {"n": 2}}
+        assert shop.read_after("", 10) == {"alice": {"n": 3}, "bob": {"n": 4}}
+        assert listing.read_after("alice", 1) == {"carol": {"n": 2}}
+
+    def test_listing_misses_no_user_while_others_write(self, storage: Storage) -> None:
+        """Users who have a row all the time are on exactly one page, though others come and go."""
+        listing = _listing(storage)
+        check_pages_while_others_write(self, storage, lambda after: listing.read_after(after, 7))
+
+    def test_what_was_listed_is_the_callers(self, storage: Storage) -> None:
+        """Changing it, however deep, changes nothing stored."""
+        listing = _listing(storage)
+        metadata = {"list": [1], "object": {"n": 1}}
+        storage.write([("alice", Merge(metadata))])
+        spoil(listing.read_after("", 10)["alice"])
+        assert listing.read_after("", 10) == {"alice": metadata}
+
+    def test_a_second_storage_lists_what_was_acknowledged(
+        self, storage: Storage, second_storage: Storage
+    ) -> None:
+        """The list is that of the rows at the call, whatever was listed before."""
+        first, second = _listing(storage), _listing(second_storage)
+        for number in range(3):
+            for writer, reader in ((first, second), (second, first)):
+                reader.read_after("", 10)
+                writer.write([("alice", Merge({"n": number})), ("bob", Merge({}))])
+                assert reader.read_after("", 10) == {"alice": {"n": number}, "bob": {}}
+                writer.write([("bob", Clear())])
+                assert reader.read_after("", 10) == {"alice": {"n": number}}
+
+    def test_a_closed_storage_lists_nobody(self, storage: Storage) -> None:
+        """After ``close``, listing raises ``UsageError``."""
+        listing = _listing(storage)
+        storage.write([("alice", Merge({}))])
+        storage.close()
+        with pytest.raises(UsageError):
+            listing.read_after("", 10)
+
+
+def pages_of(read: Callable[[str], dict[str, Metadata]]) -> list[dict[str, Metadata]]:
+    """Return all pages; ``read`` returns the one after a user."""
+    pages = [read("")]
+    while pages[-1]:
+        after = [*pages[-1]][-1]
+        pages.append(read(after))
+        assert after not in pages[-1], f"a page begins with {after!a}, the end of the one before"
+    return pages
+
+
+def check_pages_while_others_write(
+    suite: Suite, storage: Storage, read: Callable[[str], dict[str, Metadata]]
+) -> None:
+    """Read all pages while users between those who stay come and go."""
+    stay = [f"{at:03}" for at in range(0, 100, 2)]
+    storage.write([(user, Merge({"plan": "pro"})) for user in stay])
+    stop = threading.Event()
+
+    def others() -> None:
+        at = 1
+        while not stop.is_set():
+            storage.write([(f"{at:03}", Merge({"plan": "pro"}))])
+            storage.write([(f"{at:03}", Clear()), ("000", Merge({"n": at}))])
+            at = (at + 2) % 100
+
+    writer = suite.start(others)
+    try:
+        for _ in range(5):
+            found = [user for page in pages_of(read) for user in page]
+            assert len(found) == len(set(found)), "a user is on two pages"
+            assert set(stay) <= set(found), "a user is on no page"
+    finally:
+        stop.set()
+        writer.result()
+
+
+def _listing(storage: Storage) -> ListingStorage:
+    if not isinstance(storage, ListingStorage):
+        pytest.skip("the storage is no ListingStorage: it has no read_after")
+    return storage

@@ -1,0 +1,220 @@
+"""Absence, reading and writing, whose objects are whose, and closing."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING
+
+import pytest
+
+from usermetadata.changes import Clear, Merge, Modify, Replace
+from usermetadata.exceptions import UsageError
+from usermetadata.testing.conformance.suite import COUNT, Suite, spoil
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from usermetadata.changes import Change
+    from usermetadata.codec import Metadata
+    from usermetadata.storage import Storage
+
+
+class RowConformance(Suite):
+    """What one thread sees of one storage."""
+
+    # Absence.
+
+    def test_a_user_without_a_row_is_absent(self, storage: Storage) -> None:
+        """``read`` leaves out users without a row; a change gets ``None`` for them."""
+        assert storage.read(["alice"]) == {}
+        given: list[Metadata | None] = []
+        storage.write([("alice", given.append)])
+        assert given == [None]
+        assert storage.read(["alice"]) == {}
+
+    def test_an_empty_object_is_a_row(self, storage: Storage) -> None:
+        """``{}`` is stored, read and given to a change as ``{}``."""
+        assert storage.write([("alice", Merge({}))]) == [{}]
+        assert storage.read(["alice"]) == {"alice": {}}
+        given: list[Metadata | None] = []
+        storage.write([("alice", given.append)])
+        assert given == [{}]
+
+    def test_none_removes_the_row(self, storage: Storage) -> None:
+        """A change that returns ``None`` leaves no row, whether or not there was one."""
+        storage.write([("alice", Merge({"n": 1}))])
+        assert storage.write([("alice", Clear())]) == [None]
+        assert storage.read(["alice"]) == {}
+        assert storage.write([("alice", Clear())]) == [None]
+
+    # Reading and writing.
+
+    def test_read_takes_any_number_of_users(self, storage: Storage) -> None:
+        """Zero ids, one, one twice, thousands and 100,000 of them are read alike."""
+        user_ids = [f"user {number}" for number in range(2000)]
+        storage.write([(user_id, Merge({"id": user_id})) for user_id in user_ids[::2]])
+        assert storage.read([]) == {}
+        assert storage.read(["user 0", "user 0"]) == {"user 0": {"id": "user 0"}}
+        assert storage.read(user_ids) == {user_id: {"id": user_id} for user_id in user_ids[::2]}
+        absent = [f"absent {number}" for number in range(100_000)]
+        found = storage.read(["user 0", *absent, "user 2"])
+        assert found == {user_id: {"id": user_id} for user_id in ("user 0", "user 2")}
+
+    def test_merge_overwrites_root_properties(self, storage: Storage) -> None:
+        """``Merge`` replaces whole values, drops root-level nulls and keeps nested ones."""
+        storage.write([("alice", Replace({"a": {"x": 1}, "b": 2, "c": 3}))])
+        update = {"a": {"y": None}, "b": None, "d": [None]}
+        expected = {"a": {"y": None}, "c": 3, "d": [None]}
+        assert storage.write([("alice", Merge(update))]) == [expected]
+        assert storage.read(["alice"]) == {"alice": expected}
+
+    def test_replace_forgets_what_was_there(self, storage: Storage) -> None:
+        """``Replace`` stores its own properties only, root-level nulls left out."""
+        storage.write([("alice", Merge({"a": 1}))])
+        assert storage.write([("alice", Replace({"b": 2, "c": None}))]) == [{"b": 2}]
+        assert storage.read(["alice"]) == {"alice": {"b": 2}}
+
+    def test_modify_is_given_the_stored_metadata(self, storage: Storage) -> None:
+        """``Modify`` stores ``function(metadata)``, with ``{}`` for a user without a row."""
+        assert storage.write([("alice", COUNT)]) == [{"n": 1}]
+        assert storage.write([("alice", COUNT)]) == [{"n": 2}]
+        assert storage.read(["alice"]) == {"alice": {"n": 2}}
+
+    def test_any_callable_is_a_change(self, storage: Storage) -> None:
+        """A storage may recognise some changes, and calls all others."""
+        storage.write([("alice", Merge({"n": 1}))])
+        assert storage.write([("alice", lambda old: {"was": old})]) == [{"was": {"n": 1}}]
+        assert storage.read(["alice"]) == {"alice": {"was": {"n": 1}}}
+
+    def test_changes_apply_in_order(self, storage: Storage) -> None:
+        """Each change sees the results of those before it, and has its own result."""
+        changes: list[tuple[str, Change]] = [
+            ("alice", Merge({"n": 1})),
+            ("bob", Merge({"n": 5})),
+            ("alice", Modify(lambda metadata: {"n": metadata.get("n", 0) + 1, "m": 0})),
+            ("bob", Clear()),
+            ("alice", Merge({"m": None})),
+            ("bob", Merge({"again": True})),
+        ]
+        results = [{"n": 1}, {"n": 5}, {"n": 2, "m": 0}, None, {"n": 2}, {"again": True}]
+        assert storage.write(changes) == results
+        assert storage.read(["alice", "bob"]) == {"alice": {"n": 2}, "bob": {"again": True}}
+
+    def test_writing_nothing_is_nothing(self, storage: Storage) -> None:
+        """``write([])`` returns ``[]``."""
+        assert storage.write([]) == []
+
+    # Ownership.
+
+    def test_what_appears_twice_is_two(self, storage: Storage) -> None:
+        """One list in two places comes back as two lists, as JSON has it."""
+        tags = ["a"]
+        storage.write([("alice", Replace({"old": tags, "new": tags}))])
+        found = storage.read(["alice"])["alice"]
+        found["new"].append("b")
+        assert found == {"old": ["a"], "new": ["a", "b"]}
+
+    def test_what_read_returns_is_the_callers(self, storage: Storage) -> None:
+        """Changing them, however deep, changes nothing stored."""
+        storage.write([("alice", Merge({"list": [1], "object": {"n": 1}}))])
+        spoil(storage.read(["alice"])["alice"])
+        assert storage.read(["alice"]) == {"alice": {"list": [1], "object": {"n": 1}}}
+
+    def test_what_write_returns_is_the_callers(self, storage: Storage) -> None:
+        """Changing them, however deep, changes nothing stored."""
+        storage.write([("alice", Merge({"list": [1]}))])
+        for change in (Merge({"object": {"n": 1}}), Modify(lambda metadata: metadata)):
+            [written] = storage.write([("alice", change)])
+            assert written is not None
+            spoil(written)
+        assert storage.read(["alice"]) == {"alice": {"list": [1], "object": {"n": 1}}}
+
+    def test_results_share_nothing(self, storage: Storage) -> None:
+        """Changing one result of a write, however deep, changes no other."""
+        first, second = storage.write(
+            [("alice", Merge({"list": [1], "object": {"n": 1}})), ("alice", Merge({"m": 1}))]
+        )
+        assert first is not None
+        spoil(first)
+        assert second == {"list": [1], "object": {"n": 1}, "m": 1}
+
+    def test_what_a_change_returned_is_its_own(self, storage: Storage) -> None:
+        """Changing an update or a change's result after ``write`` changes nothing stored."""
+        update: Metadata = {"list": [1], "object": {"n": 1}}
+        storage.write(
+            [("alice", Merge(update)), ("bob", Replace(update)), ("carol", lambda _: update)]
+        )
+        spoil(update)
+        expected = {"list": [1], "object": {"n": 1}}
+        assert storage.read(["alice", "bob", "carol"]) == {
+            "alice": expected,
+            "bob": expected,
+            "carol": expected,
+        }
+
+    def test_what_a_change_is_given_is_its_own(self, storage: Storage) -> None:
+        """A change may alter its argument and fail, and nothing is stored."""
+        storage.write([("alice", Merge({"list": [1], "object": {"n": 1}}))])
+
+        def spoil_and_fail(old: Metadata | None) -> Metadata:
+            assert old is not None
+            spoil(old)
+            raise LookupError
+
+        with pytest.raises(LookupError):
+            storage.write([("alice", spoil_and_fail)])
+        assert storage.read(["alice"]) == {"alice": {"list": [1], "object": {"n": 1}}}
+
+    # Closing.
+
+    @pytest.mark.parametrize("which", ["the first", "the other"])
+    def test_a_closed_storage_says_so(self, storage: Storage, which: str) -> None:
+        """After ``close``, which may be called twice, reads and writes raise for every app."""
+        other = storage.for_app("other")
+        storage.write([("alice", Merge({"n": 1}))])
+        closing = storage if which == "the first" else other
+        closing.close()
+        closing.close()
+        for closed in (storage, other):
+            with pytest.raises(UsageError):
+                closed.read(["alice"])
+            with pytest.raises(UsageError):
+                closed.write([("alice", Merge({"n": 2}))])
+
+    def test_a_storage_may_be_closed_before_its_first_call(self, storage: Storage) -> None:
+        """It is closed then like any other, and opens nothing any more."""
+        storage.close()
+        with pytest.raises(UsageError):
+            storage.read(["alice"])
+        with pytest.raises(UsageError):
+            storage.write([("alice", Merge({}))])
+
+    # Waiting.
+
+    def test_a_storage_that_never_waits_does_not_block(self, storage: Storage) -> None:
+        """What ``reads_in_flight`` or ``writes_in_flight`` of 0 promises: no call gives way."""
+        calls: list[Callable[[], object]] = []
+        if getattr(storage, "reads_in_flight", 1) == 0:
+            calls.append(lambda: storage.read(["alice"]))
+        if getattr(storage, "writes_in_flight", 1) == 0:
+            calls.append(lambda: storage.write([("alice", Merge({"n": 1}))]))
+        if not calls:
+            pytest.skip("the storage may wait")
+        storage.write([("alice", Merge({"n": 0}))])
+        for call in calls:
+            # The system may interrupt any thread, and a short wait may be over before it begins.
+            waits = statistics.median(_waits(call) for _ in range(21))
+            assert waits == 0, "it waits, on the event loop"
+
+
+def _waits(call: Callable[[], object]) -> int:
+    """Return how often a call gave up the processor, as for a disk, a network or another thread."""
+    try:
+        import resource
+
+        thread = resource.RUSAGE_THREAD
+    except (ImportError, AttributeError):
+        pytest.skip("this system does not count the waits of a thread")
+    before = resource.getrusage(thread).ru_nvcsw
+    call()
+    return resource.getrusage(thread).ru_nvcsw - before

@@ -1,0 +1,105 @@
+"""What all parts of the suite use: its settings, its optional fixtures, and its threads."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import pytest
+
+from usermetadata.changes import Modify
+from usermetadata.indexes import Index
+from usermetadata.testing.running import Running, limited, run_in_rounds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
+    from contextlib import AbstractContextManager
+
+    from usermetadata.codec import Metadata
+    from usermetadata.storage import Storage
+    from usermetadata.testing.proxy import Phase
+
+T = TypeVar("T")
+
+COUNT = Modify(lambda metadata: {**metadata, "n": metadata.get("n", 0) + 1})
+
+
+class Suite:
+    """The base of all parts.
+
+    Attributes:
+        timeout: seconds after which a test counts as hanging, and fails with the stacks of all
+            threads. Its fixtures are included.
+        moment: seconds in which a concurrent call would be over if the storage did not make it
+            wait.
+        indexes: what an ``IndexedStorage`` has to declare, so that its tests run.
+    """
+
+    timeout: ClassVar[float] = 60.0
+    moment: ClassVar[float] = 0.1
+    indexes: ClassVar[Sequence[Index]] = (Index("plan"), Index("customer", unique=True))
+
+    @pytest.fixture
+    def second_storage(self) -> Storage:
+        """A second storage over the rows of ``storage``, as another process has it."""
+        pytest.skip("define the fixture second_storage: a second storage over the same data")
+
+    @pytest.fixture
+    def break_connection(
+        self,
+    ) -> Callable[[Phase, int, Callable[[], object]], AbstractContextManager[object]]:
+        """What breaks the connection of ``storage``; a method of ``BreakingProxy`` for example."""
+        pytest.skip("define the fixture break_connection, if the storage uses a connection")
+
+    @pytest.fixture(autouse=True)
+    def _ends(self) -> Generator[None, None, None]:
+        with limited(self.timeout):
+            yield
+
+    def start(self, function: Callable[[], T]) -> Running[T]:
+        """Run the function in a thread."""
+        return Running(function, self.timeout)
+
+    def in_thread(self, function: Callable[[], T]) -> T:
+        """Run the function in a thread until it ends; return or raise what it does."""
+        return self.start(function).result()
+
+    def meanwhile(self, function: Callable[[], object]) -> Meanwhile:
+        """Return what a change calls so that another thread calls the function in its middle."""
+        return Meanwhile(self, function)
+
+    def in_rounds(self, functions: Sequence[Callable[[int], object]], rounds: int) -> None:
+        """Call each function in a thread of its own with 0, 1, ...; each round begins at once."""
+        run_in_rounds(functions, rounds, self.timeout)
+
+
+class Meanwhile:
+    """Calls a function in another thread; a change that is called again calls it once only."""
+
+    def __init__(self, suite: Suite, function: Callable[[], object]) -> None:
+        self._suite = suite
+        self._function = function
+        self._running: Running[object] | None = None
+
+    def __call__(self) -> None:
+        """Call the function, and wait for its end, but not for long: it may have to wait."""
+        if self._running is None:
+            self._running = self._suite.start(self._function)
+            self._running.give_time(self._suite.moment)
+
+    def finish(self) -> None:
+        """Wait until the function has ended; raise what it raised."""
+        assert self._running is not None, "the change was never called"
+        self._running.result()
+
+
+def exactly(value: Any) -> str:
+    """Return an ASCII text that differs where ``==`` or the eye sees no difference."""
+    return json.dumps(value, sort_keys=True)
+
+
+def spoil(metadata: Metadata) -> None:
+    """Change everything in metadata that has ``list`` and ``object``."""
+    metadata["list"].append("spoilt")
+    metadata["object"]["n"] = "spoilt"
+    metadata["spoilt"] = True

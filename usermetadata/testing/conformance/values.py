@@ -1,0 +1,217 @@
+"""Exactness of values and ids, and apps."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from usermetadata.changes import Clear, Merge, Modify, Replace
+from usermetadata.exceptions import InvalidInputError
+from usermetadata.testing.conformance.suite import Suite, exactly
+
+if TYPE_CHECKING:
+    from usermetadata.changes import Change
+    from usermetadata.codec import Metadata
+    from usermetadata.storage import Storage
+
+_EXACT_VALUES: list[Any] = [
+    *(None, True, False, 0, 1, 2**53 + 1, -(2**63) - 1, 10**600),
+    *(0.1, 1.0, -0.0, 5e-324, 1.7976931348623157e308, 1e22),
+    *("", "1", "null", "\0", "\x7f\x80\u2028", "e\u0301 \u00e9", "\uffff", "\U0010ffff"),
+    *([], {}, [[], {}], {"": 1, "\0": 2, "a.b": {"$c": []}}),
+]
+_SEPARATORS = [
+    ":",
+    "/",
+    "|",
+    "\x1f",
+    "-",
+    "_",
+    ".",
+    ",",
+    ";",
+    "#",
+    "@",
+    " ",
+    "\t",
+    "\n",
+    "\\",
+    "::",
+]
+# In each line, texts that one collation or another takes for the same.
+_ALIKE = [
+    *(
+        "alice",
+        "Alice",
+        "ALICE",
+        "alice ",
+        " alice",
+        "alice\t",
+        "alice\n",
+        "\uff41lice",
+        "alic\u200be",
+    ),
+    *("al%ce", "al_ce", "al*ce", "al?ce", "al[i]ce"),
+    *("\u00e9", "e\u0301", "e", "\u00c9"),
+    *("ss", "\u00df", "\u1e9e"),
+    *("i", "I", "\u0130", "\u0131"),
+    *("\U0001f600", "\U0001f601", "\U0010ffff", "\ufffd", "?"),
+    *("1", "01", "1.0", "1e0", "\u0661"),
+]
+_USER_IDS = [
+    *_ALIKE,
+    *("x" * 254 + end for end in ("", "a", "b")),
+    *("\U0001f600" * 254 + end for end in ("a", "b")),
+    *(f"app{separator}user" for separator in _SEPARATORS),
+]
+
+
+class ValueConformance(Suite):
+    """Values and ids come back exactly; apps are apart."""
+
+    # Exactness.
+
+    @pytest.mark.parametrize("value", _EXACT_VALUES, ids=ascii)
+    def test_values_come_back_exactly(self, storage: Storage, value: Any) -> None:
+        """Integers of any size, floats bit for bit and all of Unicode survive each kind of change.
+
+        They survive also when another property of the user is merged afterwards.
+        """
+        metadata = {"": [value], "\u00e9.$": {"nested": value}, "root": value}
+        expected = {name: each for name, each in metadata.items() if each is not None}
+        changes: dict[str, Change] = {
+            "Merge": Merge(metadata),
+            "Replace": Replace(metadata),
+            "Modify": Modify(lambda _: metadata),
+            "callable": lambda _: expected,
+        }
+
+        def check(results: list[Metadata | None], expected: Metadata, after: str) -> None:
+            found = storage.read([*changes])
+            for kind, written in zip(changes, results, strict=True):
+                for method, each in (("write", written), ("read", found.get(kind))):
+                    assert exactly(each) == exactly(expected), f"{kind}, {method} after {after}"
+
+        check([storage.write([each])[0] for each in changes.items()], expected, "one change alone")
+        check(storage.write([*changes.items()]), expected, "many changes at once")
+        others: list[tuple[str, Change]] = [(kind, Merge({"other": 1})) for kind in changes]
+        expected["other"] = 1
+        alone = [storage.write([each])[0] for each in others]
+        check(alone, expected, "a merge of another property")
+        check(storage.write(others), expected, "merges of another property for many users")
+
+    def test_large_objects_come_back_exactly(self, storage: Storage) -> None:
+        """10,000 properties and 200 levels are stored like any others."""
+        wide = {f"property {number}": number for number in range(10_000)}
+        deep: dict[str, Any] = {}
+        for _ in range(199):
+            deep = {"deeper": deep}
+        storage.write([("wide", Replace(wide)), ("deep", Replace(deep))])
+        assert storage.read(["wide", "deep"]) == {"wide": wide, "deep": deep}
+
+    def test_user_ids_are_told_apart(self, storage: Storage) -> None:
+        """Case, blanks, wildcards, Unicode normalisation and the last character count."""
+        storage.write([(user_id, Merge({"id": user_id})) for user_id in _USER_IDS])
+        expected = {user_id: {"id": user_id} for user_id in _USER_IDS}
+        found = storage.read(_USER_IDS)
+        for user_id in _USER_IDS:
+            alone = storage.read([user_id])
+            for each in (found, alone):
+                assert _row(each, user_id) == ascii({"id": user_id}), f"user {user_id!a}"
+            assert ascii(alone) == ascii({user_id: {"id": user_id}})
+        assert found == expected
+        for number, user_id in enumerate(_USER_IDS):
+            storage.write([(user_id, Merge({"alone": number}))])
+        for number, user_id in enumerate(_USER_IDS):
+            alone = storage.read([user_id])
+            row = ascii({"alone": number, "id": user_id})
+            assert _row(alone, user_id) == row, f"user {user_id!a}"
+
+    # Apps.
+
+    def test_apps_never_see_each_others_rows(self, storage: Storage) -> None:
+        """Reading, writing and clearing in one app leaves the same user of another alone."""
+        other = storage.for_app("other")
+        storage.write([("alice", Merge({"app": "public"}))])
+        assert other.read(["alice"]) == {}
+        assert other.write([("alice", Merge({"n": 1}))]) == [{"n": 1}]
+        assert storage.read(["alice"]) == {"alice": {"app": "public"}}
+        storage.write([("alice", Clear())])
+        assert other.read(["alice"]) == {"alice": {"n": 1}}
+
+    def test_apps_are_told_apart(self, storage: Storage) -> None:
+        """App ids are compared character by character, and apart from the user id."""
+        rows = [
+            *(
+                ("a", "bc"),
+                ("ab", "c"),
+                ("A", "bc"),
+                ("a ", "bc"),
+                ("\u00e9", "bc"),
+                ("e\u0301", "bc"),
+            ),
+            *((f"a{separator}b", "c") for separator in _SEPARATORS),
+            *(("a", f"b{separator}c") for separator in _SEPARATORS),
+            *(("x" * 63 + end, "c") for end in ("", "a", "b")),
+            *((app_id, "one user") for app_id in _ALIKE),
+        ]
+        for app_id, user_id in rows:
+            storage.for_app(app_id).write([(user_id, Merge({"row": [app_id, user_id]}))])
+        for app_id, user_id in rows:
+            found = storage.for_app(app_id).read([user_id])
+            expected = ascii({"row": [app_id, user_id]})
+            assert _row(found, user_id) == expected, f"app {app_id!a}, user {user_id!a}"
+
+    def test_apps_are_apart_in_calls_for_many_users(self, storage: Storage) -> None:
+        """Neither a read nor a write of several users finds those of another app."""
+        everybody = ["alice", "bob", "carol"]
+        shop = storage.for_app("shop")
+        storage.write([(user, Replace({"public": user})) for user in ("alice", "bob")])
+        shop.write([(user, Replace({"shop": user})) for user in ("bob", "carol")])
+        of_public = {user: {"public": user} for user in ("alice", "bob")}
+        of_shop = {user: {"shop": user} for user in ("bob", "carol")}
+        storage.write([("Alice", Replace({"other": True}))])
+        assert storage.read(everybody) == of_public
+        assert shop.read(everybody) == of_shop
+        merged = [(user, Merge({"n": 1})) for user in everybody]
+        assert shop.write(merged) == [{**of_shop.get(user, {}), "n": 1} for user in everybody]
+        seen: list[Metadata | None] = []
+        shop.write([(user, seen.append) for user in everybody])
+        assert seen == [{**of_shop.get(user, {}), "n": 1} for user in everybody]
+        assert shop.read(everybody) == {}
+        shop.write([(user, Clear()) for user in everybody])
+        assert storage.read(everybody) == of_public
+
+    def test_apps_do_not_share_a_write(self, storage: Storage) -> None:
+        """Threads that write the same users of two apps at the same time keep them apart."""
+        users = ["alice", "bob", "carol"]
+        apps = {app_id: storage.for_app(app_id) for app_id in ("left", "right")}
+
+        def write(app_id: str, number: int) -> None:
+            changes = [(user, Merge({app_id: number})) for user in users]
+            assert apps[app_id].write(changes) == [{app_id: number}] * 3
+            assert apps[app_id].read(users) == {user: {app_id: number} for user in users}
+
+        self.in_rounds([partial(write, app_id) for app_id in apps], 20)
+
+    def test_an_app_is_found_again(self, storage: Storage) -> None:
+        """``for_app`` of the same id is the same rows; a storage starts as ``"public"``."""
+        storage.write([("alice", Merge({"app": "public"}))])
+        other = storage.for_app("other")
+        other.write([("alice", Merge({"app": "other"}))])
+        assert storage.for_app("other").read(["alice"]) == {"alice": {"app": "other"}}
+        assert other.for_app("public").read(["alice"]) == {"alice": {"app": "public"}}
+
+    def test_an_app_id_is_checked(self, storage: Storage) -> None:
+        """``for_app`` refuses an app id that is not valid."""
+        for app_id in ("", "a" * 65, "a\0"):
+            with pytest.raises(InvalidInputError, match="app_id"):
+                storage.for_app(app_id)
+
+
+def _row(found: dict[str, Metadata], user_id: str) -> str:
+    """Return the row as a text in which all characters can be told apart."""
+    row = found.get(user_id)
+    return ascii(row if row is None else dict(sorted(row.items())))
