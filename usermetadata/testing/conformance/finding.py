@@ -232,7 +232,9 @@ class FindingConformance(Suite):
             storage.write([(user, Replace({"customer": each})) for user, each in start.items()])
             results = storage.write(changes)
             ends = dict(zip([user for user, _ in changes], results, strict=True))
-            assert storage.read([*ends]) == {user: row for user, row in ends.items() if row}
+            assert storage.read([*ends]) == {
+                user: row for user, row in ends.items() if row is not None
+            }
             for number in (1, 2, 3, 9):
                 found = indexed.find({"customer": number}, "", 10)
                 assert len(found) <= 1
