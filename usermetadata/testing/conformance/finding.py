@@ -149,7 +149,7 @@ class FindingConformance(Suite):
         """Users who match all the time are on exactly one page, though others come and go."""
         indexed = self._indexed(storage)
         check_pages_while_others_write(
-            self, storage, lambda after: indexed.find({"plan": "pro"}, after, 7)
+            storage, lambda after: indexed.find({"plan": "pro"}, after, 7)
         )
 
     def test_what_is_found_is_of_one_moment(self, storage: Storage) -> None:
