@@ -33,7 +33,7 @@ from usermetadata.exceptions import (
     StorageError,
     StorageUnavailableError,
 )
-from usermetadata.indexes import matches
+from usermetadata.indexes import Index, matches
 from usermetadata.testing import StorageConformance
 
 if TYPE_CHECKING:
@@ -1053,13 +1053,13 @@ class SharesLists(Twice):
 
     def begin(self) -> None:
         self._pages: dict[str, dict[str, Metadata]] = {}
-        self._found: dict[str, dict[str, Metadata]] = {}
+        self._found_users: dict[str, dict[str, Metadata]] = {}
 
     def read_after(self, user_id: str, limit: int) -> dict[str, Metadata]:
         return self._pages.setdefault(user_id, super().read_after(user_id, limit))
 
     def find(self, where: Mapping[str, Value], after: str, limit: int) -> dict[str, Metadata]:
-        return self._found.setdefault(f"{where}{after}", super().find(where, after, limit))
+        return self._found_users.setdefault(f"{where}{after}", super().find(where, after, limit))
 
 
 class EmptyWhenClosed(Twice):
@@ -1223,7 +1223,9 @@ class FindsByTheFirst(Sifts):
 class IndexesAnything(InMemoryStorage):
     """Stores what it cannot index."""
 
-    indexes = tuple(StorageConformance.indexes)
+    @property
+    def indexes(self) -> tuple[Index, ...]:
+        return tuple(StorageConformance.indexes)
 
 
 class FindsFormerUsers(Indexed):

@@ -120,6 +120,7 @@ from faulty_storages import (
     WritesElsewhere,
     WritesFromItsCache,
 )
+from json_file_storage import JSONFileStorage
 from postgres_server import empty_schema, server_url
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from sqlite_utils import Database
@@ -400,10 +401,11 @@ class Impatient(StorageConformance):
 
 def failure_of(test: str, fault: type[Any], process: OtherProcess, folder: Path) -> str:
     """Return the text with which a test of the suite finds a fault."""
-    arguments = dict(SPECIAL.get(fault, ARGUMENTS.get(test, {})))
-    if fault is LocksOneProcess:
-        arguments["storage"] = fault(folder / "users.json")
-        arguments["second_storage"] = process.open(fault, folder / "users.json")
+    arguments: dict[str, Any] = dict(SPECIAL.get(fault, ARGUMENTS.get(test, {})))
+    if issubclass(fault, JSONFileStorage):
+        opens: Any = fault
+        arguments["storage"] = opens(folder / "users.json")
+        arguments["second_storage"] = process.open(opens, folder / "users.json")
     else:
         arguments["storage"] = fault()
         if hasattr(fault, "second"):

@@ -300,18 +300,6 @@ class UserMetadataRecipe(UserMetadata[dict[str, Any], "Mapping[str, Any]"]):
         """The functions as the override left them, for ``asyncio``."""
         return self._functions.asynchronous
 
-    @staticmethod
-    @contextmanager
-    def _replaced(storage: Storage) -> Generator[None, None, None]:
-        """Use another storage in a block, with the same override."""
-        made = default.get()
-        override = None if made is None else made.recipe.override
-        recipe = UserMetadataRecipe(storage, override=override)
-        before = default.replace(Made(recipe, recipe._functions, None))
-        yield
-        UserMetadataRecipe.reset()
-        default.replace(before)
-
 
 def init(
     storage: Storage | str | os.PathLike[str] | None = None,

@@ -1,4 +1,4 @@
-"""For tests: a fresh in-memory store per test, and the conformance suite for storages.
+"""For tests: in-memory stores, and the conformance suite for storages.
 
 pytest finds the fixtures by itself where this library is installed.
 """
@@ -14,8 +14,10 @@ pytest.register_assert_rewrite("usermetadata.testing.conformance")
 from usermetadata.testing.conformance import StorageConformance  # noqa: E402 - after the call above
 from usermetadata.testing.fixtures import (  # noqa: E402 - likewise
     _usermetadata_served,
+    usermetadata_module_storage,
     usermetadata_process,
     usermetadata_server,
+    usermetadata_session_storage,
     usermetadata_storage,
 )
 from usermetadata.testing.proxy import BreakingProxy  # noqa: E402 - likewise
@@ -24,7 +26,9 @@ __all__ = [
     "BreakingProxy",
     "StorageConformance",
     "_usermetadata_served",
+    "usermetadata_module_storage",
     "usermetadata_process",
     "usermetadata_server",
+    "usermetadata_session_storage",
     "usermetadata_storage",
 ]

@@ -1,4 +1,4 @@
-"""pytest fixtures: a fresh in-memory store per test, and a server over it."""
+"""pytest fixtures: in-memory stores, a server over one, and another process."""
 
 # pyright: reportPrivateUsage=false
 # The fixture puts the recipe's one instance aside, which no other code should do.
@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from usermetadata._core.default import Made, default
 from usermetadata.client import UserMetadataRecipe
 from usermetadata.exceptions import UsageError
 from usermetadata.storage.memory import InMemoryStorage
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 def usermetadata_storage() -> Generator[InMemoryStorage, None, None]:
     """Give the test a fresh in-memory store, in place of the one that ``init`` was given.
 
-    The application's override, if there is one, stays in force. Afterwards the former store is
-    back.
+    The application's override, if there is one, stays in force, and the store has the indexes of
+    the application's. Afterwards the former store is back.
 
     Example:
         A test that uses it::
@@ -36,10 +38,36 @@ def usermetadata_storage() -> Generator[InMemoryStorage, None, None]:
                 update_user_metadata("alice", {"theme": "dark"})
                 assert get_user_metadata("alice").metadata == {"theme": "dark"}
     """
-    storage = InMemoryStorage()
-    with UserMetadataRecipe._replaced(storage):
+    with _stores.fresh("function") as storage:
         yield storage
-    storage.close()
+
+
+@pytest.fixture(scope="module")
+def usermetadata_module_storage() -> Generator[InMemoryStorage, None, None]:
+    """Give a module's tests one in-memory store, and its fixtures with the scope ``"module"``.
+
+    A test of the module that uses ``usermetadata_storage`` still gets a fresh store, and the next
+    one has the module's again.
+
+    Example:
+        Metadata that several tests read::
+
+            @pytest.fixture(scope="module", autouse=True)
+            def users(usermetadata_module_storage):
+                update_user_metadata("alice", {"plan": "pro"})
+    """
+    with _stores.fresh("module") as storage:
+        yield storage
+
+
+@pytest.fixture(scope="session")
+def usermetadata_session_storage() -> Generator[InMemoryStorage, None, None]:
+    """Give all tests one in-memory store, and fixtures with the scope ``"session"``.
+
+    With pytest-xdist each worker has its own. A module or a test with a store of its own uses that.
+    """
+    with _stores.fresh("session") as storage:
+        yield storage
 
 
 @pytest.fixture
@@ -83,6 +111,52 @@ def usermetadata_process() -> Generator[OtherProcess, None, None]:
     process = OtherProcess()
     yield process
     process.close()
+
+
+_SCOPES = ["session", "module", "function"]
+
+
+class _Stores:
+    """The stores of the fixtures that are set up. The functions use that of the narrowest scope.
+
+    A session's may be set up after a module's, and outlive it.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[int, Made] = {}
+        self._before: Made | None = None
+
+    @contextmanager
+    def fresh(self, scope: str) -> Generator[InMemoryStorage, None, None]:
+        """Have one more in a block."""
+        current = default.get()
+        if not self._made:
+            self._before = current
+        override = None if current is None else current.recipe.override
+        indexes = () if current is None else getattr(current.recipe.storage, "indexes", ())
+        storage = InMemoryStorage(indexes=indexes)
+        recipe = UserMetadataRecipe(storage, override=override)
+        level = _SCOPES.index(scope)
+        self._made[level] = Made(recipe, recipe._functions, None)
+        self._use_narrowest()
+        yield storage
+        if level == max(self._made):
+            # A test may have called close() and init().
+            UserMetadataRecipe.reset()
+        recipe.close()
+        storage.close()
+        del self._made[level]
+        self._use_narrowest()
+
+    def _use_narrowest(self) -> None:
+        if self._made:
+            default.replace(self._made[max(self._made)])
+        else:
+            default.replace(self._before)
+            self._before = None
+
+
+_stores = _Stores()
 
 
 class _Served:

@@ -87,7 +87,8 @@ class OtherProcess:
             self._idle.append(connection)
             if kind == "returned":
                 return value
-            if value is None and raised is not None:
+            if value is None:
+                assert raised is not None
                 raise raised
             raise value
 

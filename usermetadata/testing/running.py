@@ -38,6 +38,11 @@ class Running(Generic[T]):
         self._thread = threading.Thread(target=self._run, name="of the test", daemon=True)
         self._thread.start()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._thread.is_alive()
+
     def give_time(self, seconds: float) -> None:
         """Wait for its end, but not longer than this."""
         self._thread.join(seconds)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 ROW_OR_NOT = pytest.mark.parametrize("row", [False, True], ids=["no row", "a row"])
 WHICH_USER = pytest.mark.parametrize("which", ["the last user", "a user whose change comes later"])
 
+_TURNS = 15
+
 
 class AtomicityConformance(Suite):
     """What threads see of one storage."""
@@ -323,19 +325,40 @@ def check_reads_are_of_one_moment(
     """Read two users, the first and the last of many, who are written together all the time."""
     users = ["alice", *(f"absent {number}" for number in range(between)), "bob"]
     storage.write([(user_id, Merge({"n": 0})) for user_id in ("alice", "bob")])
+
+    def write(number: int) -> None:
+        other.write([(user_id, Merge({"n": number})) for user_id in ("alice", "bob")])
+
+    def read() -> None:
+        found = storage.read(users)
+        assert found["alice"] == found["bob"], (
+            "one read returned rows of two moments: several queries need one snapshot"
+        )
+
+    call_while_writing(suite, write, read, 30 if between else 100)
+
+
+def call_while_writing(
+    suite: Suite, write: Callable[[int], object], call: Callable[[], object], times: int
+) -> None:
+    """Call so often while another thread writes, and until enough calls have met a write."""
     stop = threading.Event()
+    written: list[int] = []
 
-    def write() -> None:
-        for number in itertools.takewhile(lambda _: not stop.is_set(), itertools.count()):
-            other.write([(user_id, Merge({"n": number})) for user_id in ("alice", "bob")])
+    def write_until_stopped() -> None:
+        while not stop.is_set():
+            write(len(written))
+            written.append(len(written))
 
-    writer = suite.start(write)
+    writer = suite.start(write_until_stopped)
+    called = met = 0
     try:
-        for _ in range(30 if between else 100):
-            found = storage.read(users)
-            assert found["alice"] == found["bob"], (
-                "one read returned rows of two moments: several queries need one snapshot"
-            )
+        # Each thread may run alone for a while: what counts is that they take turns.
+        while (called < times or met < _TURNS) and writer.is_alive:
+            before = len(written)
+            call()
+            called += 1
+            met += before != len(written)
     finally:
         stop.set()
         writer.result()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import pytest
 from usermetadata.changes import Clear, Merge, Modify, Replace
 from usermetadata.exceptions import InvalidInputError, NotUniqueError, UsageError
 from usermetadata.storage import IndexedStorage
+from usermetadata.testing.conformance.atomicity import call_while_writing
 from usermetadata.testing.conformance.listing import check_pages_while_others_write, pages_of
 from usermetadata.testing.conformance.suite import Suite, spoil
 
@@ -157,22 +157,17 @@ class FindingConformance(Suite):
         indexed = self._indexed(storage)
         users = ["alice", "bob"]
         storage.write([(user, Merge({"plan": "pro"})) for user in users])
-        stop = threading.Event()
 
-        def write() -> None:
-            while not stop.is_set():
-                for plan in ("free", "pro"):
-                    storage.write([(user, Merge({"plan": plan})) for user in users])
+        def write(number: int) -> None:
+            plan = ("free", "pro")[number % 2]
+            storage.write([(user, Merge({"plan": plan})) for user in users])
 
-        writer = self.start(write)
-        try:
-            for _ in range(50):
-                found = indexed.find({"plan": "pro"}, "", 10)
-                assert [*found.values()] in ([], [{"plan": "pro"}] * 2)
-                assert indexed.count({"plan": "free"}) in {0, 2}
-        finally:
-            stop.set()
-            writer.result()
+        def find() -> None:
+            found = indexed.find({"plan": "pro"}, "", 10)
+            assert [*found.values()] in ([], [{"plan": "pro"}] * 2)
+            assert indexed.count({"plan": "free"}) in {0, 2}
+
+        call_while_writing(self, write, find, 50)
 
     def test_an_app_finds_its_own_users(self, storage: Storage) -> None:
         """An app finds and counts its own users, and a value is unique within an app."""
