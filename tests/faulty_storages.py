@@ -263,7 +263,7 @@ class LetsWritersMeet(Unlocked):
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         def meet(change: Change, old: Metadata | None) -> Metadata | None:
             with contextlib.suppress(threading.BrokenBarrierError):
-                self._meeting.wait(timeout=1)
+                self._meeting.wait(timeout=0.2)
             return change(old)
 
         return super().write([(user_id, partial(meet, change)) for user_id, change in changes])
@@ -491,7 +491,7 @@ class MergesByItself(InMemoryStorage):
 
     def _meet(self) -> None:
         with contextlib.suppress(threading.BrokenBarrierError):
-            self._meeting.wait(timeout=1)
+            self._meeting.wait(timeout=0.2)
 
 
 class ClosesItsOwnAppOnly(InMemoryStorage):

@@ -129,6 +129,8 @@ from usermetadata import InMemoryStorage, PostgresStorage, SQLiteStorage
 from usermetadata.changes import Merge
 from usermetadata.testing import BreakingProxy, StorageConformance
 from usermetadata.testing.conformance.connections import ConnectionConformance
+from usermetadata.testing.conformance.finding import FindingConformance
+from usermetadata.testing.conformance.suite import Suite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -141,19 +143,19 @@ if TYPE_CHECKING:
 KINDS = ["memory, indexed", "sqlite file, indexed", "sqlite memory", "sqlite borrowed", "postgres"]
 
 
-class TestEveryStorage(StorageConformance):
-    """All storages keep all promises; those of a server also if connections break."""
+class Storages(Suite):
+    """The fixtures of the suite for this library's storages."""
 
-    @pytest.fixture(params=KINDS)
+    @pytest.fixture
     def opened(
         self,
-        request: pytest.FixtureRequest,
+        kind: str,
         tmp_path: Path,
         usermetadata_process: OtherProcess,
         proxy: BreakingProxy,
     ) -> Generator[Opened, None, None]:
         with contextlib.ExitStack() as stack:
-            kind, _, indexed = request.param.partition(", ")
+            kind, _, indexed = kind.partition(", ")
             arguments: dict[str, Any] = {"indexes": self.indexes} if indexed else {}
             opened = Opened(InMemoryStorage(**arguments))
             if kind == "sqlite file":
@@ -194,6 +196,23 @@ class TestEveryStorage(StorageConformance):
         if opened.proxy is None:
             pytest.skip("there is no connection")
         return opened.proxy.break_connection
+
+
+class TestEveryStorage(Storages, StorageConformance):
+    """All storages keep all promises; those of a server also if connections break."""
+
+    @pytest.fixture(params=KINDS)
+    def kind(self, request: pytest.FixtureRequest) -> str:
+        kind: str = request.param
+        return kind
+
+
+class TestPostgresWithIndexes(Storages, FindingConformance):
+    """PostgreSQL finds users, and has other statements where nothing is indexed."""
+
+    @pytest.fixture
+    def kind(self) -> str:
+        return "postgres, indexed"
 
 
 class Opened(NamedTuple):
@@ -396,7 +415,7 @@ SPECIAL: dict[Any, dict[str, Any]] = {
 class Impatient(StorageConformance):
     """The suite, for storages that hang."""
 
-    timeout = 2
+    timeout = 1
 
 
 def failure_of(test: str, fault: type[Any], process: OtherProcess, folder: Path) -> str:

@@ -20,10 +20,12 @@ from usermetadata.testing.fixtures import (  # noqa: E402 - likewise
     usermetadata_session_storage,
     usermetadata_storage,
 )
+from usermetadata.testing.process import OtherProcess  # noqa: E402 - likewise
 from usermetadata.testing.proxy import BreakingProxy  # noqa: E402 - likewise
 
 __all__ = [
     "BreakingProxy",
+    "OtherProcess",
     "StorageConformance",
     "_usermetadata_served",
     "usermetadata_module_storage",

@@ -15,13 +15,13 @@ from usermetadata._core.default import Made, default
 from usermetadata.client import UserMetadataRecipe
 from usermetadata.exceptions import UsageError
 from usermetadata.storage.memory import InMemoryStorage
+from usermetadata.testing.process import OtherProcess
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
-    from usermetadata.testing.process import OtherProcess
 
 
 @pytest.fixture
@@ -106,8 +106,6 @@ def usermetadata_process() -> Generator[OtherProcess, None, None]:
                 with closing(usermetadata_process.open(MyStorage, tmp_path / "users")) as storage:
                     yield storage
     """
-    from usermetadata.testing.process import OtherProcess
-
     process = OtherProcess()
     yield process
     process.close()

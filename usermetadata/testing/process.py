@@ -10,7 +10,6 @@ import sys
 import threading
 import traceback
 from dataclasses import dataclass
-from multiprocessing.connection import Client, Connection, Listener
 from typing import TYPE_CHECKING, Any
 
 from usermetadata.changes import Clear, Merge, Modify, Replace
@@ -18,6 +17,7 @@ from usermetadata.testing.running import other_processes, stacks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from multiprocessing.connection import Connection, Listener
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
@@ -107,6 +107,8 @@ class OtherProcess:
         self._process.communicate()
 
     def _connect(self) -> Connection:
+        from multiprocessing.connection import Client
+
         return Client(self._address, authkey=self._key)
 
 
@@ -191,6 +193,8 @@ class _RaisedThereError(Exception):
 
 def serve(key: bytes) -> None:
     """Serve the process that has started this one, until it ends or closes the input."""
+    from multiprocessing.connection import Listener
+
     listener = Listener(authkey=key, backlog=64)
     served = _Served()
     threading.Thread(target=served.accept, args=(listener,), daemon=True).start()
