@@ -27,7 +27,7 @@ class Storage(Protocol):
     ``list``, ``str``, ``int``, ``float``, ``bool`` and ``None``.
 
     Every storage promises the following. :class:`usermetadata.testing.StorageConformance` tests all
-    of it but the errors, which only the author of a storage can provoke.
+    of it but some errors, which only the author of a storage can provoke.
 
     **Absence.** A user has a row or none. A row that is ``{}`` is a row.
 
@@ -37,7 +37,8 @@ class Storage(Protocol):
 
     **Atomicity.** One ``write`` happens whole or not at all; a reader sees all of it or nothing.
     No other write of that user, from any thread or process, can interleave between the moment a
-    change gets the old metadata and the moment its result is stored.
+    change gets the old metadata and the moment its result is stored. Writes of the same users in
+    different orders all end.
 
     **Threads.** All methods may be called from any thread, several at a time.
 
@@ -53,7 +54,8 @@ class Storage(Protocol):
     result of a change. A list or object that appears in it twice is stored as two.
 
     **Errors.** When the database fails, the method raises ``StorageError`` with the driver's error
-    as its cause, and later calls work again once the cause is removed.
+    as its cause, and later calls work again once the cause is removed. A write that may have been
+    done is never repeated: it raises ``OutcomeUnknownError``.
     """
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
@@ -118,7 +120,8 @@ class Storage(Protocol):
     def close(self) -> None:
         """Close what the storage holds open; it may be called twice.
 
-        Every later ``read`` and ``write`` raises ``UsageError``.
+        Every later ``read`` and ``write`` raises ``UsageError``. Those that are under way end, or
+        raise an error of this library.
         """
         ...
 

@@ -5,23 +5,23 @@ pytest finds the fixtures by itself where this library is installed.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
-# pyright: reportPrivateUsage=false
-
-pytest.register_assert_rewrite("usermetadata.testing.conformance")
-
-from usermetadata.testing.conformance import StorageConformance  # noqa: E402 - after the call above
-from usermetadata.testing.fixtures import (  # noqa: E402 - likewise
-    _usermetadata_served,
+from usermetadata.testing.fixtures import (
+    _usermetadata_served,  # pyright: ignore[reportPrivateUsage]
     usermetadata_module_storage,
     usermetadata_process,
     usermetadata_server,
     usermetadata_session_storage,
     usermetadata_storage,
 )
-from usermetadata.testing.process import OtherProcess  # noqa: E402 - likewise
-from usermetadata.testing.proxy import BreakingProxy  # noqa: E402 - likewise
+from usermetadata.testing.process import OtherProcess
+from usermetadata.testing.proxy import BreakingProxy
+
+if TYPE_CHECKING:
+    from usermetadata.testing.conformance import StorageConformance
 
 __all__ = [
     "BreakingProxy",
@@ -34,3 +34,14 @@ __all__ = [
     "usermetadata_session_storage",
     "usermetadata_storage",
 ]
+
+pytest.register_assert_rewrite("usermetadata.testing.conformance")
+
+
+def __getattr__(name: str) -> object:
+    """Import the suite when it is used: pytest imports this module in every application's tests."""
+    if name == "StorageConformance":
+        from usermetadata.testing.conformance import StorageConformance
+
+        return StorageConformance
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
