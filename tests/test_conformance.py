@@ -149,13 +149,13 @@ class Storages(Suite):
     @pytest.fixture
     def opened(
         self,
-        kind: str,
+        storage_kind: str,
         tmp_path: Path,
         usermetadata_process: OtherProcess,
         proxy: BreakingProxy,
     ) -> Generator[Opened, None, None]:
         with contextlib.ExitStack() as stack:
-            kind, _, indexed = kind.partition(", ")
+            kind, _, indexed = storage_kind.partition(", ")
             arguments: dict[str, Any] = {"indexes": self.indexes} if indexed else {}
             opened = Opened(InMemoryStorage(**arguments))
             if kind == "sqlite file":
@@ -202,7 +202,7 @@ class TestEveryStorage(Storages, StorageConformance):
     """All storages keep all promises; those of a server also if connections break."""
 
     @pytest.fixture(params=KINDS)
-    def kind(self, request: pytest.FixtureRequest) -> str:
+    def storage_kind(self, request: pytest.FixtureRequest) -> str:
         kind: str = request.param
         return kind
 
@@ -211,7 +211,7 @@ class TestPostgresWithIndexes(Storages, FindingConformance):
     """PostgreSQL finds users, and has other statements where nothing is indexed."""
 
     @pytest.fixture
-    def kind(self) -> str:
+    def storage_kind(self) -> str:
         return "postgres, indexed"
 
 
@@ -389,7 +389,7 @@ PLANTED_FAULTS: dict[str, list[type[Any]]] = {
 }
 # The arguments besides the storages, if a test has any.
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "test_values_come_back_exactly": {"kind": "null, booleans and integers"},
+    "test_values_come_back_exactly": {"values": [2**53 + 1, [], {}]},
     "test_no_write_comes_between": {"row": True},
     "test_no_write_of_a_second_storage_comes_between": {"row": False},
     "test_every_user_of_a_write_is_locked": {"which": "the last user"},
@@ -402,7 +402,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "test_values_differ_in_type_and_text": {"name": "plan"},
     "test_what_cannot_be_indexed_is_refused": {"value": []},
     "test_a_broken_connection_does_nothing_twice": {"phase": "after sending"},
-    "test_a_broken_connection_writes_all_or_nothing": {"phase": "after sending", "kind": Merge},
+    "test_a_broken_connection_writes_all_or_nothing": {"phase": "after sending", "change": Merge},
     "test_a_read_survives_a_broken_connection": {"phase": "after sending"},
 }
 # The arguments with which only one fault is found.

@@ -60,13 +60,13 @@ class ConnectionConformance(Suite):
                 done += times
 
     @_PHASE
-    @pytest.mark.parametrize("kind", [Merge, Replace])
+    @pytest.mark.parametrize("change", [Merge, Replace])
     def test_a_broken_connection_writes_all_or_nothing(
         self,
         storage: Storage,
         break_connection: BreakConnection,
         phase: Phase,
-        kind: type[Merge | Replace],
+        change: type[Merge | Replace],
     ) -> None:
         """The same holds for changes that a storage does natively, of one user and of several."""
         storage.write([(user, Merge({})) for user in ("alice", "bob")])
@@ -74,7 +74,7 @@ class ConnectionConformance(Suite):
         for number in range(_ROUND_TRIPS):
             for users in (["alice"], ["alice", "bob"]):
                 new: Metadata = {"number": number, "users": len(users)}
-                write = partial(storage.write, [(user, kind(new)) for user in users])
+                write = partial(storage.write, [(user, change(new)) for user in users])
                 outcome = _break(break_connection, phase, number, write)
                 found = _read_again(storage, ["alice", "bob"])
                 where = f"{phase}, round trip {number}: {_SAID[outcome]}"

@@ -81,14 +81,39 @@ class ValueConformance(Suite):
 
     # Exactness.
 
-    @pytest.mark.parametrize("kind", _EXACT_VALUES)
-    def test_values_come_back_exactly(self, storage: Storage, kind: str) -> None:
+    @pytest.mark.parametrize("values", _EXACT_VALUES.values(), ids=_EXACT_VALUES)
+    def test_values_come_back_exactly(self, storage: Storage, values: list[Any]) -> None:
         """Integers of any size, floats bit for bit and all of Unicode survive each kind of change.
 
         They survive also when another property of the user is merged afterwards.
         """
-        for value in _EXACT_VALUES[kind]:
-            check_value(storage, value)
+        metadata: Metadata = {f"value {at}": value for at, value in enumerate(values)}
+        expected = {name: value for name, value in metadata.items() if value is not None}
+        inside = {"": values, "\u00e9.$": {"nested": dict(metadata)}}
+        metadata.update(inside)
+        expected.update(inside)
+        changes: dict[str, Change] = {
+            "Merge": Merge(metadata),
+            "Replace": Replace(metadata),
+            "Modify": Modify(lambda _: metadata),
+            "another callable": lambda _: expected,
+        }
+
+        def check(results: list[Metadata | None], after: str) -> None:
+            found = storage.read([*changes])
+            for kind, written in zip(changes, results, strict=True):
+                for method, each in (("write", written), ("read", found.get(kind))):
+                    wrong = "; ".join(_differences(each or {}, expected))
+                    assert not wrong, (
+                        f"stored by {kind}: what {method} returned after {after}: {wrong}"
+                    )
+
+        check([storage.write([each])[0] for each in changes.items()], "one change")
+        check(storage.write([*changes.items()]), "changes of several users")
+        others: list[tuple[str, Change]] = [(kind, Merge({"other": 1})) for kind in changes]
+        expected["other"] = 1
+        check([storage.write([each])[0] for each in others], "a merge of another property")
+        check(storage.write(others), "merges of another property for several users")
 
     def test_large_objects_come_back_exactly(self, storage: Storage) -> None:
         """10,000 properties and 200 levels are stored like any others."""
@@ -205,30 +230,11 @@ def _row(found: dict[str, Metadata], user_id: str) -> str:
     return ascii(row if row is None else dict(sorted(row.items())))
 
 
-def check_value(storage: Storage, value: Any) -> None:
-    """Store the value by each kind of change, alone and together; then merge something else."""
-    metadata = {"": [value], "\u00e9.$": {"nested": value}, "root": value}
-    expected = {name: each for name, each in metadata.items() if each is not None}
-    changes: dict[str, Change] = {
-        "Merge": Merge(metadata),
-        "Replace": Replace(metadata),
-        "Modify": Modify(lambda _: metadata),
-        "another callable": lambda _: expected,
-    }
-    others: list[tuple[str, Change]] = [(kind, Merge({"other": 1})) for kind in changes]
-
-    def check(results: list[Metadata | None], expected: Metadata, after: str) -> None:
-        found = storage.read([*changes])
-        for kind, written in zip(changes, results, strict=True):
-            for method, each in (("write", written), ("read", found.get(kind))):
-                assert exactly(each) == exactly(expected), (
-                    f"{value!a} stored by {kind}: what {method} returned after {after}"
-                )
-
-    storage.write([(kind, Clear()) for kind in changes])
-    check([storage.write([each])[0] for each in changes.items()], expected, "one change")
-    check(storage.write([*changes.items()]), expected, "changes of several users")
-    expected = {**expected, "other": 1}
-    merged = [storage.write([each])[0] for each in others]
-    check(merged, expected, "a merge of another property")
-    check(storage.write(others), expected, "merges of another property for several users")
+def _differences(found: Metadata, expected: Metadata) -> list[str]:
+    """Return one text for each property that is not exactly as expected."""
+    names: set[str] = {*expected, *found}
+    return [
+        f"{name!a} was {exactly(expected.get(name))}, and is {exactly(found.get(name))}"
+        for name in sorted(names)
+        if exactly(found.get(name)) != exactly(expected.get(name))
+    ]
