@@ -12,7 +12,7 @@ import pytest
 
 from usermetadata.changes import Clear, Merge, Modify, Replace
 from usermetadata.exceptions import UsageError, UserMetadataError
-from usermetadata.testing.conformance.suite import COUNT, Suite
+from usermetadata.testing.conformance.suite import COUNT, Suite, explained
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +25,10 @@ ROW_OR_NOT = pytest.mark.parametrize("row", [False, True], ids=["no row", "a row
 WHICH_USER = pytest.mark.parametrize("which", ["the last user", "a user whose change comes later"])
 
 _TURNS = 15
+_ORDERS = (
+    "Writes of the same users in different orders have to end: lock all users of a write in one"
+    " order, or repeat a write that the database has ended because of a deadlock."
+)
 
 
 class AtomicityConformance(Suite):
@@ -267,8 +271,9 @@ def check_functions_do_not_deadlock(suite: Suite, storage: Storage, other: Stora
         lambda: other.write([("bob", meeting("bob", "alice")), ("alice", COUNT)]),
         lambda: other.write([("bob", COUNT)]),
     ]
-    for thread in [suite.start(write) for write in writes]:
-        thread.result()
+    with explained(_ORDERS):
+        for thread in [suite.start(write) for write in writes]:
+            thread.result()
     assert storage.read(["alice", "bob"]) == {"alice": {"n": 2}, "bob": {"n": 3}}
 
 
@@ -278,15 +283,16 @@ def check_orders_do_not_deadlock(
     """Write many users in both orders, and some of them alone, at the same time."""
     users = [f"user {number:02}" for number in range(20)]
     rounds = 15
-    suite.in_rounds(
-        [
-            lambda _: storage.write([(user, change) for user in users]),
-            lambda _: other.write([(user, change) for user in reversed(users)]),
-            lambda _: storage.write([(users[-1], change), (users[0], change)]),
-            lambda _: other.write([(users[-1], change)]),
-        ],
-        rounds,
-    )
+    with explained(_ORDERS):
+        suite.in_rounds(
+            [
+                lambda _: storage.write([(user, change) for user in users]),
+                lambda _: other.write([(user, change) for user in reversed(users)]),
+                lambda _: storage.write([(users[-1], change), (users[0], change)]),
+                lambda _: other.write([(users[-1], change)]),
+            ],
+            rounds,
+        )
     last = storage.read([users[-1]])[users[-1]]
     assert last == ({"m": 1} if isinstance(change, Merge) else {"n": 4 * rounds})
 

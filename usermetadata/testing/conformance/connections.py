@@ -80,7 +80,7 @@ class ConnectionConformance(Suite):
                 where = f"{phase}, round trip {number}: {_SAID[outcome]}"
                 after = {**stored, **dict.fromkeys(users, new)}
                 possible = {"done": [after], "nothing": [stored], "unknown": [stored, after]}
-                assert found in possible[outcome], where
+                assert found in possible[outcome], f"{where}, and this is stored"
                 stored = found
 
     def test_what_may_have_been_done_is_not_repeated(
@@ -135,7 +135,9 @@ class ConnectionConformance(Suite):
                     self.in_rounds([write] * 4, 2)
         stored = _read_again(storage, ["alice"])["alice"].get("n", 0)
         done, unknown = outcomes.count("done"), outcomes.count("unknown")
-        assert done <= stored <= done + unknown, f"{done} acknowledged, {unknown} unknown"
+        assert done <= stored <= done + unknown, (
+            f"{stored} writes were done; {done} were acknowledged, the outcome of {unknown} unknown"
+        )
 
 
 # What a call told its caller, and how often it may have been done then.

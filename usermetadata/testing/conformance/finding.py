@@ -61,8 +61,9 @@ class FindingConformance(Suite):
         storage.write([(user, Replace(metadata)) for user, metadata in rows.items()])
         for user, metadata in rows.items():
             found = indexed.find(metadata, "", 10)
-            assert ascii(found) == ascii({user: metadata}), f"users with {metadata[name]!a}"
-            assert indexed.count(metadata) == 1, f"users with {metadata[name]!a}"
+            where = f"users with {metadata[name]!a}: are different values taken for the same?"
+            assert ascii(found) == ascii({user: metadata}), where
+            assert indexed.count(metadata) == 1, where
         assert indexed.find({name: "unknown"}, "", 10) == {}
 
     @pytest.mark.parametrize("value", _NOT_INDEXED, ids=["float", "list", "dict", "long", "U+0000"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import pytest
@@ -91,6 +92,16 @@ class Meanwhile:
         """Wait until the function has ended; raise what it raised."""
         assert self._running is not None, "the change was never called"
         self._running.result()
+
+
+@contextmanager
+def explained(text: str) -> Generator[None, None, None]:
+    """Add a note to whatever is raised in the block."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(text)
+        raise
 
 
 def exactly(value: Any) -> str:

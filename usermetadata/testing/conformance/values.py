@@ -132,7 +132,7 @@ class ValueConformance(Suite):
         for user_id in _USER_IDS:
             alone = storage.read([user_id])
             for each in (found, alone):
-                assert _row(each, user_id) == ascii({"id": user_id}), f"user {user_id!a}"
+                assert _row(each, user_id) == ascii({"id": user_id}), _other_row(user_id)
             assert ascii(alone) == ascii({user_id: {"id": user_id}})
         assert found == expected
         for number, user_id in enumerate(_USER_IDS):
@@ -140,7 +140,7 @@ class ValueConformance(Suite):
         for number, user_id in enumerate(_USER_IDS):
             alone = storage.read([user_id])
             row = ascii({"alone": number, "id": user_id})
-            assert _row(alone, user_id) == row, f"user {user_id!a}"
+            assert _row(alone, user_id) == row, _other_row(user_id)
 
     # Apps.
 
@@ -175,7 +175,7 @@ class ValueConformance(Suite):
         for app_id, user_id in rows:
             found = storage.for_app(app_id).read([user_id])
             expected = ascii({"row": [app_id, user_id]})
-            assert _row(found, user_id) == expected, f"app {app_id!a}, user {user_id!a}"
+            assert _row(found, user_id) == expected, f"in app {app_id!a}, {_other_row(user_id)}"
 
     def test_apps_are_apart_in_calls_for_many_users(self, storage: Storage) -> None:
         """Neither a read nor a write of several users finds those of another app."""
@@ -222,6 +222,10 @@ class ValueConformance(Suite):
         for app_id in ("", "a" * 65, "a\0"):
             with pytest.raises(InvalidInputError, match="app_id"):
                 storage.for_app(app_id)
+
+
+def _other_row(user_id: str) -> str:
+    return f"user {user_id!a} has not the row that was stored, but this one: are keys ambiguous?"
 
 
 def _row(found: dict[str, Metadata], user_id: str) -> str:
