@@ -23,10 +23,13 @@ class Server:
         command: starts it in the foreground.
         folder: where its files are.
         port: where it listens once it has started.
+
+    Attributes:
+        port: the same.
     """
 
     def __init__(self, command: list[str], folder: Path, port: str) -> None:
-        self._command, self._folder, self._port = command, folder, int(port)
+        self._command, self._folder, self.port = command, folder, int(port)
         self.start()
 
     def start(self) -> None:
@@ -36,7 +39,7 @@ class Server:
         deadline = time.monotonic() + 60
         while True:
             try:
-                socket.create_connection(("127.0.0.1", self._port)).close()
+                socket.create_connection(("127.0.0.1", self.port)).close()
                 return
             except OSError:
                 assert self._process.poll() is None, (self._folder / "log").read_text()

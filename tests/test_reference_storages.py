@@ -43,7 +43,8 @@ from usermetadata import (
 )
 from usermetadata.changes import Clear, Merge, Modify, Replace
 from usermetadata.interfaces import RecipeInterface
-from usermetadata.testing import StorageConformance
+from usermetadata.testing import BreakingProxy, StorageConformance
+from usermetadata.testing.conformance.connections import ConnectionConformance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -62,11 +63,15 @@ class Database:
         make: makes a storage over it.
         program: an expression that does so in another process.
         damage: stores text, whatever it is, as alice's row.
+        address: that of the server, as ``BreakingProxy`` takes it.
+        connect_to: makes a storage that connects to a port of this machine instead.
     """
 
     make: Callable[..., ListingStorage]
     program: str
     damage: Callable[[str], object]
+    address: tuple[str, int] | str = ""
+    connect_to: Callable[[int], Storage] | None = None
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +95,13 @@ def on_redis(redis_server: RedisServer) -> Generator[Database, None, None]:
         client.flushall()
         damage = partial(client.hset, "usermetadata:rows:public", "alice")
         program = f"redis_storage.RedisStorage({url!r})"
-        yield Database(partial(RedisStorage, url), program, damage)
+        yield Database(
+            partial(RedisStorage, url),
+            program,
+            damage,
+            ("127.0.0.1", redis_server.port),
+            lambda port: RedisStorage(f"redis://127.0.0.1:{port}"),
+        )
 
 
 @pytest.fixture
@@ -103,10 +114,20 @@ def on_mariadb(mariadb_server: MariaDBServer) -> Database:
         mariadb_server.execute(f"REPLACE users.user_metadata VALUES ('public', 'alice', '{text}')")
 
     program = f"mariadb_storage.MariaDBStorage(**{arguments!r})"
-    return Database(partial(MariaDBStorage, **arguments), program, damage)
+    return Database(
+        partial(MariaDBStorage, **arguments),
+        program,
+        damage,
+        ("127.0.0.1", mariadb_server.port),
+        lambda port: MariaDBStorage(**{**arguments, "port": port}),
+    )
 
 
-def by_sqlalchemy(url: str) -> Database:
+def by_sqlalchemy(
+    url: str,
+    address: tuple[str, int] | str = "",
+    url_with_port: Callable[[int], str] | None = None,
+) -> Database:
     def damage(text: str) -> None:
         engine = sa.create_engine(url)
         with engine.begin() as connection:
@@ -116,7 +137,10 @@ def by_sqlalchemy(url: str) -> Database:
         engine.dispose()
 
     program = f"sqlalchemy_storage.SQLAlchemyStorage({url!r})"
-    return Database(partial(SQLAlchemyStorage, url), program, damage)
+    database = Database(partial(SQLAlchemyStorage, url), program, damage, address)
+    if url_with_port is not None:
+        database.connect_to = lambda port: SQLAlchemyStorage(url_with_port(port))
+    return database
 
 
 @pytest.fixture
@@ -126,18 +150,37 @@ def sqlalchemy_on_sqlite(tmp_path: Path) -> Database:
 
 @pytest.fixture
 def sqlalchemy_on_postgres(schema: str) -> Database:
-    url = with_parameters(server_url(), options=f"-csearch_path={schema}")
-    return by_sqlalchemy(url.replace("postgresql://", "postgresql+psycopg://"))
+    options = f"-csearch_path={schema}"
+    url = with_parameters(server_url(), options=options).replace("sql:", "sql+psycopg:")
+    conninfo = conninfo_to_dict(server_url())
+
+    def url_with_port(port: int) -> str:
+        here = f"postgresql+psycopg://{conninfo['user']}@127.0.0.1:{port}/{conninfo['dbname']}"
+        return with_parameters(here, options=options, **WITHOUT_ENCRYPTION)
+
+    return by_sqlalchemy(url, postgres_address(), url_with_port)
 
 
 @pytest.fixture
 def sqlalchemy_on_mariadb(on_mariadb: Database, mariadb_server: MariaDBServer) -> Database:
-    url = mariadb_server.url.replace("mysql", "mysql+pymysql")
-    return by_sqlalchemy(f"{url}?ssl_disabled=true")
+    def url_with_port(port: int) -> str:
+        return f"mysql+pymysql://root@127.0.0.1:{port}/users?ssl_disabled=true"
+
+    port = mariadb_server.port
+    return by_sqlalchemy(url_with_port(port), ("127.0.0.1", port), url_with_port)
+
+
+WITHOUT_ENCRYPTION = {"sslmode": "disable", "gssencmode": "disable"}
+
+
+def postgres_address() -> tuple[str, int] | str:
+    conninfo = conninfo_to_dict(server_url())
+    host, port = str(conninfo["host"]), int(conninfo.get("port") or 5432)
+    return f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, port)
 
 
 @contextlib.contextmanager
-def by_django(**settings: object) -> Generator[Database, None, None]:
+def by_django(**settings: Any) -> Generator[Database, None, None]:
     import_module("django_app")  # configures Django, once in a process
     if not apps.ready:
         django.setup()
@@ -153,9 +196,21 @@ def by_django(**settings: object) -> Generator[Database, None, None]:
         rows.filter(user_id="alice").delete()
         rows.create(app_id="public", user_id="alice", metadata=text)
 
-    yield Database(partial(example.DjangoStorage, using=alias), "", damage)
-    handler[alias].close()
-    del handler.settings[alias]
+    aliases = [alias]
+
+    def connect_to(port: int) -> Storage:
+        aliases.append(f"{alias}_{port}")
+        options = {**settings["OPTIONS"], **WITHOUT_ENCRYPTION, "host": "127.0.0.1", "port": port}
+        proxied = {"default": {**settings, "OPTIONS": options}}
+        handler.settings[aliases[-1]] = handler.configure_settings(proxied)["default"]
+        storage: Storage = example.DjangoStorage(using=aliases[-1])
+        return storage
+
+    make = partial(example.DjangoStorage, using=alias)
+    yield Database(make, "", damage, postgres_address(), connect_to)
+    for each in aliases:
+        handler[each].close()
+        del handler.settings[each]
 
 
 @pytest.fixture
@@ -210,6 +265,29 @@ class TestConformance(StorageConformance):
     def second_storage(self, database: Database) -> Generator[Storage, None, None]:
         with contextlib.closing(database.make()) as storage:
             yield storage
+
+
+@pytest.mark.parametrize("database", SUITE, indirect=True)
+class TestBrokenConnections(ConnectionConformance):
+    @pytest.fixture
+    def proxy(self, database: Database) -> Generator[BreakingProxy, None, None]:
+        with contextlib.closing(BreakingProxy(database.address)) as proxy:
+            yield proxy
+
+    @pytest.fixture
+    def storage(self, database: Database, proxy: BreakingProxy) -> Generator[Storage, None, None]:
+        assert database.connect_to is not None
+        with contextlib.closing(database.connect_to(proxy.port)) as storage:
+            yield storage
+
+    @pytest.fixture
+    def second_storage(self, database: Database) -> Generator[Storage, None, None]:
+        with contextlib.closing(database.make()) as storage:
+            yield storage
+
+    @pytest.fixture
+    def break_connection(self, proxy: BreakingProxy) -> Any:
+        return proxy.break_connection
 
 
 def count(metadata: dict[str, Any]) -> dict[str, Any]:
