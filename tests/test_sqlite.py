@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -539,7 +540,9 @@ def test_an_error_of_the_disk(
 
     def fail_and_replace() -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        # A part of the write is in the log.
+        size = (tmp_path / "users.db-wal").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20_000, hard))
         try:
             with pytest.raises(
                 OutcomeUnknownError, match="whether the write was stored is unknown"
@@ -576,6 +579,38 @@ def test_an_error_of_the_disk(
     else:
         storage.read(["alice"])
         fail_and_replace()
+    works(storage)
+
+
+@pytest.mark.parametrize(
+    ("files", "advice"),
+    [
+        ([], "it is read-only or a replica"),
+        ([".primary"], "it is a replica of LiteFS; write on"),
+    ],
+)
+def test_a_file_system_that_refuses_the_commit(
+    storage: SQLiteStorage, tmp_path: Path, files: list[str], advice: str
+) -> None:
+    """The log is as it was before: nothing was written, not even for a crash to find."""
+    storage.write([("alice", Merge({"n": 1}))])
+    for file in files:
+        (tmp_path / file).write_text("primary.internal\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        for change in (Merge({"n": 2}), Modify(lambda _: {"n": 2}), Clear()):
+            with pytest.raises(StorageError, match=f"nothing was written: {advice}") as caught:
+                storage.write([("alice", change), ("bob", Merge({"n": 2}))])
+            assert not isinstance(caught.value, OutcomeUnknownError)
+            assert caught.value.__cause__.sqlite_errorname == "SQLITE_IOERR_WRITE"  # type: ignore[union-attr]
+            assert storage.read(["alice", "bob"]) == {"alice": {"n": 1}}
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    for suffix in ("", "-wal"):  # what a crash would leave
+        shutil.copy(tmp_path / f"users.db{suffix}", tmp_path / f"crashed.db{suffix}")
+    with contextlib.closing(SQLiteStorage(tmp_path / "crashed.db")) as recovered:
+        assert recovered.read(["alice", "bob"]) == {"alice": {"n": 1}}
     works(storage)
 
 

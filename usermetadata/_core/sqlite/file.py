@@ -143,7 +143,8 @@ class FileConnections(Connections):
                 self._check_file()
             if calls == [()]:  # `fetch` only opens
                 return [[]]
-            return write_together(self._writers[0], calls, self.name, indexes=self.indexes)
+            writer = self._writers[0]
+            return write_together(writer, calls, self.name, indexes=self.indexes, file=self.name)
         except OutcomeUnknownError:
             self._reopen = True
             raise

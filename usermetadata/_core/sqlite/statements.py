@@ -11,7 +11,13 @@ from usermetadata._core import forking
 from usermetadata._core.erasing import Erasure
 from usermetadata._core.reentry import ChangeError
 from usermetadata._core.rows import decode_row, text_or_bytes
-from usermetadata._core.sqlite.errors import inherited, not_stored, still_open, unknown_if_io_error
+from usermetadata._core.sqlite.errors import (
+    after_commit,
+    inherited,
+    log_of,
+    not_stored,
+    still_open,
+)
 from usermetadata._core.sqlite.indexes import conflict_of, ensure_indexes, not_unique
 from usermetadata.changes import BLIND, apply_in_order
 from usermetadata.codec import encode_metadata
@@ -130,6 +136,7 @@ def write_together(  # noqa: C901, PLR0913 - one transaction, step by step
     indexes: Sequence[Index] = (),
     prepare: Callable[[], object] | None = None,
     leave_open: bool = False,
+    file: str = "",
 ) -> list[Results]:
     """Apply the changes of some calls in one transaction, or in the one that is open.
 
@@ -140,6 +147,7 @@ def write_together(  # noqa: C901, PLR0913 - one transaction, step by step
         indexes: those that were declared; missing ones are built.
         prepare: called first in the transaction; it creates the table if that is missing.
         leave_open: whether the caller commits a transaction that is begun here.
+        file: the path of the database, if it is known; the name is the same then.
 
     Returns:
         The results of each call.
@@ -174,11 +182,12 @@ def write_together(  # noqa: C901, PLR0913 - one transaction, step by step
             results = [[next(together) for _ in each] for each in changes]
         if forking.process != process:  # a change has forked: the parent has the transaction
             raise inherited(name)
+        before = log_of(file) if file else None
         try:
             cursor.execute(commit)
         except connection.Error as error:
             if not joins:
-                unknown_if_io_error(error, name)
+                after_commit(error, name, before)
             raise
         if commit == "COMMIT" and connection.in_transaction:
             raise still_open(name)
