@@ -53,7 +53,14 @@ def pytest_unconfigure() -> None:
     stop_servers()
 
 
-STORAGES = ["memory", "sqlite file", "sqlite memory", "sqlite borrowed", "postgres"]
+STORAGES = [
+    "memory",
+    "sqlite file",
+    "sqlite memory",
+    "sqlite borrowed",
+    "postgres",
+    "postgres portable",
+]
 
 
 @contextlib.contextmanager
@@ -66,9 +73,10 @@ def open_storage(kind: str, folder: Path) -> Generator[Storage, None, None]:
         elif kind == "sqlite borrowed":
             connection = sqlite3.connect(":memory:", check_same_thread=False)
             storage = SQLiteStorage(Database(stack.enter_context(contextlib.closing(connection))))
-        elif kind == "postgres":
+        elif kind.startswith("postgres"):
             schema = stack.enter_context(empty_schema())
-            storage = PostgresStorage(server_url(), schema=schema)
+            statements: Any = kind.partition(" ")[2] or None
+            storage = PostgresStorage(server_url(), schema=schema, statements=statements)
         else:
             storage = SQLiteStorage(folder / "users.db" if kind == "sqlite file" else ":memory:")
         yield stack.enter_context(contextlib.closing(storage))

@@ -21,8 +21,10 @@ class Proxy:
         url: the URL of the proxy.
         connections: the number of connections so far.
         round_trips: how often a client has sent a message and waits for the answer.
+        sent: the clients' messages.
         replies_to_lose: how many of the server's next answers are not forwarded; the connection is
             cut instead.
+        answer_to_lose: the next message with this in it has no answer, either.
     """
 
     def __init__(self, url: str) -> None:
@@ -35,6 +37,8 @@ class Proxy:
         self.connections = 0
         self.round_trips = 0
         self.replies_to_lose = 0
+        self.answer_to_lose = b""
+        self.sent: list[bytes] = []
         self._sockets: set[socket.socket] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -59,6 +63,9 @@ class Proxy:
         while not (message := _message(client)).startswith(b"X"):
             # Sync and Query: after these messages a client waits.
             self.round_trips += message[:1] in b"SQ"
+            self.sent.append(message)
+            if self.answer_to_lose and self.answer_to_lose in message:
+                self.answer_to_lose, self.replies_to_lose = b"", 1
             server.sendall(message)
 
     def _answer(self, server: socket.socket, client: socket.socket) -> None:

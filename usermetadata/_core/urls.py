@@ -26,6 +26,7 @@ _PARAMETERS: dict[str, dict[str, Callable[[str], object]]] = {
         "app_id": str,
         "max_connections": int,
         "schema": str,
+        "statements": str,
         "table": str,
         "timeout": float,
     },

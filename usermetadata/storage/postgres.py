@@ -14,17 +14,17 @@ try:
 
     from usermetadata._core.postgres import finding
     from usermetadata._core.postgres import indexes as indexing
+    from usermetadata._core.postgres.batches import rows_in, rows_of
+    from usermetadata._core.postgres.citus import distribute
     from usermetadata._core.postgres.connections import Connections
     from usermetadata._core.postgres.joined import JoinedConnection
     from usermetadata._core.postgres.outcomes import NOT_STORED
     from usermetadata._core.postgres.pooled import PooledConnections
     from usermetadata._core.postgres.statements import (
-        ERASE,
         HOLD,
         MERGE,
         MERGE_ONE,
         READ_AFTER,
-        READ_MANY,
         READ_ONE,
         REMOVE,
         STORE,
@@ -49,15 +49,17 @@ from usermetadata.exceptions import (
     NotUniqueError,
     OutcomeUnknownError,
     StorageError,
+    UsageError,
 )
 from usermetadata.indexes import check_indexes, values_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-    from typing import LiteralString, Self
+    from typing import Literal, LiteralString, Self
 
     from psycopg_pool import ConnectionPool
 
+    from usermetadata._core.postgres.batches import Rows
     from usermetadata._core.postgres.joined import Tables
     from usermetadata._core.postgres.transactions import Transaction
     from usermetadata.changes import Change
@@ -97,9 +99,13 @@ class PostgresStorage(OfOneApp):
             raises ``StorageBusyError``.
         indexes: the properties by which users can be found. They are built on first use if the
             table has at most 10,000 rows.
+        statements: ``"portable"`` for those that all engines with PostgreSQL's protocol execute.
+            They are used without being asked for on a table that Citus distributes or manages, on
+            CockroachDB and on YugabyteDB.
 
     Raises:
         InvalidInputError: an argument is not valid. Nothing is opened before the first call.
+        UsageError: portable statements are asked for, and indexes, which they do not maintain.
 
     Example:
         >>> PostgresStorage("postgresql://app@db.internal/users", app_id="shop")
@@ -119,10 +125,18 @@ class PostgresStorage(OfOneApp):
         max_connections: int = 10,
         timeout: float = 30.0,
         indexes: Iterable[Index] = (),
+        statements: Literal["portable"] | None = None,
     ) -> None:
         super().__init__(app_id)
         self._indexes = check_indexes(indexes)
         self._has_unique = any(index.unique for index in self._indexes)
+        if statements not in (None, "portable"):
+            raise InvalidInputError(
+                f'statements: {statements!r} is not known; pass "portable", or leave it out'
+            )
+        is_portable = statements is not None
+        if is_portable and self._indexes:
+            indexing.refuse_portable("portable statements")
         if not isinstance(timeout, (int, float)) or not _MIN_TIMEOUT <= timeout <= _MAX_TIMEOUT:
             raise InvalidInputError(
                 f"timeout: {timeout!r} is not a number of seconds, {_MIN_TIMEOUT} or more;"
@@ -141,9 +155,14 @@ class PostgresStorage(OfOneApp):
         self._name = tuple(names.values())
         self._connections: PooledConnections | JoinedConnection = PooledConnections(
             Connections(database, max_connections, timeout),
-            Table(*self._name, is_session_ours=not isinstance(database, str)),
+            Table(
+                *self._name,
+                is_session_ours=not isinstance(database, str),
+                is_portable=is_portable,
+            ),
             timeout,
         )
+        self._is_portable = is_portable
         self._joined_tables: Tables = WeakKeyDictionary()
 
     @property
@@ -157,9 +176,9 @@ class PostgresStorage(OfOneApp):
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         """Return the metadata of those users that have a row, in one query."""
         if len(user_ids) == 1:
-            found = self._read(READ_ONE, user_id=user_ids[0])
+            found = self._read(lambda rows: rows.statement(READ_ONE, user_id=user_ids[0]))
         else:
-            found = self._read(READ_MANY, user_ids=as_json(user_ids))
+            found = self._read(lambda rows: rows.read(user_ids))
         if not found.keys() <= set(user_ids):
             raise StorageError(
                 f"{self._connections.name}: the database returned rows of other users than asked"
@@ -170,7 +189,7 @@ class PostgresStorage(OfOneApp):
 
     def read_after(self, user_id: str, limit: int) -> dict[str, Metadata]:
         """Return the metadata of the next users, in the database's order."""
-        return self._read(READ_AFTER, user_id=user_id, limit=limit)
+        return self._read(lambda rows: rows.statement(READ_AFTER, user_id=user_id, limit=limit))
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         """Apply the changes in order in one transaction; without a function, in one round trip."""
@@ -225,6 +244,24 @@ class PostgresStorage(OfOneApp):
         """Remove an index from the database; readers and writers wait for a moment."""
         self._connections.run(lambda each: indexing.drop(each, name), absent=(), is_write=True)
 
+    def distribute(self) -> list[str]:
+        """Create the table if it is missing, and let Citus distribute it over its servers.
+
+        Programs may go on using the table; writers wait until its rows are copied.
+
+        Returns:
+            What was done, a line each.
+
+        Raises:
+            UsageError: the database is not Citus's, or the table cannot be distributed.
+        """
+        if isinstance(self._connections, JoinedConnection):
+            raise UsageError("distribute: it is not part of a transaction; call it before")
+        table = self._connections.table
+        connections = self._connections.connections
+        connections.run_first(lambda _: None)  # its error says why there is no connection
+        return connections.run(lambda connection: distribute(connection, table))
+
     def erase(self, user_id: str, check: Callable[[Metadata], None]) -> dict[str, Metadata]:
         """Remove the rows that a user has in any app, in one transaction.
 
@@ -252,7 +289,7 @@ class PostgresStorage(OfOneApp):
         self._connections.check_open()
         joined = copy.copy(self)
         joined._connections = JoinedConnection(
-            recognise(connection), self._joined_tables, self._name
+            recognise(connection), self._joined_tables, self._name, is_portable=self._is_portable
         )
         try:
             yield joined
@@ -269,9 +306,9 @@ class PostgresStorage(OfOneApp):
         parameters = {"app_id": self._app_id, "timeout": transaction.timeout} | parameters
         return Statement(transaction.table[template], parameters)
 
-    def _read(self, template: LiteralString, **parameters: object) -> dict[str, Metadata]:
+    def _read(self, query: Callable[[Rows], Statement]) -> dict[str, Metadata]:
         def read(transaction: Transaction) -> list[tuple[Any, ...]]:
-            [found] = transaction.at_once([self._statement(transaction, template, **parameters)])
+            [found] = transaction.at_once([query(rows_in(transaction, self._app_id))])
             return found.rows
 
         nothing: list[tuple[Any, ...]] = []
@@ -282,6 +319,8 @@ class PostgresStorage(OfOneApp):
         self, transaction: Transaction, changes: Sequence[tuple[str, Change]]
     ) -> Sequence[str | Metadata | None]:
         changes = self._checked(transaction, changes)
+        if transaction.table.is_portable:
+            return self._apply_holding(transaction, changes)
         is_native = {type(change) for _, change in changes} <= _NATIVE
         groups = list(_grouped(changes)) if is_native else []
         taken: finding.Taken | None = None
@@ -350,7 +389,7 @@ class PostgresStorage(OfOneApp):
         statements = [self._native(transaction, *group, is_alone=is_alone) for group in groups]
         if not is_alone and len(users) > 1:
             # Each statement locks in the order of the ids; several together do not.
-            rows = _rows((user, "{}") for user in users)
+            rows = rows_of((user, "{}") for user in users)
             statements.insert(0, self._statement(transaction, HOLD, rows=rows))
         answers = transaction.at_once(statements)[-len(groups) :] if groups else []
         for (kind, by_user), answer in zip(groups, answers, strict=True):
@@ -393,7 +432,7 @@ class PostgresStorage(OfOneApp):
             parameters["keys"] = as_json(keys)
         if len(texts) > 1 or not is_alone:
             template = MERGE if kind is Merge else STORE
-            return self._statement(transaction, template, rows=_rows(texts.items()), **parameters)
+            return self._statement(transaction, template, rows=rows_of(texts.items()), **parameters)
         [(user_id, text)] = texts.items()
         template = MERGE_ONE if kind is Merge else STORE_ONE
         return self._statement(
@@ -404,28 +443,34 @@ class PostgresStorage(OfOneApp):
         self, transaction: Transaction, changes: Sequence[tuple[str, Change]]
     ) -> Sequence[str | Metadata | None]:
         users = dict.fromkeys(user_id for user_id, _ in changes)
+        rows = rows_in(transaction, self._app_id)
         # Two round trips: one begins and locks the rows, one writes and commits.
-        rows = _rows((user, _NO_ROW) for user in users)
-        [held] = transaction.begin([self._statement(transaction, HOLD, rows=rows)])
-        texts = {user_id: text for user_id, text in held.rows if text != _NO_ROW}
+        begun = transaction.begin(rows.hold(users, _NO_ROW))
+        rows.check(begun, users)
+        held = dict(row for answer in begun for row in answer.rows)
+        texts = {user_id: held[user_id] for user_id in users if held[user_id] != _NO_ROW}
         results: list[str | Metadata | None] = []
         try:
             results += apply_in_order(changes, texts, decode=self._decode, encode=encode_metadata)
         except BaseException as error:
             raise ChangeError(error) from error
         gone = [user_id for user_id in users if user_id not in texts]
-        # With a unique index, one statement gives up and takes all values, in the same order as
-        # other writers do: so they do not deadlock.
-        emptied = dict.fromkeys(gone, "{}") if self._has_unique else {}
-        store = self._statement(transaction, STORE, rows=_rows((texts | emptied).items()))
-        remove = [self._statement(transaction, REMOVE, user_ids=as_json(gone))] if gone else []
-        if emptied:
-            stored, *_ = transaction.end([store, *remove])
+        if gone and self._has_unique:
+            # One statement gives up and takes all values, in the same order as other writers do: so
+            # they do not deadlock.
+            emptied = dict.fromkeys(gone, "{}")
+            statements = [*rows.store(texts | emptied), *rows.remove(gone)]
         else:
             # An index that is not declared here may need the removed values for other users.
-            *_, stored = transaction.end([*remove, store])
+            statements = [*rows.remove(gone), *rows.store(texts)]
+        if rows.may_drop(begun, gone):
+            stored = transaction.go_on(statements)
+            rows.check(stored, users)
+            transaction.end([])
+        else:
+            stored = transaction.end(statements)
         last = {user_id: position for position, (user_id, _) in enumerate(changes)}
-        for user_id, text in stored.rows:
+        for user_id, text in (row for answer in stored for row in answer.rows):
             if user_id in texts and text != texts[user_id]:  # a trigger has changed it
                 results[last[user_id]] = text
         return results
@@ -451,12 +496,13 @@ class PostgresStorage(OfOneApp):
         """Remove the user's rows until none is left; return their texts by app id."""
         removed: dict[str, str] = {}
         held: set[str] = set()
-        erase = self._statement(transaction, ERASE, user_id=user_id)
-        [found] = transaction.begin([erase])
+        rows = rows_in(transaction, self._app_id)
+        erase = rows.erase(user_id)
+        found = rows.erased(transaction.begin(erase), user_id)
         # The last time nothing is found: as of that snapshot the user had only the rows that are
         # removed, and locked, here. Else a row could be left that is older than a removed one.
-        while found.rows:
-            texts: dict[str, str | None] = dict(found.rows)
+        while found:
+            texts = dict(found)
             removed |= {
                 app_id: text for app_id, text in texts.items() if text not in (None, _NO_ROW)
             }
@@ -464,18 +510,17 @@ class PostgresStorage(OfOneApp):
             if not held.isdisjoint(kept):
                 raise DataError(NOT_STORED + as_json(user_id))
             # Another transaction may have removed these. With the row held, that cannot happen.
-            row = _rows([(user_id, _NO_ROW)])
-            holds = [self._statement(transaction, HOLD, app_id=each, rows=row) for each in kept]
+            holds = [
+                statement
+                for app_id in kept
+                for statement in rows_in(transaction, app_id).hold([user_id], _NO_ROW)
+            ]
             held.update(kept)
-            *_, found = transaction.go_on([*holds, erase])
+            found = rows.erased(transaction.go_on([*holds, *erase]), user_id)
         return removed
 
     def _decode(self, user_id: str, text: str) -> Metadata:
         return decode_row(self._connections.name, (self._app_id, user_id), text)
-
-
-def _rows(texts: Iterable[tuple[str, str]]) -> str:
-    return as_json([{"user_id": user_id, "user_metadata": text} for user_id, text in texts])
 
 
 def _grouped(

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import psycopg
-from psycopg import AsyncCursor, Cursor, errors
+from psycopg import AsyncCursor, errors
 from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.rows import tuple_row
 
@@ -18,6 +18,7 @@ from usermetadata._core.postgres.transactions import (
     PlainAsyncCursor,
     PlainCursor,
     answer,
+    pipeline,
 )
 from usermetadata.exceptions import StorageError
 
@@ -97,24 +98,14 @@ class _PsycopgChannel(Channel):
         return bool(self.connection.autocommit) and status == TransactionStatus.IDLE
 
     def exchange(self, statements: Sequence[Statement]) -> list[Answer]:
-        cursors: list[Cursor[tuple[Any, ...]]] = []
-        failed: psycopg.Error | None = None
-        try:
-            with self.connection.pipeline():
-                try:
-                    for text, parameters in statements:
-                        # The caller may use other cursors and rows.
-                        cursor = PlainCursor(self.connection, row_factory=tuple_row)
-                        cursors.append(
-                            cursor.execute(text, parameters, prepare=_prepare(parameters))
-                        )
-                except psycopg.Error as error:
-                    failed = error  # psycopg would log the error of the pipeline's end
-        except psycopg.Error:
-            if failed is None:
-                raise
-        if failed is not None:
-            raise failed
+        with pipeline(self.connection):
+            # The caller may use other cursors and rows.
+            cursors = [
+                PlainCursor(self.connection, row_factory=tuple_row).execute(
+                    text, parameters, prepare=_prepare(parameters)
+                )
+                for text, parameters in statements
+            ]
         return [answer(cursor) for cursor in cursors]
 
     def _synchronise(self) -> None:
@@ -263,6 +254,9 @@ def _grouped(
         yield None, simple
 
 
+_TYPES = {int: "bigint", list: "text[]"}
+
+
 @lru_cache
 def _numbered(template: bytes, kinds: tuple[tuple[str, type], ...]) -> tuple[str, list[str]]:
     """Return a statement with numbered parameters, and their names in this order.
@@ -278,7 +272,7 @@ def _numbered(template: bytes, kinds: tuple[tuple[str, type], ...]) -> tuple[str
             return "%"
         if name not in names:
             names.append(name)
-        return f"${names.index(name) + 1}::{'bigint' if types[name] is int else 'text'}"
+        return f"${names.index(name) + 1}::{_TYPES.get(types[name], 'text')}"
 
     return re.sub(r"%%|%\((\w+)\)s", replace, template.decode()), names
 

@@ -21,7 +21,7 @@ from usermetadata.exceptions import StorageError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-    from typing import LiteralString
+    from typing import LiteralString, Never
 
     from usermetadata._core.postgres.pooled import PooledConnections
     from usermetadata._core.postgres.statements import Table
@@ -279,11 +279,23 @@ def _count_rows(transaction: Transaction) -> int:
 
 def stored_indexes(transaction: Transaction) -> tuple[Index, ...]:
     """Return the indexes that can be used."""
+    if transaction.table.is_portable:
+        return ()
     state = _read(transaction.at_once, transaction.table)
     return tuple(each.declaration for each in state.ready)
 
 
+def refuse_portable(what: str) -> Never:
+    """Raise the error of indexes where ``what`` does not maintain them."""
+    raise UsageError(
+        f"indexes: {what} cannot maintain them, unique or not: no trigger of the table may write"
+        " to another one; declare no indexes, or use one PostgreSQL server"
+    )
+
+
 def _refuse(table: Table) -> None:
+    if table.is_portable:
+        refuse_portable(table.engine or "portable statements")
     if table.is_shared:
         raise UsageError(
             "indexes: the table is a SuperTokens core's, whose writes no index may refuse; use a"

@@ -114,6 +114,7 @@ class JoinedConnection:
         find: returns that connection.
         tables: the tables that were described before.
         name: the table's name, as the storage was given it.
+        is_portable: whether portable statements were asked for.
 
     Raises:
         InvalidInputError: the connection is of another kind.
@@ -122,11 +123,17 @@ class JoinedConnection:
     name = "the caller's connection"
 
     def __init__(
-        self, find: Callable[[], DriversConnection], tables: Tables, name: tuple[str, ...]
+        self,
+        find: Callable[[], DriversConnection],
+        tables: Tables,
+        name: tuple[str, ...],
+        *,
+        is_portable: bool,
     ) -> None:
         self._find = find
         self._tables = tables
         self._name = name
+        self._is_portable = is_portable
         self._is_closed = False
         self._turn = threading.Lock()
         self._thread: int | None = None
@@ -150,7 +157,8 @@ class JoinedConnection:
                 )
             is_own = False
             table = self._tables.setdefault(
-                channel.connection, Table(*self._name, is_session_ours=True)
+                channel.connection,
+                Table(*self._name, is_session_ours=True, is_portable=self._is_portable),
             )
             try:
                 is_own = channel.enter()

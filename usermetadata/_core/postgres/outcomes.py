@@ -90,6 +90,25 @@ def before_commit() -> Generator[None, None, None]:
         raise
 
 
+_REPEATED = (errors.SerializationFailure, errors.DeadlockDetected)
+
+
+def at_commit_of_citus(error: psycopg.Error, status: int) -> psycopg.Error:
+    """Return the error of a pipeline that ended with COMMIT; Citus passes its workers' errors on.
+
+    Args:
+        error: the error.
+        status: that of the transaction after it.
+    """
+    if status == TransactionStatus.INERROR and is_lost(error):
+        # A worker was lost before COMMIT, and the coordinator is still there to roll back.
+        return UncommittedError(*error.args)
+    if status == TransactionStatus.IDLE and not isinstance(error, _REPEATED):
+        # COMMIT has failed on one worker, and others may have executed it.
+        return UnsettledError(*error.args)
+    return error
+
+
 def check_committed(status: str | None) -> None:
     """Check the answer to the COMMIT of a transaction that was begun with BEGIN."""
     # A server answers the COMMIT of an aborted transaction with ROLLBACK, which is no error.
@@ -128,13 +147,16 @@ def check_replicated(notices: Collection[str | None]) -> None:
         )
 
 
+_LOST = {errors.CrashShutdown.sqlstate, errors.StatementCompletionUnknown.sqlstate}
+
+
 def is_lost(error: psycopg.Error) -> bool:
     """Tell whether the connection may have been lost before the server's last answer."""
     if not isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)):
         return False
     # None: libpq noticed it. Class 08: a pooler did. A crash undoes what is not committed.
     state = error.sqlstate
-    return state is None or state.startswith("08") or state == errors.CrashShutdown.sqlstate
+    return state is None or state.startswith("08") or state in _LOST
 
 
 def translate(error: psycopg.Error, name: str, *, is_write: bool) -> Exception:
@@ -169,7 +191,11 @@ def translate(error: psycopg.Error, name: str, *, is_write: bool) -> Exception:
             f"{text}; the write was done whole or not at all: read to find out"
         )
     if isinstance(error, errors.AdminShutdown) or is_lost(error):
-        if isinstance(error, UncommittedError) or "statement pooling mode" in text:
+        # Citus says itself which worker cannot be reached.
+        is_worker = isinstance(error.__cause__, errors.ConnectionFailure)
+        if (isinstance(error, UncommittedError) and not is_worker) or (
+            "statement pooling mode" in text
+        ):
             text += (
                 ": behind a pooler, its statement mode is the likely cause: set pool_mode to"
                 " transaction"

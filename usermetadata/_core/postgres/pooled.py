@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from psycopg.errors import FeatureNotSupported
+
 from usermetadata._core.postgres.statements import OF_THE_TABLE
 from usermetadata._core.postgres.transactions import PooledTransaction
 from usermetadata.exceptions import StorageError
@@ -27,12 +29,15 @@ class PooledConnections:
         connections: the pool.
         table: the table.
         timeout: seconds that a write waits for row locks.
+
+    Attributes:
+        table: the same.
     """
 
     def __init__(self, connections: Connections, table: Table, timeout: float) -> None:
         self.connections = connections
         self.name = connections.name
-        self._table = table
+        self.table = table
         self._timeout = str(round(timeout * 1000))
 
     def run(
@@ -50,15 +55,22 @@ class PooledConnections:
             return absent
 
         def work_with(connection: Connection[Any]) -> T:
-            return work(PooledTransaction(self._table, connection, self._timeout, length))
+            return work(PooledTransaction(self.table, connection, self._timeout, length))
 
+        was_portable = self.table.is_portable
         try:
             return self.connections.run(work_with, is_write=is_write)
         except StorageError as error:
             # No error of a table that was changed or dropped may outlive it.
             if isinstance(error.__cause__, OF_THE_TABLE):
-                self._table.forget()
-            raise
+                self.table.forget()
+            if was_portable or not isinstance(error.__cause__, FeatureNotSupported):
+                raise
+            length = self._prepare(create=False)
+            if not self.table.is_portable:
+                raise
+        # The table was distributed meanwhile, and Citus has refused PostgreSQL's statement.
+        return self.connections.run(work_with, is_write=is_write)
 
     def check_open(self) -> None:
         """Raise ``UsageError`` if the pool is closed."""
@@ -71,13 +83,13 @@ class PooledConnections:
     def _prepare(self, *, create: bool) -> int:
         """Describe the table; return the length of the longest user id, 0 without a table."""
         # Another thread may forget the description at any time.
-        length = self._table.user_id_length
+        length = self.table.user_id_length
         if not length:
-            self.connections.run_first(self._table.describe)
-            length = self._table.user_id_length
+            self.connections.run_first(self.table.describe)
+            length = self.table.user_id_length
         while create and not length:
             # Its creation is committed before it is described.
-            self.connections.run(self._table.create)
-            self.connections.run(self._table.describe)
-            length = self._table.user_id_length
+            self.connections.run(self.table.create)
+            self.connections.run(self.table.describe)
+            length = self.table.user_id_length
         return length

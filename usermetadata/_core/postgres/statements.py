@@ -17,7 +17,7 @@ from psycopg.sql import SQL, Identifier, Literal
 from usermetadata._core.postgres.entries import Names
 from usermetadata._core.postgres.outcomes import NOT_STORED
 from usermetadata._core.postgres.transactions import Statement
-from usermetadata.exceptions import InvalidInputError, StorageError
+from usermetadata.exceptions import InvalidInputError, StorageError, UsageError
 from usermetadata.validation import APP_ID_MAX_LENGTH, USER_ID_MAX_LENGTH
 
 if TYPE_CHECKING:
@@ -31,15 +31,19 @@ if TYPE_CHECKING:
 OF_THE_TABLE = (ProgrammingError, NotSupportedError, DataError)
 """Errors of a table that may have changed since it was described."""
 
-_CREATE = """
+_COLUMNS_OF_CREATE = """
 CREATE TABLE IF NOT EXISTS {table} (
     app_id varchar(64) NOT NULL DEFAULT 'public',
     user_id varchar(255) NOT NULL,
     user_metadata text NOT NULL,
-    PRIMARY KEY (app_id, user_id))
-"""
+    PRIMARY KEY """
+_CREATE = _COLUMNS_OF_CREATE + "(app_id, user_id))"
+# YugabyteDB distributes rows by the key's first column; on a Citus server, an erasure looks the
+# user up in one index.
+CREATE_BY_USER = _COLUMNS_OF_CREATE + "(user_id, app_id))"
 # Where the table is, or would be created, and what it is like. It is a core's if app_id refers to
 # the core's apps. The search_path of a session that several clients share may be another client's.
+# Citus has a trigger on each table that it distributes or manages.
 _DESCRIBE = """/*NO LOAD BALANCE*/
 SELECT
     coalesce((SELECT nspname FROM pg_namespace WHERE oid = relnamespace), current_schema()),
@@ -51,9 +55,10 @@ SELECT
         SELECT FROM pg_index
         WHERE indrelid = found.oid AND indisunique AND indisvalid AND indimmediate
             AND indpred IS NULL AND indnkeyatts = 2
-            AND ARRAY['app_id', 'user_id']::name[] <@ ARRAY(
-                SELECT attname FROM pg_attribute
-                WHERE attrelid = indrelid AND attnum = ANY ((indkey::int2[])[0:1]))
+            AND 2 = (
+                SELECT count(*) FROM pg_attribute
+                WHERE attrelid = indrelid AND attname IN ('app_id', 'user_id')
+                    AND attnum IN (indkey[0], indkey[1]))
             AND NOT EXISTS (
                 SELECT FROM pg_collation
                 WHERE pg_collation.oid = ANY (indcollation) AND NOT collisdeterministic)),
@@ -65,7 +70,15 @@ SELECT
             greatest(atttypmod - 4, 0),
             attnotnull AND NOT atthasdef AND attidentity = ''))::text
         FROM pg_attribute LEFT JOIN pg_collation ON pg_collation.oid = attcollation
-        WHERE attrelid = found.oid AND attnum > 0 AND NOT attisdropped)
+        WHERE attrelid = found.oid AND attnum > 0 AND NOT attisdropped),
+    CASE
+        WHEN EXISTS (
+            SELECT FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid
+            WHERE tgrelid = found.oid AND proname = 'citus_truncate_trigger')
+        THEN 'Citus'
+        WHEN version() LIKE 'CockroachDB%%' THEN 'CockroachDB'
+        WHEN version() LIKE '%%-YB-%%' THEN 'YugabyteDB'
+    END
 FROM to_regclass(%(table)s) AS found (oid) LEFT JOIN pg_class ON pg_class.oid = found.oid
 """
 # Divides by zero if the name does not mean that table.
@@ -248,19 +261,25 @@ class Table:
     Args:
         name: its name, with a schema or without.
         is_session_ours: whether only the caller may have set the search_path of a session.
+        is_portable: whether only statements are used that all engines execute.
 
     Attributes:
         user_id_length: how many characters a user id may have; 0 while that is unknown.
         check: a statement that fails if the table's name now means another table, or none.
         is_shared: whether it is a SuperTokens core's.
         is_plain: whether it is a table, partitioned or not.
+        engine: the engine that executes only portable statements on it; ``None`` if it is
+            PostgreSQL.
+        is_portable: whether only portable statements are used.
         indexes: those that are known to exist.
         index_checks: statements that fail if one of these exists no more.
     """
 
-    def __init__(self, *name: str, is_session_ours: bool) -> None:
+    def __init__(self, *name: str, is_session_ours: bool, is_portable: bool) -> None:
         self._given = self._name = name
         self._is_session_ours = is_session_ours
+        self._is_asked_for = self.is_portable = is_portable
+        self.engine: str | None = None
         self._lock = self._lock_of_app = SQL("")
         self._statements: dict[str, bytes] = {}
         self.is_shared = False
@@ -288,7 +307,7 @@ class Table:
                 f"database: its client_encoding is {encoding}, which cannot express all characters;"
                 " pass client_encoding=utf8"
             )
-        for schema, is_path_unchanged, kind, oid, is_shared, has_key, columns in rows:
+        for schema, is_path_unchanged, kind, oid, is_shared, has_key, columns, engine in rows:
             if len(self._given) == 1:
                 if not (is_path_unchanged or self._is_session_ours):
                     raise StorageError(
@@ -298,9 +317,17 @@ class Table:
                     )
                 if schema is not None:
                     self._name = (schema, *self._given)
+            self.engine = engine
+            self.is_portable = self._is_asked_for or engine is not None
             if kind:
                 described: dict[str, _Column] = json.loads(columns)
                 self._check(kind, described, has_key=has_key)
+                if is_shared and self.is_portable:
+                    raise UsageError(
+                        f"table {Identifier(*self._name).as_string()}: it is a SuperTokens core's,"
+                        f" whose locks {engine or 'portable statements'} cannot take; use a table"
+                        " of your own"
+                    )
                 self.is_shared, self.is_plain = is_shared, kind in _TABLES
                 self._lock = SQL(_CORES_LOCK if is_shared else "")
                 self._lock_of_app = SQL(_CORES_LOCK_OF_APP if is_shared else "")
@@ -319,7 +346,23 @@ class Table:
     @property
     def creation(self) -> list[Statement]:
         """The statements that create the table if it is missing."""
+        if self.engine:  # it may have no such locks
+            return [Statement(self[CREATE_BY_USER], {})]
         return [Statement(_LOCK_CREATION.encode()), Statement(self[_CREATE], {})]
+
+    def limits(self, timeout: str | None) -> list[Statement]:
+        """Return what limits the waits of a transaction; other statements do it themselves."""
+        if timeout is None or not self.is_portable:
+            return []
+        # On Citus the rows, and so the locks, are on other servers.
+        texts = ["SET LOCAL citus.propagate_set_commands = 'local'"] * (self.engine == "Citus")
+        texts.append(f"SET LOCAL lock_timeout = '{timeout}ms'")
+        return [Statement(text.encode()) for text in texts]
+
+    @property
+    def full_name(self) -> tuple[str, ...]:
+        """Its name, with its schema once it was described."""
+        return self._name
 
     @property
     def names(self) -> Names:

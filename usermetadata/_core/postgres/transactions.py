@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psycopg
@@ -15,13 +15,14 @@ from psycopg.rows import tuple_row
 
 from usermetadata._core.postgres.outcomes import (
     UncommittedError,
+    at_commit_of_citus,
     before_commit,
     check_committed,
     is_gone,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Generator, Mapping, Sequence
 
     from psycopg import Connection
 
@@ -47,6 +48,23 @@ class PlainAsyncCursor(AsyncCursor[Any]):
     def adapters(self) -> AdaptersMap:
         """How values are converted."""
         return _ADAPTERS
+
+
+@contextmanager
+def pipeline(connection: Connection[Any]) -> Generator[None, None, None]:
+    """Send what is executed in a block together; raise the first error."""
+    failed: psycopg.Error | None = None
+    try:
+        with connection.pipeline():
+            try:
+                yield
+            except psycopg.Error as error:
+                failed = error  # psycopg would log the error of the pipeline's end
+    except psycopg.Error:
+        if failed is None:
+            raise
+    if failed is not None:
+        raise failed
 
 
 class Statement(NamedTuple):
@@ -121,20 +139,21 @@ class PooledTransaction(Transaction):
 
     def at_once(self, statements: Sequence[Statement]) -> list[Answer]:
         """Execute the statements: a pipeline is one transaction, without BEGIN and COMMIT."""
-        with self._connection.pipeline() if len(statements) > 1 else nullcontext():
+        with pipeline(self._connection) if len(statements) > 1 else nullcontext():
             cursors = self._execute(statements)
         return [answer(cursor) for cursor in cursors]
 
     def begin(self, statements: Sequence[Statement]) -> list[Answer]:
         """Begin; an error before ``end`` leaves a transaction, which ``Connections`` rolls back."""
-        with before_commit(), self._connection.pipeline():
+        with before_commit(), pipeline(self._connection):
             self._connection.execute("BEGIN")
+            self._execute(self.table.limits(self.timeout))
             cursors = self._execute(statements)
         return self._answers(cursors)
 
     def go_on(self, statements: Sequence[Statement]) -> list[Answer]:
         """Execute the statements."""
-        with before_commit(), self._connection.pipeline():
+        with before_commit(), pipeline(self._connection):
             cursors = self._execute(statements)
         return self._answers(cursors)
 
@@ -149,9 +168,15 @@ class PooledTransaction(Transaction):
             with before_commit():
                 self._connection.execute("SELECT 1")  # its error is the server's reason
             raise UncommittedError
-        with self._connection.pipeline():
-            cursors = self._execute(statements)
-            committed = self._connection.execute("COMMIT")
+        try:
+            with pipeline(self._connection):
+                cursors = self._execute(statements)
+                committed = self._connection.execute("COMMIT")
+        except psycopg.Error as error:
+            if self.table.engine == "Citus":
+                status = self._connection.pgconn.transaction_status
+                raise at_commit_of_citus(error, status) from error
+            raise
         check_committed(committed.statusmessage)
         return [answer(cursor) for cursor in cursors]
 
