@@ -106,7 +106,7 @@ def on_redis(redis_server: RedisServer) -> Generator[Database, None, None]:
 
 @pytest.fixture
 def on_mariadb(mariadb_server: MariaDBServer) -> Database:
-    arguments = {**mariadb_server.arguments, "database": "users"}
+    arguments: dict[str, Any] = {**mariadb_server.arguments, "database": "users"}
     with contextlib.suppress(pymysql.ProgrammingError):  # the table was not created yet
         mariadb_server.execute("DELETE FROM users.user_metadata")
 

@@ -23,7 +23,7 @@ BreakConnection = Callable[[Phase, int, Callable[[], object]], AbstractContextMa
 
 _PHASES: list[Phase] = ["before sending", "after sending", "after the answer"]
 _PHASE = pytest.mark.parametrize("phase", _PHASES)
-_ROUND_TRIPS = 4
+_ROUND_TRIPS = 9  # of the longest write: connecting, beginning, a lock, reads, stores, COMMIT
 _ATTEMPTS = 10
 
 
