@@ -119,7 +119,7 @@ def on_mariadb(mariadb_server: MariaDBServer) -> Database:
         program,
         damage,
         ("127.0.0.1", mariadb_server.port),
-        lambda port: MariaDBStorage(**{**arguments, "port": port}),
+        lambda port: MariaDBStorage(**(arguments | {"port": port})),
     )
 
 

@@ -63,6 +63,9 @@ def pipeline(connection: Connection[Any]) -> Generator[None, None, None]:
     except psycopg.Error:
         if failed is None:
             raise
+    except IndexError as error:  # psycopg may miss an error of the end, as of a deferred constraint
+        if failed is None:
+            raise psycopg.OperationalError("the end of the pipeline failed") from error
     if failed is not None:
         raise failed
 
