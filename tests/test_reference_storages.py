@@ -113,13 +113,17 @@ def on_mariadb(mariadb_server: MariaDBServer) -> Database:
     def damage(text: str) -> None:
         mariadb_server.execute(f"REPLACE users.user_metadata VALUES ('public', 'alice', '{text}')")
 
+    def open_at(port: int) -> MariaDBStorage:
+        elsewhere: dict[str, Any] = {**arguments, "port": port}
+        return MariaDBStorage(**elsewhere)
+
     program = f"mariadb_storage.MariaDBStorage(**{arguments!r})"
     return Database(
         partial(MariaDBStorage, **arguments),
         program,
         damage,
         ("127.0.0.1", mariadb_server.port),
-        lambda port: MariaDBStorage(**(arguments | {"port": port})),
+        open_at,
     )
 
 
