@@ -34,6 +34,9 @@ pytest_plugins = ["pytester"]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option with which the tests of JSON run a second time."""
     parser.addoption("--without-msgspec", action="store_true", help="as if it were not installed")
+    parser.addoption(
+        "--reference-storages", action="store_true", help="run the suite over each of docs/examples"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -59,13 +62,12 @@ STORAGES = [
     "sqlite memory",
     "sqlite borrowed",
     "postgres",
-    "postgres portable",
 ]
 
 
 @contextlib.contextmanager
 def open_storage(kind: str, folder: Path) -> Generator[Storage, None, None]:
-    """Open one of ``STORAGES``, empty, and close it afterwards."""
+    """Open one of ``STORAGES``, or "postgres portable", empty, and close it afterwards."""
     with contextlib.ExitStack() as stack:
         storage: Storage
         if kind == "memory":

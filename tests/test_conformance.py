@@ -140,7 +140,10 @@ if TYPE_CHECKING:
     from usermetadata.testing.process import OtherProcess
 
 
-KINDS = ["memory, indexed", "sqlite file, indexed", "sqlite memory", "sqlite borrowed", "postgres"]
+KINDS = [
+    *("memory, indexed", "sqlite file, indexed", "sqlite memory", "sqlite borrowed"),
+    *("postgres", "postgres portable"),
+]
 
 
 class Storages(Suite):
@@ -170,7 +173,8 @@ class Storages(Suite):
                 connection = sqlite3.connect(":memory:", check_same_thread=False)
                 stack.enter_context(contextlib.closing(connection))
                 opened = Opened(SQLiteStorage(Database(connection), **arguments))
-            elif kind == "postgres":
+            elif kind.startswith("postgres"):
+                arguments["statements"] = kind.partition(" ")[2] or None
                 arguments["schema"] = stack.enter_context(empty_schema())
                 opened = Opened(
                     PostgresStorage(through(proxy), **arguments),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -247,13 +246,14 @@ ON_DJANGO = ["django_on_sqlite", "django_on_postgres"]
 ON_MARIADB = ["on_mariadb", "sqlalchemy_on_mariadb"]
 SLOW = ["sqlalchemy_on_mariadb", "sqlalchemy_on_postgres", "django_on_postgres"]
 ALL = ["on_redis", "on_mariadb", "sqlalchemy_on_sqlite", "django_on_sqlite", "json_file", *SLOW]
-IN_CI = pytest.mark.skipif("CI" not in os.environ, reason="takes a minute: CI=1 runs it")
-SUITE = ["on_redis", "on_mariadb", *(pytest.param(name, marks=IN_CI) for name in SLOW)]
+SUITE = ["on_redis", "on_mariadb", *SLOW]
 
 
 @pytest.fixture
 def database(request: pytest.FixtureRequest) -> Database:
     """That of the parameter."""
+    if request.cls is not None and not request.config.getoption("reference_storages"):
+        pytest.skip("the suite takes a minute: --reference-storages runs it")
     found: Database = request.getfixturevalue(request.param)
     return found
 

@@ -134,7 +134,7 @@ def in_order(value: Any) -> Any:
     return [in_order(each) for each in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("kind", STORAGES)
+@pytest.mark.parametrize("kind", [*STORAGES, "postgres portable"])
 def test_every_storage_is_a_dict(kind: str) -> None:
     """After any calls through either facade, a storage holds what a dict would."""
 
