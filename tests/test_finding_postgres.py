@@ -584,6 +584,20 @@ def test_an_index_can_become_unique(schema: str) -> None:
         assert storage.stored_indexes() == (KEY,)
 
 
+def test_an_index_stays_unique(storage: PostgresStorage, schema: str) -> None:
+    """A program that declares a unique index as one that is not does not take uniqueness away."""
+    storage.write([("alice", Merge({"key": 1}))])
+    with opened(schema, Index("key")) as other:
+        assert [*other.find({"key": 1}, "", 10)] == ["alice"]
+        assert other.build_indexes() == []
+        for writer in (other, storage):
+            with pytest.raises(NotUniqueError, match="'alice'"):
+                writer.write([("bob", Merge({"key": 1}))])
+        other.drop_index("key")
+        assert other.build_indexes() == []
+        assert Index("key") in other.stored_indexes()
+
+
 def test_a_table_that_was_made_again_is_indexed_again(
     schema: str, direct: psycopg.Connection[Any]
 ) -> None:

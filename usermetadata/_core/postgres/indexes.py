@@ -18,6 +18,7 @@ from usermetadata._core.building import (
 from usermetadata._core.postgres.entries import CREATION, VALUE, Stored
 from usermetadata._core.postgres.transactions import Statement, as_json
 from usermetadata.exceptions import StorageError, UsageError
+from usermetadata.indexes import Index
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from usermetadata._core.postgres.pooled import PooledConnections
     from usermetadata._core.postgres.statements import Table
     from usermetadata._core.postgres.transactions import Answer, Transaction
-    from usermetadata.indexes import Index
 
     Execute = Callable[[Sequence[Statement]], list[Answer]]
     Position = tuple[str, str]
@@ -121,6 +121,13 @@ class _State(NamedTuple):
     @property
     def ready(self) -> list[Stored]:
         return [each for each in self.stored if each.is_ready]
+
+    @property
+    def declarable(self) -> frozenset[Index]:
+        """What need not be built; an index that is unique stands for one that is not."""
+        return frozenset(
+            index for each in self.ready for index in (Index(each.name), each.declaration)
+        )
 
 
 class _Page(NamedTuple):
@@ -328,13 +335,12 @@ def _learn(transaction: Transaction) -> _State:
         else []
     )
     table.index_checks = [Statement(each.replace(b"%%", b"%")) for each in checks]
-    table.indexes = frozenset(each.declaration for each in state.ready)
+    table.indexes = state.declarable
     return state
 
 
 def _missing(state: _State, declared: Sequence[Index]) -> list[Index]:
-    existing = {each.declaration for each in state.ready}
-    return [index for index in declared if index not in existing]
+    return [index for index in declared if index not in state.declarable]
 
 
 def _begin(transaction: Transaction) -> _State:
