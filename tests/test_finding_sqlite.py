@@ -94,6 +94,8 @@ def test_users_without_the_property_are_not_in_the_index(other: sqlite3.Connecti
         ('{"plan": "\\u0001\\u0009\\u007f\\u0022\\u005c"}', '\x01\t\x7f"\\'),
         ('{"plan": "\\\\u0000"}', "\\u0000"),
         (' {\n"n" : [1, {"plan": 2}],\t"plan" : 5 } ', 5),
+        ('{"plan": -0}', 0),
+        ('{"plan": -10}', -10),
         ('{"plan":true}', True),
         (f'{{"plan":{10**50}}}', 10**50),
     ],

@@ -143,7 +143,8 @@ class SQLiteStorage(OfOneApp):
     def find(self, where: Mapping[str, Value], after: str, limit: int) -> dict[str, Metadata]:
         """Return the metadata of the next users whose properties have these values, in one query.
 
-        The row of another program that names a property twice is found by the first value.
+        The row of another program that names a property twice is found by the first value. If it
+        escapes a character of the property's name, SQLite 3.40 does not find it.
         """
         search = search_by(tuple(where), self.indexes)
         texts = search.texts(self._app_id, where)

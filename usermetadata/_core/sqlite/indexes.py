@@ -58,7 +58,7 @@ WHEN 'text' THEN CASE
 WHEN NOT instr(user_metadata -> {path}, '\') THEN user_metadata -> {path}
 WHEN NOT instr(replace(user_metadata -> {path}, '\\', ''), '\u0000')
 THEN json_quote(user_metadata ->> {path}) END
-WHEN 'integer' THEN user_metadata -> {path}
+WHEN 'integer' THEN replace(user_metadata -> {path}, '-0', '0')
 WHEN 'true' THEN 'true'
 WHEN 'false' THEN 'false'
 END END"""
