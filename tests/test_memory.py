@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
-from usermetadata import InMemoryStorage, UsageError
-from usermetadata.changes import Merge, Modify
+from usermetadata import Index, InMemoryStorage, NotUniqueError, UsageError
+from usermetadata.changes import Clear, Merge, Modify
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from usermetadata.changes import Change
     from usermetadata.codec import Metadata
 
 
@@ -83,3 +85,45 @@ def test_a_write_inside_a_write_is_refused() -> None:
 
     assert storage.write([("alice", Modify(change))]) == [{"n": 2}]
     assert storage.write([("alice", Merge({"after": True}))]) == [{"n": 2, "after": True}]
+
+
+@pytest.mark.parametrize(
+    "change", [Merge({"customer": 2, "plan": "free"}), Clear()], ids=["merge", "clear"]
+)
+def test_an_interrupted_write_leaves_every_user_findable(change: Change) -> None:
+    """Wherever a write is interrupted, users are found by the values that are stored.
+
+    Another user can have each unique value but the one that is stored.
+    """
+
+    def interrupt(_frame: object, event: str, _argument: object) -> None:
+        nonlocal left
+        left -= event == "c_return"
+        if not left:
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
+    for calls in range(1, 1000):
+        storage = InMemoryStorage(indexes=[Index("customer", unique=True), Index("plan")])
+        storage.write([("alice", Merge({"customer": 1, "plan": "pro"}))])
+        storage.write([("bob", Merge({"plan": "pro"}))])
+        left = calls
+        before = sys.getprofile()
+        sys.setprofile(interrupt)
+        with contextlib.suppress(KeyboardInterrupt):
+            storage.write([("alice", change)])
+        sys.setprofile(before)
+        rows = storage.read_after("", 9)
+        assert storage.count(None) == len(rows)
+        for plan in ("pro", "free"):
+            having = {user: row for user, row in rows.items() if row.get("plan") == plan}
+            assert storage.find({"plan": plan}, "", 9) == having
+        value = rows.get("alice", {}).get("customer")
+        for other in (1, 2):
+            assert storage.count({"customer": other}) == (value == other)
+            with pytest.raises(NotUniqueError) if value == other else contextlib.nullcontext():
+                storage.write([("bob", Merge({"customer": other}))])
+            storage.write([("bob", Clear())])
+        if left > 0:
+            return
+    pytest.fail("the write did not end")

@@ -8,7 +8,7 @@ from usermetadata.exceptions import NotUniqueError
 from usermetadata.indexes import values_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from usermetadata.codec import Metadata
     from usermetadata.indexes import Index
@@ -51,12 +51,18 @@ class Lookup:
         name = next(index.name for index in self.indexes if index.name in where)
         return self._having(app_id, name, where[name])
 
-    def check_unique(self, values: Values, changed: Iterable[Key]) -> None:
+    def check_unique(
+        self,
+        values: Values,
+        changed: Iterable[Key],
+        has: Callable[[Key, Mapping[str, Value]], bool],
+    ) -> None:
         """Check that no two users of an app will have the same value of a unique index.
 
         Args:
             values: the new values of the changed users.
             changed: those users, also the ones that will have no row.
+            has: tells whether the row of a user has these values.
 
         Raises:
             NotUniqueError: two will.
@@ -70,11 +76,13 @@ class Lookup:
                 if index.name not in by_name:
                     continue
                 value = by_name[index.name]
-                others = self._having(app_id, index.name, value)
                 other = taken.setdefault((app_id, _text(value)), user_id)
-                others = {other} | {each for each in others if (app_id, each) not in keys}
-                for other in others - {user_id}:
+                if other != user_id:
                     raise NotUniqueError(index.name, other)
+                for other in self._having(app_id, index.name, value):
+                    key = (app_id, other)
+                    if key not in keys and has(key, {index.name: value}):
+                        raise NotUniqueError(index.name, other)
 
     def add(self, values: Values) -> None:
         """Note the values that users will have."""
@@ -99,7 +107,7 @@ class Lookup:
                 if isinstance(having, set):
                     having.discard(user_id)
                     if len(having) == 1:
-                        users[_text(value)] = having.pop()
+                        users[_text(value)] = next(iter(having))
                 elif having == user_id:
                     del users[_text(value)]
 

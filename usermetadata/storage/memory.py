@@ -117,7 +117,13 @@ class InMemoryStorage(OfOneApp):
                 if lookup.indexes:
                     keys = [key for key, _ in keyed]
                     new = lookup.values(dict(zip(keys, results, strict=True)))
-                    lookup.check_unique(new, keys)
+                    lookup.check_unique(
+                        new,
+                        keys,
+                        lambda key, where: (
+                            (row := rows.get(key)) is not None and matches(_decode(row), where)
+                        ),
+                    )
                     before = {key: row for key in keys if (row := rows.get(key)) is not None}
                     old = lookup.values({key: _decode(row) for key, row in before.items()})
                     lookup.add(new)
@@ -147,8 +153,8 @@ class InMemoryStorage(OfOneApp):
         with self._store.lock:
             if where is not None:
                 return sum(1 for _ in self._found(where, ""))
-            keys = self._store.rows()
-            return sum(1 for app_id, _ in keys if app_id == self._app_id)
+            rows = self._store.rows().items()
+            return sum(1 for (app_id, _), row in rows if app_id == self._app_id and row is not None)
 
     def stored_indexes(self) -> tuple[Index, ...]:
         """Return the declared indexes: they exist from the first write on."""
