@@ -418,6 +418,10 @@ def test_the_commands(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("count", "--where", "plan=true") == "1\n"
     assert run("count", "--where", 'plan="pro"', "--where", "n=2") == "1\n"
     assert run("find", "--where", "customer=c2") == "bob\n"
+    for text in ("NaN", "-Infinity", "[NaN]", "007"):  # they are no JSON
+        assert run("count", "--where", f"plan={text}") == "0\n"
+    shown = run("count", "--where", "plan=5.0", code=2)
+    assert "where['plan']: float is neither a text, an integer nor a boolean" in shown
     assert "no user has these values" in run("find", "--where", "customer=c9", code=1)
     assert "index --unique plan`" in run("find", "--where", "plan=pro", code=1)
     assert "Missing option '--where'" in run("find", code=2)

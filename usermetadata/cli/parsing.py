@@ -13,6 +13,7 @@ from usermetadata.exceptions import InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Never
 
     from usermetadata.codec import Metadata
 
@@ -44,8 +45,8 @@ def parse_where(pairs: Sequence[str]) -> dict[str, Any] | None:
     """Return the properties of ``NAME=VALUE`` pairs; a value that is no JSON is a text.
 
     Raises:
-        InvalidInputError: one has no equals sign or is there twice, or a float would change its
-            number.
+        InvalidInputError: one has no equals sign or is there twice, or its value is too long or too
+            deep for Python.
     """
     where: dict[str, Any] = {}
     for pair in pairs:
@@ -55,12 +56,17 @@ def parse_where(pairs: Sequence[str]) -> dict[str, Any] | None:
         if name in where:
             raise InvalidInputError(f"--where {name}: it has two values; pass one")
         try:
-            where[name] = parse_json(text, f"--where {name}")
+            where[name] = json.loads(text, parse_constant=_refuse)
         except json.JSONDecodeError:
             where[name] = text
         except (ValueError, RecursionError) as error:
             raise InvalidInputError(f"--where {name}: {error}") from error
     return where or None
+
+
+def _refuse(constant: str) -> Never:
+    """Refuse NaN and Infinity, which Python would take."""
+    raise json.JSONDecodeError("it is not JSON", constant, 0)
 
 
 def as_it_is(metadata: Metadata) -> Replace:
