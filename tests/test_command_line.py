@@ -21,7 +21,7 @@ from conftest import STORAGES, open_storage
 from postgres_server import server_url
 from psycopg.conninfo import make_conninfo
 
-from usermetadata import PostgresStorage, SQLiteStorage
+from usermetadata import Index, PostgresStorage, SQLiteStorage
 from usermetadata.changes import Clear, Merge
 from usermetadata.cli import main
 from usermetadata.storage import ListingStorage
@@ -571,6 +571,18 @@ def test_a_cores_users_are_copied(shell: Shell, schema: str) -> None:
     assert read_all(shell.database) == users
     with closing(PostgresStorage(url, table="other")) as other:
         assert other.read(["user 00000"]) == {}
+
+
+def test_a_cores_user_with_the_value_of_another_stops_the_copy(shell: Shell, schema: str) -> None:
+    """The error says who has the value of a unique index, and how to go on."""
+    url = make_conninfo(server_url(), options=f"-csearch_path={schema}")
+    with closing(PostgresStorage(url)) as core:
+        core.write([(f"user {n:05}", Merge({"n": n})) for n in range(1200)])
+    with closing(SQLiteStorage(shell.database, indexes=[Index("n", unique=True)])) as storage:
+        storage.write([("alice", Merge({"n": 1100}))])
+    error = shell.run("import-supertokens", url, code=2)
+    assert "user 'alice' has this value" in error
+    assert "Go on with --after 'user 00999'" in error
 
 
 def test_serve_answers_and_stops_when_told(shell: Shell) -> None:

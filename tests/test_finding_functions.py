@@ -502,3 +502,24 @@ def test_an_import_names_the_line_that_is_not_unique(
     file.write_text("\n".join(map(json.dumps, lines)))
     shown = run("import", str(file), "--storage", url, code=2 if line else 0)
     assert f"line {line}: property 'customer': " in shown if line else shown == ""
+
+
+@pytest.mark.parametrize("url", ["sqlite", "postgres"], indirect=True)
+def test_an_import_leaves_out_what_cannot_be_found(url: str, tmp_path: Path) -> None:
+    """``--skip-invalid`` names the line of a value that cannot be indexed, and goes on.
+
+    A null, which another program has stored and ``export`` has written, counts as absent.
+    """
+    usermetadata.init(url, indexes=INDEXES)
+    fill()
+    usermetadata.close()
+    rows: list[Any] = [{"plan": "pro"}, {"plan": [1]}, {"plan": None, "n": 9}]
+    lines = [json.dumps({"userId": f"new {n}", "metadata": row}) for n, row in enumerate(rows, 1)]
+    (tmp_path / "users.jsonl").write_text("\n".join(lines))
+    file = str(tmp_path / "users.jsonl")
+    assert "line 2: metadata of user 'new 2'" in run("import", file, "--storage", url, code=2)
+    assert run("count", "--where", "plan=pro", "--storage", url) == "2\n"
+    shown = run("import", file, "--skip-invalid", "--storage", url, code=3)
+    assert "line 2: metadata of user 'new 2': property 'plan' has an index, and list" in shown
+    listed = run("list", "--after", "new", "--storage", url).splitlines()
+    assert [json.loads(line)["metadata"] for line in listed] == [rows[0], rows[2]]

@@ -117,8 +117,8 @@ def values_of(metadata: Metadata, indexes: Iterable[Index], user_id: str) -> dic
     """
     values: dict[str, Value] = {}
     for index in indexes:
-        if index.name in metadata:
-            value = metadata[index.name]
+        value = metadata.get(index.name)
+        if value is not None:  # another program's row may have a null, which counts as absent
             fault = _fault_of(value)
             if fault:
                 raise InvalidInputError(

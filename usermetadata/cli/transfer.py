@@ -25,7 +25,8 @@ from usermetadata.exceptions import (
     StorageError,
     UsageError,
 )
-from usermetadata.storage import ListingStorage
+from usermetadata.indexes import values_of
+from usermetadata.storage import IndexedStorage, ListingStorage
 from usermetadata.validation import check_after, check_user_id, copy_metadata
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from usermetadata.cli.formats import Record
     from usermetadata.codec import Metadata
+    from usermetadata.indexes import Index
     from usermetadata.storage import Storage
 
 Batch = TypeVar("Batch", bound="Sized")
@@ -123,7 +125,8 @@ def import_(  # noqa: PLR0913 - they are options
         unpacked(file) as source,
     ):
         records = (record for record in read(source) if record.number >= from_line)
-        users = _changes(records, change, report if skip_invalid else None)
+        indexes = storage.indexes if isinstance(storage, IndexedStorage) else ()
+        users = _changes(records, change, indexes, report if skip_invalid else None)
         for batch in _watched(iter(lambda: list(islice(users, _BATCH)), []), "Importing"):
             changes = [(user_id, each) for _, user_id, each in batch if each is not None]
             try:
@@ -184,6 +187,7 @@ def import_supertokens(  # noqa: PLR0913 - they are options
 def _changes(
     records: Iterable[Record],
     change: Callable[[Metadata, str], Merge | Replace],
+    indexes: Sequence[Index],
     report: Callable[[Exception], None] | None,
 ) -> Iterator[tuple[Record, str, Merge | Replace | None]]:
     """Read users; yield the record of each, the user id, and the change if there is metadata.
@@ -194,6 +198,7 @@ def _changes(
         try:
             user_id, metadata = record.read()
             found = None if metadata is None else change(metadata, record.where)
+            _check_values(metadata or {}, indexes, user_id, record.where)
         except InvalidInputError as error:
             if report is None:
                 raise
@@ -207,6 +212,13 @@ def _change(metadata: Metadata, where: str, *, merge: bool, exact: bool) -> Merg
         return as_it_is(metadata)
     checked = copy_metadata(metadata, f"{where}: metadata")
     return Merge(checked) if merge else Replace(checked)
+
+
+def _check_values(metadata: Metadata, indexes: Sequence[Index], user_id: str, where: str) -> None:
+    try:
+        values_of(metadata, indexes, user_id)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{where}: {error}") from error
 
 
 def _refused(
@@ -336,7 +348,7 @@ def _watched(batches: Iterable[Batch], label: str, *, hidden: bool = False) -> I
 def _resumable(how: Callable[[], str]) -> Generator[None, None, None]:
     try:
         yield
-    except (StorageError, InvalidInputError, OSError, KeyboardInterrupt):
+    except (StorageError, InvalidInputError, NotUniqueError, OSError, KeyboardInterrupt):
         if how():
             click.echo(f"Earlier users are stored. Go on with {how()} after this error:", err=True)
         raise

@@ -366,8 +366,7 @@ def _faults(name: str, key: Sequence[Any], text: object, indexes: Sequence[Index
     lines: list[str] = []
     for index in indexes:
         try:
-            if metadata.get(index.name) is not None:  # a null at the root counts as absent
-                values_of(metadata, [index], user_id)
+            values_of(metadata, [index], user_id)
         except InvalidInputError:
             lines.append(unfindable(app_id, user_id, index.name))
     return lines
