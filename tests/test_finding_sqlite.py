@@ -364,7 +364,8 @@ def test_a_large_file_is_indexed_by_command(database: Path) -> None:
     """Above 10,000 rows each call says what to run, until the indexes were built."""
     fill_many(database, 10_001)
     with contextlib.closing(SQLiteStorage(database, indexes=INDEXES)) as storage:
-        advice = "index 'plan': it does not exist.*run `python -m usermetadata index` once"
+        command = "python -m usermetadata index --index plan --unique customer"
+        advice = f"index 'plan': it does not exist.*run `{command}` once"
         with pytest.raises(UsageError, match=advice):
             storage.find({"plan": 1}, "", 5)
         with pytest.raises(UsageError, match=advice):
@@ -415,7 +416,7 @@ def test_rows_in_the_way_are_listed(database: Path) -> None:
     """Each row that cannot be indexed is named before anything changes, never its value."""
     fill(database, IN_THE_WAY)
     with contextlib.closing(SQLiteStorage(database, indexes=INDEXES)) as storage:
-        with pytest.raises(StorageError, match=r"app 'public'.*python -m usermetadata index"):
+        with pytest.raises(StorageError, match=r"app 'public'.*usermetadata index --index plan"):
             storage.find({"plan": "pro"}, "", 5)
         lines = storage.build_indexes()
         assert [line.partition(" is ")[0] for line in sorted(lines[:-1])] == [
@@ -468,7 +469,7 @@ def test_an_index_that_another_process_drops_is_missed(
     storage.write([("alice", Merge({"customer": 1, "plan": "pro"}))])
     with contextlib.closing(SQLiteStorage(database)) as other:
         other.drop_index("plan")
-        with pytest.raises(StorageError, match=r"no such index.*python -m usermetadata index"):
+        with pytest.raises(StorageError, match="no such index.*repeat the call"):
             storage.find({"plan": "pro"}, "", 5)
         assert storage.find({"plan": "pro"}, "", 5).keys() == {"alice"}
         other.drop_index("customer")

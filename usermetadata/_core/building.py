@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import shlex
+from typing import TYPE_CHECKING
+
 from usermetadata.exceptions import StorageError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from usermetadata.indexes import Index
 
 MOST_ROWS = 10_000
 """A table with more rows is not indexed by the way."""
 
-_COMMAND = "python -m usermetadata index"
 
-
-def too_many_rows(name: str) -> UsageError:
-    """Return the error of a call that needs an index of a large table."""
+def too_many_rows(missing: Sequence[Index]) -> UsageError:
+    """Return the error of a call that needs indexes of a large table."""
     return UsageError(
-        f"index {name!r}: it does not exist, and more than {MOST_ROWS} rows have to be read to"
-        f" build it; run `{_COMMAND}` once"
+        f"index {missing[0].name!r}: it does not exist, and more than {MOST_ROWS} rows have to be"
+        f" read to build it; run `{_command(missing)}` once"
     )
 
 
-def cannot_be_built(name: str, line: str) -> StorageError:
-    """Return the error of a call that would build an index, with the first row in the way."""
+def cannot_be_built(missing: Sequence[Index], line: str) -> StorageError:
+    """Return the error of a call that would build indexes, with the first row in the way."""
     return StorageError(
-        f"index {name!r}: it cannot be built: {line}; `{_COMMAND}` shows all rows in the way"
+        f"index {missing[0].name!r}: it cannot be built: {line}; `{_command(missing)}` shows all"
+        " rows in the way"
     )
+
+
+def _command(missing: Sequence[Index]) -> str:
+    options = [
+        f"--{'unique' if index.unique else 'index'} {shlex.quote(index.name)}" for index in missing
+    ]
+    return " ".join(["python -m usermetadata index", *options])
 
 
 def unfindable(app_id: str, user_id: str, name: str) -> str:

@@ -160,10 +160,10 @@ def ready(transaction: Transaction, declared: Sequence[Index]) -> None:
         return
     [answer] = transaction.at_once([Statement(table[_HAS_MANY_ROWS], {"most": MOST_ROWS})])
     if answer.rows[0][0]:
-        raise too_many_rows(missing[0].name)
+        raise too_many_rows(missing)
     faults = build_at_once(transaction, declared)
     if faults:
-        raise cannot_be_built(missing[0].name, faults[0])
+        raise cannot_be_built(missing, faults[0])
     _learn(transaction)
 
 

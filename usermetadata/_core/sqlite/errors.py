@@ -25,7 +25,7 @@ _ADVICE = [
     ("malformed", "; restore it from a backup; `sqlite3 FILE .recover` may save rows"),
     ("actually a view", "; use another file"),
     ("same thread", "; use it there, or open it with check_same_thread=False"),
-    ("no such index", "; run `python -m usermetadata index`"),
+    ("no such index", "; repeat the call: it builds the index, or names the command that does"),
 ]
 
 

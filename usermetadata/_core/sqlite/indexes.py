@@ -188,7 +188,7 @@ def ensure_indexes(connection: sqlite3.Connection, name: str, indexes: Sequence[
         except _RowsInTheWay as found:
             lines = found.lines
     if lines:
-        raise cannot_be_built(missing[0].name, lines[0])
+        raise cannot_be_built(missing, lines[0])
 
 
 def check_few_rows(connection: sqlite3.Connection, missing: Sequence[Index]) -> None:
@@ -198,7 +198,7 @@ def check_few_rows(connection: sqlite3.Connection, missing: Sequence[Index]) -> 
         UsageError: it is not.
     """
     if connection.execute(_HAS_MORE_ROWS, (MOST_ROWS,)).fetchall():
-        raise too_many_rows(missing[0].name)
+        raise too_many_rows(missing)
 
 
 def build_indexes(
