@@ -500,7 +500,7 @@ def test_a_large_table_is_indexed_by_command(schema: str, direct: psycopg.Connec
             FROM generate_series(1, 10000) AS n
         """)
         with opened(schema, PLAN) as storage:
-            with pytest.raises(UsageError, match="run `.*usermetadata index --index plan` once"):
+            with pytest.raises(UsageError, match=r"run `.*usermetadata index --index plan` once"):
                 storage.count({"plan": "plan 1"})
             stop = threading.Event()
 

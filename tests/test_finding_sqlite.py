@@ -469,7 +469,7 @@ def test_an_index_that_another_process_drops_is_missed(
     storage.write([("alice", Merge({"customer": 1, "plan": "pro"}))])
     with contextlib.closing(SQLiteStorage(database)) as other:
         other.drop_index("plan")
-        with pytest.raises(StorageError, match="no such index.*repeat the call"):
+        with pytest.raises(StorageError, match=r"no such index.*repeat the call"):
             storage.find({"plan": "pro"}, "", 5)
         assert storage.find({"plan": "pro"}, "", 5).keys() == {"alice"}
         other.drop_index("customer")
