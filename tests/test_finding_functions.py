@@ -168,6 +168,13 @@ def test_wrong_names_are_refused(name: Any) -> None:
         Index(name)
 
 
+@pytest.mark.parametrize("unique", ["customer", 1, None])
+def test_an_index_is_of_one_property(unique: Any) -> None:
+    """A second name in place of ``unique`` is refused, and makes no unique index."""
+    with pytest.raises(InvalidInputError, match=r"Index\('plan'\): unique is of type"):
+        Index("plan", unique)
+
+
 def test_finding_passes_through_overrides(facade: Any) -> None:
     """The arguments come by position, ``user_context`` last."""
     seen: list[tuple[Any, ...]] = []

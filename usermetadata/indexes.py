@@ -30,7 +30,7 @@ class Index:
         unique: whether two users of an app may not have the same value.
 
     Raises:
-        InvalidInputError: the name is not valid.
+        InvalidInputError: the name is not valid, or ``unique`` is no ``bool``.
 
     Example:
         >>> Index("stripe_customer_id", unique=True)
@@ -53,6 +53,11 @@ class Index:
                 f"Index: {name!r} cannot be the name of an index; pass a property of 1 to"
                 f" {NAME_MAX_LENGTH} printable ASCII characters without quotation marks and"
                 " backslashes"
+            )
+        if not isinstance(self.unique, bool):
+            raise InvalidInputError(
+                f"Index({name!r}): unique is of type {type(self.unique).__name__}; pass True or"
+                " False, and declare each property as an Index of its own"
             )
 
 
