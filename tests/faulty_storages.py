@@ -1294,7 +1294,7 @@ class ChecksNothing(Indexed):
     """Has unique indexes that are not unique."""
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
-        self._store.lookup.check_unique = lambda values, changed: None  # type: ignore[method-assign] # pyright: ignore[reportPrivateUsage]
+        self._store.lookup.check_unique = lambda values, changed, has: None  # type: ignore[method-assign] # pyright: ignore[reportPrivateUsage]
         return super().write(changes)
 
 

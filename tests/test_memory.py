@@ -95,6 +95,7 @@ def test_an_interrupted_write_leaves_every_user_findable(change: Change) -> None
 
     Another user can have each unique value but the one that is stored.
     """
+    left = 0
 
     def interrupt(_frame: object, event: str, _argument: object) -> None:
         nonlocal left
