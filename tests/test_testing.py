@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 from json_file_storage import JSONFileStorage
 
-from usermetadata.changes import Clear, Merge, Modify
+from usermetadata import Index, InMemoryStorage, SQLiteStorage
+from usermetadata.changes import Clear, Merge, Modify, Replace
 from usermetadata.exceptions import DamagedMetadataError, InvalidInputError, UsageError
+from usermetadata.storage import IndexedStorage
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from usermetadata.changes import Change
+    from usermetadata.codec import Metadata
     from usermetadata.testing.process import OtherProcess
 
 
@@ -476,3 +481,53 @@ def test_a_storage_in_another_process(
         assert "In the other process:" in damaged.value.__notes__[0]
     with pytest.raises(UsageError):
         storage.read(["alice"])
+
+
+class Unpicklable(Exception):  # noqa: N818 - as a driver's error may be named
+    """An error with other arguments than its class hands on, as drivers have them."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{code}: {text}")
+
+
+class RaisesTheDriversError(InMemoryStorage):
+    """Lets the driver's error through, or returns what no process can be sent."""
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        if user_ids == ["alice"]:
+            raise Unpicklable(1205, "lock wait timeout")
+        return {"bob": {"lock": threading.Lock()}}
+
+
+@pytest.mark.parametrize(("user", "text"), [("alice", "Unpicklable"), ("bob", "cannot pickle")])
+def test_an_error_that_cannot_be_pickled_is_shown(
+    usermetadata_process: OtherProcess, user: str, text: str
+) -> None:
+    """Whatever a storage in another process raises or returns ends the call and can be read."""
+    with contextlib.closing(usermetadata_process.open(RaisesTheDriversError)) as storage:
+        for _ in range(2):
+            with pytest.raises((RuntimeError, TypeError), match=text) as caught:
+                storage.read([user])
+            [note] = caught.value.__notes__
+            assert "lock wait timeout" in note or user == "bob"
+
+
+def test_an_indexed_storage_in_another_process(
+    usermetadata_process: OtherProcess, tmp_path: Path
+) -> None:
+    """A storage in another process has all methods of an ``IndexedStorage``."""
+    path, plan = tmp_path / "users.db", Index("plan")
+    with contextlib.closing(SQLiteStorage(path)) as here:
+        here.write([("alice", Replace({"plan": "pro"}))])
+    with contextlib.closing(
+        usermetadata_process.open(SQLiteStorage, path, indexes=[plan])
+    ) as there:
+        assert isinstance(there, IndexedStorage)
+        done: list[tuple[int, int]] = []
+        assert there.build_indexes(lambda at, of: done.append((at, of))) == []
+        assert done[-1] == (1, 1)
+        assert there.stored_indexes() == there.indexes == (plan,)
+        assert there.find({"plan": "pro"}, "", 10) == {"alice": {"plan": "pro"}}
+        there.drop_index("plan")
+        assert there.stored_indexes() == ()
+        assert there.build_indexes() == []

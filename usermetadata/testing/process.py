@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -77,9 +78,9 @@ class OtherProcess:
         while True:
             kind, value = connection.recv()
             if kind == "call":
-                number, argument = value
+                number, values = value
                 try:
-                    connection.send((True, functions[number](argument)))
+                    connection.send((True, functions[number](*values)))
                 except BaseException as error:  # noqa: BLE001 - raised below
                     raised = error
                     connection.send((False, None))
@@ -173,6 +174,22 @@ class RemoteStorage:
         number: int = self._call("count", where)
         return number
 
+    def stored_indexes(self) -> tuple[Index, ...]:
+        """See ``IndexedStorage``."""
+        stored: tuple[Index, ...] = self._call("stored_indexes")
+        return stored
+
+    def build_indexes(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
+        """See ``IndexedStorage``."""
+        functions = [] if progress is None else [progress]
+        arguments = [_Function(at, is_modify=False) for at, _ in enumerate(functions)]
+        in_the_way: list[str] = self._call("build_indexes", *arguments, functions=functions)
+        return in_the_way
+
+    def drop_index(self, name: str) -> None:
+        """See ``IndexedStorage``."""
+        self._call("drop_index", name)
+
     def _call(
         self, method: str, *args: object, functions: Sequence[Callable[..., object]] = ()
     ) -> Any:
@@ -220,18 +237,16 @@ class _Served:
     def _serve(self, connection: Connection) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
-                number, method, args = connection.recv()
+                request = connection.recv_bytes()
                 try:
-                    answer: tuple[str, object] = (
-                        "returned",
-                        self._do(connection, number, method, args),
-                    )
+                    # What cannot be pickled is an error of this call, too.
+                    number, method, args = pickle.loads(request)  # noqa: S301 - of a process with the key
+                    answer = pickle.dumps(("returned", self._do(connection, number, method, args)))
                 except _RaisedThereError:
-                    answer = "raised", None
+                    answer = pickle.dumps(("raised", None))
                 except BaseException as error:  # noqa: BLE001 - sent to the first process
-                    error.add_note("In the other process:\n" + traceback.format_exc())
-                    answer = "raised", error
-                connection.send(answer)
+                    answer = _pickled(error, "In the other process:\n" + traceback.format_exc())
+                connection.send_bytes(answer)
 
     def _do(self, connection: Connection, number: int, method: str, args: Any) -> object:
         if method == "stacks":
@@ -256,11 +271,25 @@ class _Served:
         if not isinstance(argument, _Function):
             return argument
 
-        def call(value: object) -> Any:
-            connection.send(("call", (argument.number, value)))
+        def call(*values: object) -> Any:
+            connection.send(("call", (argument.number, values)))
             has_returned, returned = connection.recv()
             if not has_returned:
                 raise _RaisedThereError
             return returned
 
         return Modify(call) if argument.is_modify else call
+
+
+def _pickled(error: BaseException, note: str) -> bytes:
+    """Return what raises the error in the first process."""
+    error.add_note(note)
+    try:
+        answer = pickle.dumps(("raised", error))
+        # It fails for an exception whose class takes other arguments than it hands on.
+        pickle.loads(answer)  # noqa: S301 - it was made here
+    except Exception:  # noqa: BLE001 - any code of the exception's class
+        stand_in = RuntimeError(f"{type(error).__name__}, which cannot be pickled, was raised")
+        stand_in.add_note(note)
+        answer = pickle.dumps(("raised", stand_in))
+    return answer
