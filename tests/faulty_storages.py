@@ -894,6 +894,23 @@ class LeaksWhenClosed(InMemoryStorage):
             raise sqlite3.ProgrammingError("Cannot operate on a closed database.") from None
 
 
+class StopsItsThread(InMemoryStorage):
+    """Runs calls in a thread of its own, which ``close`` ends: the others wait for ever."""
+
+    finds = "(?s)the test hangs.*under way when another thread closes"
+    _is_stopped = False
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        results = super().write(changes)
+        if self._is_stopped:
+            threading.Event().wait()
+        return results
+
+    def close(self) -> None:
+        self._is_stopped = True
+        super().close()
+
+
 class Caches(Twice):
     """Keeps what it has read until it writes the user itself."""
 

@@ -111,6 +111,7 @@ from faulty_storages import (
     SharesWhatWasFound,
     SharesWithin,
     ShowsHalf,
+    StopsItsThread,
     StoresWhatWasInterrupted,
     TakesAnyApp,
     TrimsIds,
@@ -334,6 +335,7 @@ PLANTED_FAULTS: dict[str, list[type[Any]]] = {
     "test_writes_in_opposite_order_do_not_deadlock": [LocksInTheOrderOfTheCall],
     "test_a_read_of_many_users_is_of_one_moment": [ReadsInChunks],
     "test_closing_leaks_no_other_error": [LeaksWhenClosed],
+    "test_closing_in_the_middle_of_a_write": [StopsItsThread],
     "test_a_second_storage_reads_what_was_acknowledged": [Caches, ReadsFromASnapshot],
     "test_a_second_storage_has_the_same_apps": [NumbersApps],
     "test_each_change_is_given_what_the_other_storage_wrote": [WritesFromItsCache],
@@ -440,7 +442,7 @@ def failure_of(test: str, fault: type[Any], process: OtherProcess, folder: Path)
     try:
         method(**{name: each for name, each in arguments.items() if name in names})
     except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 - it is what is tested
-        return f"{type(error).__name__}: {error}"
+        return "\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
     except pytest.skip.Exception as skipped:
         pytest.fail(f"the test was skipped: {skipped}")
     pytest.fail("the fault was not found")

@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -142,8 +142,10 @@ class MariaDBStorage:
 
     def close(self) -> None:
         self._closed.set()
-        for connection in self._idle.pop(os.getpid(), []):
-            connection.close()
+        idle = self._idle.get(os.getpid(), [])
+        with suppress(IndexError):  # a call that ends closes its own
+            while True:
+                idle.pop().close()
 
     def _texts(self, cursor: Cursor, user_ids: Sequence[str]) -> dict[str, str]:
         found: dict[str, str] = {}

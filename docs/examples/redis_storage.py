@@ -133,7 +133,7 @@ class RedisStorage:
 
     def close(self) -> None:
         self._closed.set()
-        self._pool.disconnect()
+        self._pool.disconnect(inuse_connections=False)  # a call that uses one closes it
 
     @property
     def _keys(self) -> tuple[str, str]:
@@ -143,7 +143,11 @@ class RedisStorage:
     def _client(self) -> Generator[redis.Redis]:
         if self._closed.is_set():
             raise UsageError("this RedisStorage is closed")
-        yield redis.Redis(connection_pool=self._pool)
+        try:
+            yield redis.Redis(connection_pool=self._pool)
+        finally:
+            if self._closed.is_set():
+                self.close()
 
     def _texts(self, user_ids: Sequence[str]) -> dict[str, bytes]:
         """Read rows, all as of one moment."""
@@ -157,14 +161,15 @@ class RedisStorage:
     def _set(self, rows: dict[str, tuple[bytes, bytes]]) -> bool:
         """Store rows if those that were read are unchanged."""
         arguments = [part for user, (read, new) in rows.items() for part in (user, read, new)]
-        with self._client(), our_errors():
-            connection = self._pool.get_connection()  # it connects, or finds a dead connection
-        try:
-            with our_errors(is_sent=True):
-                connection.send_command("EVAL", COMPARE_AND_SET, 2, *self._keys, *arguments)
-                return bool(connection.read_response())
-        except BaseException:
-            connection.disconnect()  # an answer may still come
-            raise
-        finally:
-            self._pool.release(connection)
+        with self._client():
+            with our_errors():
+                connection = self._pool.get_connection()  # it connects, or finds a dead connection
+            try:
+                with our_errors(is_sent=True):
+                    connection.send_command("EVAL", COMPARE_AND_SET, 2, *self._keys, *arguments)
+                    return bool(connection.read_response())
+            except BaseException:
+                connection.disconnect()  # an answer may still come
+                raise
+            finally:
+                self._pool.release(connection)

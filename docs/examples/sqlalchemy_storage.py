@@ -150,8 +150,8 @@ class SQLAlchemyStorage:
 
     def close(self) -> None:
         self._closed.set()
-        if engine := self._engines.pop(os.getpid(), None):
-            engine.dispose()
+        if engine := self._engines.get(os.getpid()):
+            engine.pool.dispose()  # it closes those that no call uses
 
     def _texts(self, connection: sa.Connection, user_ids: Sequence[str]) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -186,15 +186,19 @@ class SQLAlchemyStorage:
     def _try(self, level: str, work: Callable[[sa.Connection], R]) -> R:
         if self._closed.is_set():
             raise UsageError("this SQLAlchemyStorage is closed")
-        with our_errors(StorageUnavailableError):
-            connection = self._engine().connect()
-        with connection:
-            with our_errors():
-                self._begin(connection, level)
-            result = work(connection)  # what a change raises is no error of the database
-            with our_errors(OutcomeUnknownError):
-                connection.commit()
-            return result
+        try:
+            with our_errors(StorageUnavailableError):
+                connection = self._engine().connect()
+            with connection:
+                with our_errors():
+                    self._begin(connection, level)
+                result = work(connection)  # what a change raises is no error of the database
+                with our_errors(OutcomeUnknownError):
+                    connection.commit()
+                return result
+        finally:
+            if self._closed.is_set():
+                self.close()
 
     def _begin(self, connection: sa.Connection, level: str) -> None:
         begin = f"SET TRANSACTION ISOLATION LEVEL {level}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,6 +28,10 @@ _TURNS = 15
 _ORDERS = (
     "Writes of the same users in different orders have to end: lock all users of a write in one"
     " order, or repeat a write that the database has ended because of a deadlock."
+)
+_CLOSING = (
+    "A call that is under way when another thread closes the storage has to return, or to raise an"
+    " error of this library."
 )
 
 
@@ -144,22 +148,45 @@ class AtomicityConformance(Suite):
         They raise ``UsageError``, or another error of this library, and never a driver's.
         """
         storage.write([("alice", Merge({}))])
-        started = threading.Barrier(5)
+        has_called = [threading.Event() for _ in range(4)]
 
         def call(number: int) -> None:
-            started.wait(self.timeout)
-            for _ in itertools.count():
-                if number % 2:
-                    storage.read(["alice", "bob"])
-                else:
-                    storage.write([("alice", COUNT), ("bob", Merge({"n": 1}))])
+            try:
+                while True:
+                    if number % 2:
+                        storage.read(["alice", "bob"])
+                    else:
+                        storage.write([("alice", COUNT), ("bob", Merge({"n": 1}))])
+                    has_called[number].set()
+            finally:
+                has_called[number].set()
 
         threads = [self.start(partial(call, number)) for number in range(4)]
-        started.wait(self.timeout)
-        storage.close()
-        for thread in threads:
-            with pytest.raises(UserMetadataError):
-                thread.result()
+        for each in has_called:
+            each.wait(self.timeout)
+        with explained(_CLOSING):
+            storage.close()
+            for thread in threads:
+                with pytest.raises(UserMetadataError):
+                    thread.result()
+        with pytest.raises(UsageError):
+            storage.read(["alice"])
+
+    def test_closing_in_the_middle_of_a_write(self, storage: Storage) -> None:
+        """A write whose storage is closed while its change runs ends, or says so."""
+        meanwhile = self.meanwhile(storage.close)
+
+        def change(metadata: Metadata) -> Metadata:
+            meanwhile()
+            return {**metadata, "n": 1}
+
+        def write() -> None:
+            with contextlib.suppress(UserMetadataError):
+                storage.write([("alice", Modify(change))])
+
+        with explained(_CLOSING):
+            self.in_thread(write)
+            meanwhile.finish()
         with pytest.raises(UsageError):
             storage.read(["alice"])
 
