@@ -292,6 +292,18 @@ class WrapsErrors(InMemoryStorage):
             raise LookupError("a change failed") from error
 
 
+class TakesAChangesErrorForItsOwn(InMemoryStorage):
+    """Translates the driver's errors around the changes, too."""
+
+    finds = "StorageError: the connection was lost"
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        try:
+            return super().write(changes)
+        except OSError as error:
+            raise StorageError("the connection was lost") from error
+
+
 class BoundToOneThread(InMemoryStorage):
     """Works only in the thread that created it, as an SQLite connection does by default."""
 
@@ -543,6 +555,20 @@ class MergesAsDoubles(InMemoryStorage):
         return round_as_double(value)
 
 
+class MergesByPath(InMemoryStorage):
+    """Merges with a function of the database that takes a path, which a quote in a name ends."""
+
+    finds = "after a merge of '\""
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        return super().write([(user, self._natively(change)) for user, change in changes])
+
+    def _natively(self, change: Change) -> Change:
+        if not isinstance(change, Merge):
+            return change
+        return Merge({name.partition('"')[0]: value for name, value in change.update.items()})
+
+
 class RoundsWhatIsMerged(MergesAsDoubles):
     """Only the update is rounded, and only by a native merge."""
 
@@ -580,6 +606,22 @@ class HasManyParameters(InMemoryStorage):
             marks = ",".join("?" * len(user_ids))
             connection.execute(f"SELECT 1 WHERE 'x' IN ({marks})", user_ids)
         return super().read(user_ids)
+
+
+class WritesFewUsers(InMemoryStorage):
+    """Sends each row as parameters, of which a statement takes 65,535."""
+
+    finds = "too many SQL variables"
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+            connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 65_535)
+            marks = ",".join(["(?,?)"] * len(changes))
+            connection.execute(
+                f"WITH rows AS (VALUES {marks}) SELECT 1 FROM rows",
+                [each for user_id, _ in changes for each in (user_id, "{}")],
+            )
+        return super().write(changes)
 
 
 class CutsIds(OtherIds):

@@ -77,6 +77,7 @@ from faulty_storages import (
     LooksInOneInstance,
     MergesAsDoubles,
     MergesByItself,
+    MergesByPath,
     MergesDeeply,
     ModifiesNothing,
     NeedsTheLastUser,
@@ -113,12 +114,14 @@ from faulty_storages import (
     ShowsHalf,
     StopsItsThread,
     StoresWhatWasInterrupted,
+    TakesAChangesErrorForItsOwn,
     TakesAnyApp,
     TrimsIds,
     Unlocked,
     WrapsErrors,
     WritesBackwards,
     WritesElsewhere,
+    WritesFewUsers,
     WritesFromItsCache,
 )
 from json_file_storage import JSONFileStorage
@@ -266,6 +269,7 @@ PLANTED_FAULTS: dict[str, list[type[Any]]] = {
     "test_an_empty_object_is_a_row": [EmptyIsAbsent],
     "test_none_removes_the_row": [ClearsToEmpty],
     "test_read_takes_any_number_of_users": [ReadsFewUsers, HasManyParameters],
+    "test_write_takes_any_number_of_users": [WritesFewUsers],
     "test_merge_overwrites_root_properties": [MergesDeeply],
     "test_replace_forgets_what_was_there": [ReplaceMerges],
     "test_modify_is_given_the_stored_metadata": [ModifiesNothing],
@@ -278,6 +282,7 @@ PLANTED_FAULTS: dict[str, list[type[Any]]] = {
         RoundsWhatIsMerged,
         RoundsWhatIsThere,
     ],
+    "test_property_names_are_told_apart": [MergesByPath],
     "test_large_objects_come_back_exactly": [CutsLargeObjects],
     "test_user_ids_are_told_apart": [
         OtherIds,
@@ -289,6 +294,7 @@ PLANTED_FAULTS: dict[str, list[type[Any]]] = {
     "test_a_failing_change_undoes_the_whole_write": [
         Unlocked,
         WrapsErrors,
+        TakesAChangesErrorForItsOwn,
         StoresWhatWasInterrupted,
     ],
     "test_a_storage_works_after_a_failed_write": [LeavesItselfLocked],
@@ -414,6 +420,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 # The arguments with which only one fault is found.
 SPECIAL: dict[Any, dict[str, Any]] = {
     StoresWhatWasInterrupted: {"error": KeyboardInterrupt()},
+    TakesAChangesErrorForItsOwn: {"error": ConnectionResetError()},
     AnswersWithoutWaiting: {"phase": "before sending"},
 }
 

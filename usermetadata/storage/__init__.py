@@ -86,7 +86,7 @@ class Storage(Protocol):
         not use the storage.
 
         Args:
-            changes: pairs of a user id and the change to that user's row.
+            changes: pairs of a user id and the change to that user's row, any number of them.
 
         Returns:
             One entry per change, in order: the metadata as stored, or ``None`` if the row is gone.

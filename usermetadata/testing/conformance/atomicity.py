@@ -34,13 +34,22 @@ _CLOSING = (
     " error of this library."
 )
 
+# Those of a change's own code, and those that a storage expects from its driver or its decoder.
+_ERRORS = [
+    LookupError("no such property"),
+    ValueError("no such value"),
+    ConnectionResetError("another server"),
+    TimeoutError("another server"),
+    KeyboardInterrupt(),
+]
+
 
 class AtomicityConformance(Suite):
     """What threads see of one storage."""
 
     # One write.
 
-    @pytest.mark.parametrize("error", [LookupError("no such property"), KeyboardInterrupt()])
+    @pytest.mark.parametrize("error", _ERRORS, ids=lambda error: type(error).__name__)
     def test_a_failing_change_undoes_the_whole_write(
         self, storage: Storage, error: BaseException
     ) -> None:

@@ -61,6 +61,16 @@ class RowConformance(Suite):
             found = storage.read(["user 0", *absent, "user 2"])
         assert found == {user_id: {"id": user_id} for user_id in ("user 0", "user 2")}
 
+    def test_write_takes_any_number_of_users(self, storage: Storage) -> None:
+        """A write of 35,000 users is one write."""
+        absent = [f"absent {number}" for number in range(35_000)]
+        storage.write([("alice", Merge({"n": 1})), ("bob", Merge({"n": 1}))])
+        users = ["alice", *absent, "bob"]
+        with explained("It was raised by a write of 35,002 users."):
+            results = storage.write([(user, _count_if_there) for user in users])
+        assert results == [{"n": 2}, *[None] * len(absent), {"n": 2}]
+        assert storage.read(users) == {"alice": {"n": 2}, "bob": {"n": 2}}
+
     def test_merge_overwrites_root_properties(self, storage: Storage) -> None:
         """``Merge`` replaces whole values, drops root-level nulls and keeps nested ones."""
         storage.write([("alice", Replace({"a": {"x": 1}, "b": 2, "c": 3}))])
@@ -206,6 +216,10 @@ class RowConformance(Suite):
             # The system may interrupt any thread, and a short wait may be over before it begins.
             waits = statistics.median(_waits(call) for _ in range(21))
             assert waits == 0, "it waits, on the event loop"
+
+
+def _count_if_there(old: Metadata | None) -> Metadata | None:
+    return None if old is None else COUNT(old)
 
 
 def _waits(call: Callable[[], object]) -> int:

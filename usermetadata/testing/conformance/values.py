@@ -75,6 +75,25 @@ _USER_IDS = [
     *(f"app{separator}user" for separator in _SEPARATORS),
 ]
 
+# Names that a path, a pattern or a collation would take for something else.
+_NAMES = [
+    *(
+        "n",
+        "N",
+        "n ",
+        " n",
+        "",
+        " ",
+        "\u00e9",
+        "e\u0301",
+        "\U0001f600",
+        "\U0001f601",
+        "\0",
+    ),
+    *('"', 'n"', "'", "\\", "\n", "$", "$.n", "n.m", "n[0]", "[0]", "0", "00", "1e0", "-1", "#"),
+    *("*", "**", "%", "?", ":n", "{n}", "n,m", "null", "id", "metadata", "user_id", "x" * 300),
+]
+
 
 class ValueConformance(Suite):
     """Values and ids come back exactly; apps are apart."""
@@ -114,6 +133,26 @@ class ValueConformance(Suite):
         expected["other"] = 1
         check([storage.write([each])[0] for each in others], "a merge of another property")
         check(storage.write(others), "merges of another property for several users")
+
+    def test_property_names_are_told_apart(self, storage: Storage) -> None:
+        """A merge sets or removes the property that it names, and no other, whatever the name."""
+        expected: Metadata = {name: at for at, name in enumerate(_NAMES)}
+        storage.write([("alice", Replace(expected))])
+        new: list[Any] = ["new", None]
+        for value in new:
+            for name in _NAMES:
+                expected = {**expected, name: value}
+                if value is None:
+                    del expected[name]
+                [written] = storage.write([("alice", Merge({name: value}))])
+                for method, each in (
+                    ("write", written),
+                    ("read", storage.read(["alice"])["alice"]),
+                ):
+                    wrong = "; ".join(_differences(each or {}, expected))
+                    assert not wrong, (
+                        f"after a merge of {name!a}: {exactly(value)}, {method} returned: {wrong}"
+                    )
 
     def test_large_objects_come_back_exactly(self, storage: Storage) -> None:
         """10,000 properties and 200 levels are stored like any others."""
