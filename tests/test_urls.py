@@ -36,7 +36,7 @@ not_callable = 7
 METADATA = "Metadata-Version: 2.1\nName: shelf\nVersion: 1.0\n"
 ENTRY_POINTS = """
 [usermetadata.storages]
-shelf = shelf_storage:open_url
+Shelf = shelf_storage:open_url
 broken = shelf_storage:open_nothing
 memory = shelf_storage:open_nothing
 """
@@ -55,7 +55,10 @@ def _package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_package")
 def test_a_package_registers_a_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``init``, the environment variable, ``UserMetadata`` and the command line take its URLs."""
+    """``init``, the environment variable, ``UserMetadata`` and the command line take its URLs.
+
+    Schemes are compared without case, as in all URLs.
+    """
     url = "shelf://host/1?timeout=5"
     usermetadata.init(url)
     assert repr(UserMetadataRecipe.get_instance().storage) == "InMemoryStorage(app_id='public')"

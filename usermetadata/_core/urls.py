@@ -146,7 +146,7 @@ def _open_installed(scheme: str, url: str) -> Storage:
     """Return the storage of a package that has registered the URL's scheme."""
     from importlib.metadata import entry_points
 
-    installed = {each.name: each for each in entry_points(group=_GROUP)}
+    installed = {each.name.lower(): each for each in entry_points(group=_GROUP)}
     if scheme in installed and scheme not in _PARAMETERS:
         factory: Callable[[str], object] = installed[scheme].load()
         return check_storage(factory(url))
