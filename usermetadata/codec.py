@@ -69,16 +69,12 @@ def decode_metadata(text: str) -> Metadata:
     fast = _fast()
     if fast is not None:
         try:
-            if text.count(".") > _FEW + len(text) // _SPARSE:
-                # It may hold many floats. If they are written again as they were, none was rounded.
-                decoded = fast.decode_any(text)
-                if type(decoded) is dict and fast.encode(decoded) == text.encode():
-                    return decoded
-            decoded = fast.decode(text)
-            if type(decoded) is dict:
-                return decoded
+            decoded = _decode_fast(fast, text)
         except fast.errors:
             pass
+        else:
+            if type(decoded) is dict:
+                return decoded
     return _decode_standard(text)
 
 
@@ -111,6 +107,15 @@ def _fast() -> _Fast | None:
     encoder, decoder = msgspec.json.Encoder(), msgspec.json.Decoder()
     exact = msgspec.json.Decoder(float_hook=_parse_float)
     return _Fast(encoder.encode, exact.decode, decoder.decode, errors)
+
+
+def _decode_fast(fast: _Fast, text: str) -> Any:
+    if text.count(".") > len(text) // _SPARSE:
+        # It may hold many floats. If they are written again as they were, none was rounded.
+        decoded = fast.decode_any(text)
+        if fast.encode(decoded) == text.encode():
+            return decoded
+    return fast.decode(text)
 
 
 def _encode_standard(metadata: Metadata) -> str:
@@ -190,8 +195,7 @@ def _depth(text: str) -> int:
 
 _OLDEST_MSGSPEC = (0, 19)
 _CHARACTERS, _SMALL, _LARGE = 16, 1e-290, 1e290
-# With so few dots, and so many characters for each other one, checking each float is quicker.
-_FEW, _SPARSE = 2, 192
+_SPARSE = 128  # characters for each dot: then checking the floats one by one is quicker
 _encode = json.JSONEncoder(
     ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":")
 ).encode
