@@ -21,12 +21,10 @@ try:
     from usermetadata._core.postgres.outcomes import NOT_STORED
     from usermetadata._core.postgres.pooled import PooledConnections
     from usermetadata._core.postgres.statements import (
-        HOLD,
         MERGE,
         MERGE_ONE,
         READ_AFTER,
         READ_ONE,
-        REMOVE,
         STORE,
         STORE_ONE,
         Table,
@@ -55,7 +53,7 @@ from usermetadata.indexes import check_indexes, values_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-    from typing import Literal, LiteralString, Self
+    from typing import Literal, Self
 
     from psycopg_pool import ConnectionPool
 
@@ -217,7 +215,7 @@ class PostgresStorage(OfOneApp):
             return self._connections.run(search.number, 0)
 
         def count(transaction: Transaction) -> int:
-            statement = self._statement(transaction, finding.COUNT_ALL)
+            statement = rows_in(transaction, self._app_id).statement(finding.COUNT_ALL)
             number: int = transaction.at_once([statement])[0].rows[0][0]
             return number
 
@@ -300,12 +298,6 @@ class PostgresStorage(OfOneApp):
         """Close the connections that the storage opened itself."""
         self._connections.close()
 
-    def _statement(
-        self, transaction: Transaction, template: LiteralString, **parameters: object
-    ) -> Statement:
-        parameters = {"app_id": self._app_id, "timeout": transaction.timeout} | parameters
-        return Statement(transaction.table[template], parameters)
-
     def _read(self, query: Callable[[Rows], Statement]) -> dict[str, Metadata]:
         def read(transaction: Transaction) -> list[tuple[Any, ...]]:
             [found] = transaction.at_once([query(rows_in(transaction, self._app_id))])
@@ -386,11 +378,11 @@ class PostgresStorage(OfOneApp):
         texts: list[str | None] = [None] * number
         users = {user_id for _, by_user in groups for user_id in by_user}
         is_alone = len(groups) == 1
-        statements = [self._native(transaction, *group, is_alone=is_alone) for group in groups]
+        rows = rows_in(transaction, self._app_id)
+        statements = [_native(rows, *group, is_alone=is_alone) for group in groups]
         if not is_alone and len(users) > 1:
             # Each statement locks in the order of the ids; several together do not.
-            rows = rows_of((user, "{}") for user in users)
-            statements.insert(0, self._statement(transaction, HOLD, rows=rows))
+            statements = [*rows.hold(users, "{}"), *statements]
         answers = transaction.at_once(statements)[-len(groups) :] if groups else []
         for (kind, by_user), answer in zip(groups, answers, strict=True):
             if is_alone and kind is not Clear and not answer.affected:
@@ -412,32 +404,6 @@ class PostgresStorage(OfOneApp):
         except DamagedMetadataError as error:
             # PostgreSQL's JSON has numbers that no float can hold.
             raise OutcomeUnknownError(f"{error}; the write was done") from error
-
-    def _native(
-        self,
-        transaction: Transaction,
-        kind: type,
-        by_user: dict[str, tuple[int, Any]],
-        *,
-        is_alone: bool,
-    ) -> Statement:
-        if kind is Clear:
-            return self._statement(transaction, REMOVE, user_ids=as_json(list(by_user)))
-        texts = {
-            user_id: encode_metadata(change(None) or {}) for user_id, (_, change) in by_user.items()
-        }
-        parameters: dict[str, Any] = {}
-        if kind is Merge:
-            keys = {user_id: [*change.update] for user_id, (_, change) in by_user.items()}
-            parameters["keys"] = as_json(keys)
-        if len(texts) > 1 or not is_alone:
-            template = MERGE if kind is Merge else STORE
-            return self._statement(transaction, template, rows=rows_of(texts.items()), **parameters)
-        [(user_id, text)] = texts.items()
-        template = MERGE_ONE if kind is Merge else STORE_ONE
-        return self._statement(
-            transaction, template, user_id=user_id, user_metadata=text, **parameters
-        )
 
     def _apply_holding(
         self, transaction: Transaction, changes: Sequence[tuple[str, Change]]
@@ -521,6 +487,27 @@ class PostgresStorage(OfOneApp):
 
     def _decode(self, user_id: str, text: str) -> Metadata:
         return decode_row(self._connections.name, (self._app_id, user_id), text)
+
+
+def _native(
+    rows: Rows, kind: type, by_user: dict[str, tuple[int, Any]], *, is_alone: bool
+) -> Statement:
+    if kind is Clear:
+        [removal] = rows.remove(list(by_user))
+        return removal
+    texts = {
+        user_id: encode_metadata(change(None) or {}) for user_id, (_, change) in by_user.items()
+    }
+    parameters: dict[str, Any] = {}
+    if kind is Merge:
+        keys = {user_id: [*change.update] for user_id, (_, change) in by_user.items()}
+        parameters["keys"] = as_json(keys)
+    if len(texts) > 1 or not is_alone:
+        template = MERGE if kind is Merge else STORE
+        return rows.statement(template, rows=rows_of(texts.items()), **parameters)
+    [(user_id, text)] = texts.items()
+    template = MERGE_ONE if kind is Merge else STORE_ONE
+    return rows.statement(template, user_id=user_id, user_metadata=text, **parameters)
 
 
 def _grouped(
