@@ -28,7 +28,7 @@ class Proxy:
     """
 
     def __init__(self, url: str) -> None:
-        self._server = _address(url)
+        self._server = address_of(url)
         self._listener = socket.create_server(("127.0.0.1", 0))
         port = str(self._listener.getsockname()[1])
         self.url = make_conninfo(
@@ -103,7 +103,7 @@ class Pooler(Proxy):
                 ("client_encoding", "client_encoding", "UTF8"),
             )
         )
-        self._sessions = [_connect(_address(url)) for _ in range(sessions)]
+        self._sessions = [_connect(address_of(url)) for _ in range(sessions)]
         greeting = b""
         for session in self._sessions:
             session.sendall(struct.pack("!ii", 9 + len(startup), 3 << 16) + startup + b"\0")
@@ -198,7 +198,8 @@ class BeginningPooler(Proxy):
         return _query(server, b"BEGIN")[-1]
 
 
-def _address(url: str) -> str | tuple[str, int]:
+def address_of(url: str) -> str | tuple[str, int]:
+    """Return where the server of a URL listens, as sockets take it."""
     options = conninfo_to_dict(url)
     host, port = str(options.get("host") or "/var/run/postgresql"), options.get("port") or 5432
     return f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, int(port))

@@ -125,8 +125,9 @@ from faulty_storages import (
     WritesFromItsCache,
 )
 from json_file_storage import JSONFileStorage
+from postgres_proxy import address_of
 from postgres_server import empty_schema, server_url
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import make_conninfo
 from sqlite_utils import Database
 
 from usermetadata import InMemoryStorage, PostgresStorage, SQLiteStorage
@@ -232,11 +233,7 @@ class Opened(NamedTuple):
 @pytest.fixture(scope="module")
 def proxy() -> Generator[BreakingProxy, None, None]:
     """A network between the storage and the PostgreSQL server."""
-    options = conninfo_to_dict(server_url())
-    host, port = str(options.get("host") or "/var/run/postgresql"), options.get("port") or 5432
-    unix = host.startswith("/")
-    address = f"{host}/.s.PGSQL.{port}" if unix else (host, int(port))
-    with contextlib.closing(BreakingProxy(address)) as proxy:
+    with contextlib.closing(BreakingProxy(address_of(server_url()))) as proxy:
         yield proxy
 
 
@@ -362,14 +359,14 @@ PLANTED_FAULTS: dict[str, list[type[Any]]] = {
     "test_listing_misses_no_user_while_others_write": [PagesByOffset],
     "test_what_was_listed_is_the_callers": [SharesLists],
     "test_a_second_storage_lists_what_was_acknowledged": [SharesLists],
-    "test_a_closed_storage_lists_nobody": [EmptyWhenClosed],
+    "test_a_closed_storage_lists_no_user": [EmptyWhenClosed],
     "test_a_user_is_erased_in_all_apps": [ErasesOneApp],
     "test_only_that_user_is_erased": [ErasesLike],
     "test_an_erasure_that_is_refused_removes_nothing": [ErasesBeforeItChecks],
     "test_no_write_comes_between_an_erasure": [ErasesWithoutALock],
     "test_no_write_of_a_second_storage_comes_between_an_erasure": [ErasesWithoutALock],
     "test_what_was_erased_is_the_callers": [SharesWhatWasErased],
-    "test_a_closed_storage_erases_nobody": [EmptyWhenClosed],
+    "test_a_closed_storage_erases_no_user": [EmptyWhenClosed],
     "test_values_differ_in_type_and_text": [FindsByEquality, FindsByText, FindsByDoubles],
     "test_what_cannot_be_indexed_is_refused": [IndexesAnything],
     "test_every_property_has_to_match": [FindsByTheFirst],
@@ -385,7 +382,7 @@ PLANTED_FAULTS: dict[str, list[type[Any]]] = {
     "test_threads_race_for_a_value": [LooksBeforeItWrites],
     "test_two_storages_race_for_a_value": [LooksInOneInstance],
     "test_a_second_storage_finds_what_was_acknowledged": [SharesWhatWasFound],
-    "test_a_closed_storage_finds_nobody": [EmptyIndexWhenClosed],
+    "test_a_closed_storage_finds_no_user": [EmptyIndexWhenClosed],
     "test_a_broken_connection_does_nothing_twice": [
         RepeatsWhatWasDone,
         SaysThatNothingWasDone,

@@ -25,6 +25,7 @@ from django.apps import apps
 from django.db import transaction
 from json_file_storage import JSONFileStorage
 from mariadb_storage import MariaDBStorage
+from postgres_proxy import address_of
 from postgres_server import server_url, with_parameters
 from psycopg.conninfo import conninfo_to_dict
 from real_servers import MariaDBServer, RedisServer
@@ -161,7 +162,7 @@ def sqlalchemy_on_postgres(schema: str) -> Database:
         here = f"postgresql+psycopg://{conninfo['user']}@127.0.0.1:{port}/{conninfo['dbname']}"
         return with_parameters(here, options=options, **WITHOUT_ENCRYPTION)
 
-    return by_sqlalchemy(url, postgres_address(), url_with_port)
+    return by_sqlalchemy(url, address_of(server_url()), url_with_port)
 
 
 @pytest.fixture
@@ -174,12 +175,6 @@ def sqlalchemy_on_mariadb(on_mariadb: Database, mariadb_server: MariaDBServer) -
 
 
 WITHOUT_ENCRYPTION = {"sslmode": "disable", "gssencmode": "disable"}
-
-
-def postgres_address() -> tuple[str, int] | str:
-    conninfo = conninfo_to_dict(server_url())
-    host, port = str(conninfo["host"]), int(conninfo.get("port") or 5432)
-    return f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, port)
 
 
 @contextlib.contextmanager
@@ -210,7 +205,7 @@ def by_django(**settings: Any) -> Generator[Database, None, None]:
         return storage
 
     make = partial(example.DjangoStorage, using=alias)
-    yield Database(make, "", damage, postgres_address(), connect_to)
+    yield Database(make, "", damage, address_of(server_url()), connect_to)
     for each in aliases:
         handler[each].close()
         del handler.settings[each]

@@ -17,7 +17,7 @@ from usermetadata.exceptions import UsageError
 def create_table(url: str, *, distributed: bool) -> None:
     """Create the table, and let Citus distribute it.
 
-    The first write creates it, too. With --distributed, Citus keeps the rows on its workers, by
+    The first write also creates it. With --distributed, Citus keeps the rows on its workers, by
     user id. Rows that are there already are moved; writers wait until that is done.
     """
     with closing(open_storage(url)) as storage:

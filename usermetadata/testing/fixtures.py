@@ -95,8 +95,7 @@ def usermetadata_process() -> Generator[OtherProcess, None, None]:
     """A second process, in which the conformance suite opens a second storage.
 
     Its method ``open`` takes a class or a function of a module, and the arguments of it. It returns
-    a storage that works like one of this process. It has ``read``, ``write``, ``for_app``,
-    ``close``, ``read_after``, ``erase``, ``indexes``, ``find`` and ``count``.
+    a storage that works like one of this process, with the methods of all protocols but ``within``.
 
     Example:
         The fixture of a test class::

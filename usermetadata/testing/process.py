@@ -239,7 +239,7 @@ class _Served:
             while True:
                 request = connection.recv_bytes()
                 try:
-                    # What cannot be pickled is an error of this call, too.
+                    # What cannot be pickled is also an error of this call.
                     number, method, args = pickle.loads(request)  # noqa: S301 - of a process with the key
                     answer = pickle.dumps(("returned", self._do(connection, number, method, args)))
                 except _RaisedThereError:

@@ -101,7 +101,7 @@ class ErasureConformance(Suite):
         spoil(removed["public"])
         assert removed["shop"] == {"list": [1], "object": {"n": 1}}
 
-    def test_a_closed_storage_erases_nobody(self, storage: Storage) -> None:
+    def test_a_closed_storage_erases_no_user(self, storage: Storage) -> None:
         """After ``close``, erasing raises ``UsageError``."""
         erasing = _erasing(storage)
         storage.write([("alice", Merge({}))])

@@ -81,7 +81,7 @@ class FindingConformance(Suite):
         assert storage.read(["alice", "bob"]) == {}
 
     def test_every_property_has_to_match(self, storage: Storage) -> None:
-        """Properties without an index are compared, too, in type and value."""
+        """Properties without an index are also compared, in type and value."""
         indexed = self._indexed(storage)
         rows: dict[str, Metadata] = {
             "a": {"plan": "pro", "n": 1},
@@ -261,7 +261,7 @@ class FindingConformance(Suite):
                     assert reader.find({"plan": "pro"}, "", 10).keys() == users
                     assert reader.count({"plan": "pro"}) == len(users)
 
-    def test_a_closed_storage_finds_nobody(self, storage: Storage) -> None:
+    def test_a_closed_storage_finds_no_user(self, storage: Storage) -> None:
         """After ``close``, finding and counting raise ``UsageError``."""
         indexed = self._indexed(storage)
         storage.write([("alice", Merge({"plan": "pro"}))])

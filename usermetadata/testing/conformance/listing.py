@@ -88,7 +88,7 @@ class ListingConformance(Suite):
                 writer.write([("bob", Clear())])
                 assert reader.read_after("", 10) == {"alice": {"n": number}}
 
-    def test_a_closed_storage_lists_nobody(self, storage: Storage) -> None:
+    def test_a_closed_storage_lists_no_user(self, storage: Storage) -> None:
         """After ``close``, listing raises ``UsageError``."""
         listing = _listing(storage)
         storage.write([("alice", Merge({}))])
