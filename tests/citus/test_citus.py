@@ -92,9 +92,19 @@ class TestCitus(StorageConformance):
         A read may see a write of several users on one server, and not yet on another. Once the
         write has returned, every read sees all of it.
         """
-        for number in range(50):
-            storage.write([(user, Merge({"n": number})) for user in USERS])
-            assert storage.read(USERS) == {user: {"n": number} for user in USERS}
+        check_that_a_write_that_returned_is_read(storage, USERS)
+
+    def test_a_read_of_many_users_is_of_one_moment(self, storage: Storage) -> None:
+        """The same, if thousands of others are read with them."""
+        absent = [f"absent {number}" for number in range(3000)]
+        check_that_a_write_that_returned_is_read(storage, [*absent, *USERS])
+
+
+def check_that_a_write_that_returned_is_read(storage: Storage, users: list[str]) -> None:
+    """Write a few users together, then read them among others."""
+    for number in range(50):
+        storage.write([(user, Merge({"n": number})) for user in USERS])
+        assert storage.read(users) == {user: {"n": number} for user in USERS}
 
 
 # Concurrency.
