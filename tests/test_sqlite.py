@@ -515,18 +515,19 @@ def test_too_few_files(storage: SQLiteStorage, database: Path) -> None:
     assert "this process has too many open files; close some, or raise the limit" in done.stdout
 
 
-def test_a_full_disk(storage: SQLiteStorage) -> None:
+def test_a_full_disk(storage: SQLiteStorage, tmp_path: Path) -> None:
     """A write to a full disk changes nothing; once there is space it works."""
     storage.write([("alice", Merge({"n": 1}))])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
-        with pytest.raises(StorageError) as caught:
+        with pytest.raises(StorageError, match="so nothing was written") as caught:
             storage.write([("alice", Merge({"n": 2})), ("bob", Merge({"text": "x" * 1_000_000}))])
         assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
         assert storage.read(["alice", "bob"]) == {"alice": {"n": 1}}
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert after_a_crash(tmp_path) == {"alice": {"n": 1}}
     storage.write([("bob", Merge({"text": "x" * 1_000_000}))])
     works(storage)
 
@@ -535,7 +536,7 @@ def test_a_full_disk(storage: SQLiteStorage) -> None:
 def test_an_error_of_the_disk(
     storage: SQLiteStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, meanwhile: bool
 ) -> None:
-    """The outcome is unknown; later calls use no connection to the former file."""
+    """Nothing is written; later calls use no connection to the former file."""
     storage.write([("alice", Merge({"old": True}))])
 
     def fail_and_replace() -> None:
@@ -544,10 +545,9 @@ def test_an_error_of_the_disk(
         size = (tmp_path / "users.db-wal").stat().st_size
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20_000, hard))
         try:
-            with pytest.raises(
-                OutcomeUnknownError, match="whether the write was stored is unknown"
-            ):
+            with pytest.raises(StorageError, match="so nothing was written") as caught:
                 storage.write([("alice", Merge({"text": "x" * 200_000}))])
+            assert not isinstance(caught.value, OutcomeUnknownError)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         files = list(tmp_path.glob("users.db*"))
@@ -592,7 +592,7 @@ def test_an_error_of_the_disk(
 def test_a_file_system_that_refuses_the_commit(
     storage: SQLiteStorage, tmp_path: Path, files: list[str], advice: str
 ) -> None:
-    """The log is as it was before: nothing was written, not even for a crash to find."""
+    """Nothing was written, not even for a crash to find."""
     storage.write([("alice", Merge({"n": 1}))])
     for file in files:
         (tmp_path / file).write_text("primary.internal\n")
@@ -607,11 +607,58 @@ def test_a_file_system_that_refuses_the_commit(
             assert storage.read(["alice", "bob"]) == {"alice": {"n": 1}}
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    for suffix in ("", "-wal"):  # what a crash would leave
-        shutil.copy(tmp_path / f"users.db{suffix}", tmp_path / f"crashed.db{suffix}")
-    with contextlib.closing(SQLiteStorage(tmp_path / "crashed.db")) as recovered:
-        assert recovered.read(["alice", "bob"]) == {"alice": {"n": 1}}
+    assert after_a_crash(tmp_path) == {"alice": {"n": 1}}
     works(storage)
+
+
+def after_a_crash(folder: Path) -> dict[str, Any]:
+    """Return the users that a crash would leave: SQLite recovers them from the log."""
+    for suffix in ("", "-wal"):
+        shutil.copy(folder / f"users.db{suffix}", folder / f"crashed.db{suffix}")
+    with contextlib.closing(SQLiteStorage(folder / "crashed.db")) as recovered:
+        return recovered.read_after("", 100)
+
+
+FLUSHES_FAIL = """
+import ctypes, platform, struct, sys
+from usermetadata import OutcomeUnknownError, SQLiteStorage
+from usermetadata.changes import Merge
+
+storage = SQLiteStorage(sys.argv[1])
+storage.write([("alice", Merge({"n": 1}))])
+# The kernel answers both system calls with EIO from now on.
+fsync, fdatasync = {"x86_64": (74, 75), "aarch64": (82, 83)}[platform.machine()]
+program = b"".join(
+    struct.pack("HBBI", *instruction)
+    for instruction in [
+        (0x20, 0, 0, 0),  # load the number of the system call
+        (0x15, 1, 0, fsync),
+        (0x15, 0, 1, fdatasync),
+        (0x06, 0, 0, 0x00050000 | 5),  # return EIO
+        (0x06, 0, 0, 0x7FFF0000),  # allow
+    ]
+)
+code = ctypes.create_string_buffer(program)
+filters = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code))
+prctl = ctypes.CDLL(None, use_errno=True).prctl
+assert prctl(38, 1, 0, 0, 0) == 0  # no new privileges
+assert prctl(22, 2, ctypes.c_char_p(filters), 0, 0) == 0  # seccomp
+try:
+    storage.write([("alice", Merge({"n": 2}))])
+except OutcomeUnknownError as error:
+    print(error.__cause__.sqlite_errorname, error)
+print(storage.read(["alice"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: the kernel refuses to flush")
+def test_a_flush_that_fails(database: Path) -> None:
+    """The outcome is unknown: the write is in the log, and opening the file anew recovers it."""
+    command = [sys.executable, "-c", FLUSHES_FAIL, str(database)]
+    shown = subprocess.check_output(command, text=True).splitlines()
+    assert shown[0].startswith("SQLITE_IOERR_FSYNC ")
+    assert shown[0].endswith("whether the write was stored is unknown; read to find out")
+    assert shown[1] == "{'alice': {'n': 2}}"
 
 
 def until_it_fails(call: Callable[[], object]) -> str:
@@ -1067,17 +1114,19 @@ def test_a_file_whose_commit_has_no_effect_is_not_acknowledged(
 
 
 def test_an_error_of_the_disk_under_a_borrowed_database(borrowed: Database) -> None:
-    """The outcome of a COMMIT that failed there is unknown, and later calls work."""
+    """Nothing is written by a COMMIT that failed there, and later calls work."""
     borrowed.enable_wal()
     storage = SQLiteStorage(borrowed)
     storage.write([("alice", Merge({"n": 1}))])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(OutcomeUnknownError, match="whether the write was stored is unknown"):
+        with pytest.raises(StorageError, match="so nothing was written") as caught:
             storage.write([("alice", Merge({"text": "x" * 200_000}))])
+        assert not isinstance(caught.value, OutcomeUnknownError)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert storage.read(["alice"]) == {"alice": {"n": 1}}
     works(storage)
 
 

@@ -69,12 +69,15 @@ def decode_metadata(text: str) -> Metadata:
     fast = _fast()
     if fast is not None:
         try:
-            decoded = _decode_fast(fast, text)
-        except fast.errors:
-            pass
-        else:
+            # Many floats are not checked one by one: written again as they were, none was rounded.
+            many = text.count(".", 0, _SAMPLE) > min(len(text), _SAMPLE) // _SPARSE
+            decoded = fast.decode_any(text) if many else fast.decode(text)
+            if many and fast.encode(decoded) != text.encode():
+                decoded = fast.decode(text)
             if type(decoded) is dict:
                 return decoded
+        except fast.errors:
+            pass
     return _decode_standard(text)
 
 
@@ -107,15 +110,6 @@ def _fast() -> _Fast | None:
     encoder, decoder = msgspec.json.Encoder(), msgspec.json.Decoder()
     exact = msgspec.json.Decoder(float_hook=_parse_float)
     return _Fast(encoder.encode, exact.decode, decoder.decode, errors)
-
-
-def _decode_fast(fast: _Fast, text: str) -> Any:
-    if text.count(".") > len(text) // _SPARSE:
-        # It may hold many floats. If they are written again as they were, none was rounded.
-        decoded = fast.decode_any(text)
-        if fast.encode(decoded) == text.encode():
-            return decoded
-    return fast.decode(text)
 
 
 def _encode_standard(metadata: Metadata) -> str:
@@ -195,6 +189,7 @@ def _depth(text: str) -> int:
 
 _OLDEST_MSGSPEC = (0, 19)
 _CHARACTERS, _SMALL, _LARGE = 16, 1e-290, 1e290
+_SAMPLE = 1024  # characters in which dots are counted: floats have one, and so have some strings
 _SPARSE = 128  # characters for each dot: then checking the floats one by one is quicker
 _encode = json.JSONEncoder(
     ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":")

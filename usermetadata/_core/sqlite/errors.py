@@ -65,37 +65,19 @@ def is_read_only(error: StorageError) -> bool:
     return code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 
 
-Log = tuple[int, int] | None
-"""The size and the time of the last change of a file's write-ahead log; ``None`` without one."""
-
-
-def log_of(file: str) -> Log:
-    """Return what tells whether the write-ahead log of a file was written to.
-
-    Args:
-        file: the path of the database.
-    """
-    try:
-        found = os.stat(f"{file}-wal")
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns
-
-
-def after_commit(error: Exception, name: str, before: Log) -> None:
+def after_commit(error: Exception, name: str) -> None:
     """Raise the library's error if the driver's, at ``COMMIT``, is one of the file system.
 
-    After an I/O error the write may be in the write-ahead log, and be found there after a crash. If
-    the log is as it was before, the file system has refused the write.
+    A transaction is committed by the last page that is written (https://sqlite.org/walformat.html).
+    If a write has failed, that page is missing. After any other error it may be in the write-ahead
+    log, and be found there after a crash.
 
     Args:
         error: the driver's error.
         name: the name of the database.
-        before: the log before ``COMMIT``; ``None`` if that is not known.
     """
     if "disk I/O error" in str(error):
-        code = getattr(error, "sqlite_errorcode", None)
-        if code == sqlite3.SQLITE_IOERR_WRITE and before is not None and log_of(name) == before:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_WRITE:
             raise _refused(error, name) from error
         raise OutcomeUnknownError(
             f"{name}: {error} during COMMIT: whether the write was stored is unknown; read to find"

@@ -143,10 +143,13 @@ class FileConnections(Connections):
                 self._check_file()
             if calls == [()]:  # `fetch` only opens
                 return [[]]
-            writer = self._writers[0]
-            return write_together(writer, calls, self.name, indexes=self.indexes, file=self.name)
+            return write_together(self._writers[0], calls, self.name, indexes=self.indexes)
         except OutcomeUnknownError:
             self._reopen = True
+            raise
+        except StorageError:
+            # The file may have been replaced. A refused COMMIT leaves connections that can read.
+            self._look_again = 0.0
             raise
         except (sqlite3.Error, NoTable) as error:
             failure = translate(error, self.name)

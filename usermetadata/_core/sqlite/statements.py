@@ -14,7 +14,6 @@ from usermetadata._core.rows import decode_row, text_or_bytes
 from usermetadata._core.sqlite.errors import (
     after_commit,
     inherited,
-    log_of,
     not_stored,
     still_open,
 )
@@ -83,31 +82,17 @@ def fetch(
 
     The driver's error quotes that text, and does not say whose it is.
     """
-    connection: Any = getattr(source, "connection", source)  # the driver may be another
     try:
-        return _sifted(source, query, parameters, sift)
-    except connection.Error as error:
+        return sift(source.execute(query, parameters))
+    except Exception as error:  # the driver may be another
         if not str(error).startswith("Could not decode to UTF-8"):
             raise
+    connection: Any = getattr(source, "connection", source)
     before, connection.text_factory = connection.text_factory, text_or_bytes
     try:
-        return _sifted(source, query, parameters, sift)
+        return sift(source.execute(query, parameters))
     finally:
         connection.text_factory = before
-
-
-def _sifted(
-    source: sqlite3.Connection | sqlite3.Cursor,
-    query: str,
-    parameters: Sequence[object],
-    sift: Sift,
-) -> list[Row]:
-    cursor = source.execute(query, parameters)
-    try:
-        return sift(cursor)
-    finally:
-        if cursor is not source:  # some rows may be left
-            cursor.close()
 
 
 @contextmanager
@@ -136,7 +121,6 @@ def write_together(  # noqa: C901, PLR0913 - one transaction, step by step
     indexes: Sequence[Index] = (),
     prepare: Callable[[], object] | None = None,
     leave_open: bool = False,
-    file: str = "",
 ) -> list[Results]:
     """Apply the changes of some calls in one transaction, or in the one that is open.
 
@@ -147,7 +131,6 @@ def write_together(  # noqa: C901, PLR0913 - one transaction, step by step
         indexes: those that were declared; missing ones are built.
         prepare: called first in the transaction; it creates the table if that is missing.
         leave_open: whether the caller commits a transaction that is begun here.
-        file: the path of the database, if it is known; the name is the same then.
 
     Returns:
         The results of each call.
@@ -182,12 +165,11 @@ def write_together(  # noqa: C901, PLR0913 - one transaction, step by step
             results = [[next(together) for _ in each] for each in changes]
         if forking.process != process:  # a change has forked: the parent has the transaction
             raise inherited(name)
-        before = log_of(file) if file else None
         try:
             cursor.execute(commit)
         except connection.Error as error:
             if not joins:
-                after_commit(error, name, before)
+                after_commit(error, name)
             raise
         if commit == "COMMIT" and connection.in_transaction:
             raise still_open(name)
@@ -234,7 +216,7 @@ def _write(
                 values_of(new, indexes, user_id)
     except Exception as error:
         raise ChangeError(error) from error
-    gone = {key for key, _ in changes} - texts.keys()
+    gone = {key for key, _ in changes} - texts.keys() if None in results else None
     # A trigger can swallow a row without an error, so the rows are counted. The values of removed
     # rows may be stored in others.
     if gone:
