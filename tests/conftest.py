@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, settings
 from postgres_server import empty_schema, server_url, server_version, stop_servers
 from psycopg.sql import SQL, Identifier
 from sqlite_utils import Database
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
     from usermetadata import Storage
 
 pytest_plugins = ["pytester"]
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile(
+    "any load", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any load")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

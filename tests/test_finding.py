@@ -142,9 +142,7 @@ values = (
 )
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(values, min_size=5, max_size=20), values)
 def test_any_value_is_found(storage: IndexedStorage, stored: list[Any], other: Any) -> None:
     """Those users are found that a comparison of type and value finds, in order of their ids."""

@@ -391,7 +391,7 @@ def test_a_store_behaves_like_a_dictionary(url: str) -> None:
         run_state_machine_as_test(
             machine,
             settings=settings(
-                max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=checks
+                max_examples=15, stateful_step_count=25, suppress_health_check=checks
             ),
         )
 

@@ -238,5 +238,5 @@ def test_concurrent_calls_are_linearisable(kind: str) -> None:
         def __init__(self) -> None:
             super().__init__(kind)
 
-    often = settings(max_examples=40, stateful_step_count=25, deadline=None)
+    often = settings(max_examples=40, stateful_step_count=25)
     run_state_machine_as_test(Calls, settings=often)

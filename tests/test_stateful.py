@@ -142,5 +142,5 @@ def test_every_storage_is_a_dict(kind: str) -> None:
         def __init__(self) -> None:
             super().__init__(kind)
 
-    often = settings(max_examples=10, stateful_step_count=15, deadline=None)
+    often = settings(max_examples=10, stateful_step_count=15)
     run_state_machine_as_test(Calls, settings=often)
