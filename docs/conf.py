@@ -15,6 +15,7 @@ exclude_patterns = ["_build", "_static", "examples"]
 html_theme = "furo"
 html_title = "usermetadata"
 html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 autoclass_content = "class"
