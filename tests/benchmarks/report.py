@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from measuring import Times
@@ -18,6 +19,20 @@ if TYPE_CHECKING:
 OURS = "usermetadata"
 WIDTH = 6  # inches: text of 12 points is as large as the page's, and readable at 420 pixels
 COLOURS = ["#0b6e4f", "#d1495b", "#30638e", "#edae49", "#7d5ba6", "#6b7280", "#2a9d8f"]
+PEER, GRID = "#b8c4ce", "#e5e7eb"
+DARK = {
+    "#ffffff": "#1a1c1e",
+    "#000000": "#9aa5b1",
+    GRID: "#3a3f45",
+    PEER: "#5b6670",
+    **dict(
+        zip(
+            COLOURS,
+            ["#4cc38a", "#f0808d", "#6ea8dc", "#edae49", "#b79ae0", "#9aa5b1", "#4fd1c0"],
+            strict=True,
+        )
+    ),
+}
 
 mpl.use("svg")
 mpl.rcParams.update(
@@ -30,7 +45,7 @@ mpl.rcParams.update(
         "axes.spines.right": False,
         "axes.titlelocation": "left",
         "axes.titlesize": 12,
-        "savefig.facecolor": "white",  # also on a dark page
+        "savefig.facecolor": "white",  # DARK replaces it on a dark page
         "figure.constrained_layout.use": True,
         "figure.constrained_layout.h_pad": 0.1,  # space for wider fonts
         "figure.constrained_layout.w_pad": 0.15,
@@ -52,6 +67,20 @@ def per_second(times: Sequence[float]) -> str:
 def relative(times: Times, name: str, base: str = OURS) -> float:
     """Return how many times as long ``name`` takes as ``base``: the median over the rounds."""
     return median(mine / its for mine, its in zip(times[name], times[base], strict=True))
+
+
+def with_dark_colours(svg: str) -> str:
+    """Add a style with the colours for dark pages to a picture of matplotlib."""
+    rules = "".join(
+        f'[style*="{paint}: {light}"] {{ {paint}: {dark} !important }}\n'
+        for light, dark in DARK.items()
+        for paint in ("fill", "stroke")
+    )
+    style = (
+        "<style>@media (prefers-color-scheme: dark) {\n"
+        f"text {{ fill: #e4e7eb }}\n{rules}}}</style>\n</svg>"
+    )
+    return svg.replace("</svg>", style)
 
 
 def tasks(count: int) -> str:
@@ -93,31 +122,48 @@ class Report:
         rows = [[name, *(cell(times, name) for times in workloads.values())] for name in names]
         self.table(["", *workloads], rows)
 
-    def bars(self, file: str, panels: Mapping[str, Mapping[str, float]], alt: str) -> None:
+    def ratios(self, file: str, panels: Mapping[str, Mapping[str, float]], alt: str) -> None:
         """Add bars: how many times as long as ours each peer takes."""
-        rows = sum(len(ratios) + 3 for ratios in panels.values())
+        label = "times as long as usermetadata (logarithmic)"
+        longest = max(max(ratios.values()) for ratios in panels.values())
+
+        def show(ratio: float) -> str:
+            return f"{ratio:.2g} ×" if ratio < 10 else f"{ratio:,.0f} ×"
+
+        self._bars(file, panels, (label, "log", 0.5, longest * 6), show)
+        self.parts.append(f"![{alt}]({file})")
+
+    def rates(self, file: str, panels: Mapping[str, Mapping[str, float]], label: str) -> None:
+        """Draw bars for the head of the page: how often in a second each peer does something."""
+        most = max(max(rates.values()) for rates in panels.values())
+        self._bars(file, panels, (label, "linear", 0, most * 1.25), lambda rate: f"{rate:,.0f}")
+
+    def _bars(
+        self,
+        file: str,
+        panels: Mapping[str, Mapping[str, float]],
+        axis_of: tuple[str, str, float, float],
+        show: Callable[[float], str],
+    ) -> None:
+        label, scale, least, most = axis_of
+        rows = sum(len(values) + 3 for values in panels.values())
         figure, axes = plt.subplots(
             len(panels), 1, figsize=(WIDTH, 0.27 * rows), squeeze=False, sharex=True
         )
-        figure.supxlabel("times as long as usermetadata (logarithmic)", fontsize=12)
-        longest = max(max(ratios.values()) for ratios in panels.values())
-        for axis, (title, ratios) in zip(axes[:, 0], panels.items(), strict=True):
-            names = list(ratios)[::-1]
-            values = [ratios[name] for name in names]
-            colours = [COLOURS[0] if name == OURS else "#b8c4ce" for name in names]
+        figure.supxlabel(label, fontsize=12)
+        for axis, (title, by_name) in zip(axes[:, 0], panels.items(), strict=True):
+            names = list(by_name)[::-1]
+            values = [by_name[name] for name in names]
+            colours = [COLOURS[0] if name == OURS else PEER for name in names]
             drawn = axis.barh(names, values, color=colours, height=0.65)
-            axis.bar_label(
-                drawn,
-                [f"{value:.2g} ×" if value < 10 else f"{value:,.0f} ×" for value in values],
-                padding=4,
-            )
-            axis.set_xscale("log")
-            axis.set_xlim(0.5, longest * 6)
+            axis.bar_label(drawn, [show(value) for value in values], padding=4)
+            axis.set_xscale(scale)
+            axis.set_xlim(least, most)
             axis.set_title(title)
             axis.tick_params(left=False)
             axis.xaxis.set_visible(False)
             axis.spines["bottom"].set_visible(False)
-        self._save(file, alt)
+        self._save(file)
 
     def lines(  # noqa: PLR0913 - a plot has that many
         self,
@@ -147,10 +193,11 @@ class Report:
             axis.set_title(title)
             axis.set_xlabel(labels[0])
             axis.set_ylabel(labels[1])
-            axis.grid(axis="y", color="#e5e7eb")
+            axis.grid(axis="y", color=GRID)
         handles, names = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
-        self._save(file, alt)
+        self._save(file)
+        self.parts.append(f"![{alt}]({file})")
 
     def by_tasks(
         self,
@@ -177,10 +224,11 @@ class Report:
             self.say(f"`{workload}`, calls per second in all, by the number of tasks:")
             self.compare({tasks(count): times for count, times in by_count.items()}, rate=True)
 
-    def _save(self, file: str, alt: str) -> None:
-        plt.savefig(self.folder / file, metadata={"Date": None})
+    def _save(self, file: str) -> None:
+        svg = StringIO()
+        plt.savefig(svg, metadata={"Date": None})
         plt.close()
-        self.parts.append(f"```{{image}} _static/benchmarks/{file}\n:alt: {alt}\n```")
+        (self.folder / file).write_text(with_dark_colours(svg.getvalue()), encoding="utf-8")
 
     def write(self, file: str) -> None:
         """Write the parts to a file, and start a new page."""
