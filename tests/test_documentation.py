@@ -108,6 +108,27 @@ def test_the_pages_have_examples() -> None:
     assert examples[0] > 5
 
 
+def test_the_index_links_to_every_page() -> None:
+    """Also on GitHub, which does not show the table of contents."""
+    linked = re.findall(r"\]\((.*?)\)", (ROOT / "docs/index.md").read_text(encoding="utf-8"))
+    assert sorted(linked) == [page.name for page in PAGES[1:] if page.name != "index.md"]
+
+
+def test_every_picture_has_dark_colours_and_an_alternative_text() -> None:
+    """A picture fits dark pages, and a screen reader can describe it."""
+    included = sorted((ROOT / "docs/_static/benchmarks").glob("*.md"))
+    alternatives = {
+        (page.parent / picture).resolve(): alternative
+        for page in [*PAGES, *included]
+        for alternative, picture in re.findall(r"!\[(.*?)\]\((.*?)\)", page.read_text("utf-8"))
+    }
+    pictures = sorted((ROOT / "docs/_static").rglob("*.svg"))
+    assert pictures == sorted(alternatives)
+    for picture in pictures:
+        assert alternatives[picture]
+        assert "@media (prefers-color-scheme: dark)" in picture.read_text("utf-8")
+
+
 class _Await:
     """Replaces ``await`` outside a coroutine."""
 

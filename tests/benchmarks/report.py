@@ -116,7 +116,7 @@ class Report:
                 return "-"
             if name == OURS:
                 return show(times[name])
-            return f"{show(times[name])} ({relative(times, name):.{digits}f} ×)"
+            return f"{show(times[name])} ({relative(times, name):.{digits}f}\u00a0×)"
 
         names = next(iter(workloads.values()))
         rows = [[name, *(cell(times, name) for times in workloads.values())] for name in names]
