@@ -17,15 +17,17 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 import pytest
 from conftest import FUNCTIONS
-from postgres_server import empty_schema, server_url
+from postgres_server import OwnServer, empty_schema, server_url
 from psycopg.conninfo import make_conninfo
 from sybil import Document
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 import usermetadata
-from usermetadata import syncio
+from usermetadata import Index, PostgresStorage, StorageError, UserMetadata, syncio
+from usermetadata.changes import Merge
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Generator
@@ -58,7 +60,29 @@ def test_the_examples_of_a_page_run(page: Path) -> None:
         example.evaluate()
 
 
-COMMANDS = [page for page in PAGES if "\n$ " in page.read_text(encoding="utf-8")]
+POSTGRESQL = ROOT / "docs/postgresql.md"  # its commands and its SQL run together, on a server
+COMMANDS = [
+    page for page in PAGES if "\n$ " in page.read_text(encoding="utf-8") and page != POSTGRESQL
+]
+
+
+def commands_of(block: str) -> list[tuple[str, str]]:
+    """Return the commands of a block, each with what it shows."""
+    return re.findall(r"^\$ (.*\n)((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
+
+
+def output_of(command: str, **variables: str) -> str:
+    """Run a command as a reader does, and return what it prints."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {name: os.environ[name] for name in os.environ if name != "USERMETADATA_URL"}
+    return subprocess.run(
+        ["sh", "-c", command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        env={**environment, "PATH": path, **variables},
+    ).stdout
 
 
 @pytest.mark.parametrize("page", COMMANDS, ids=lambda page: page.name)
@@ -69,19 +93,41 @@ def test_the_commands_of_a_page_print_what_it_shows(page: Path, tmp_path: Path) 
         r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```", text, re.DOTALL | re.MULTILINE
     ):
         (tmp_path / name).write_text(content, encoding="utf-8")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {name: os.environ[name] for name in os.environ if name != "USERMETADATA_URL"}
     for block in re.findall(r"^```console\n(\$ .*?)^```", text, re.DOTALL | re.MULTILINE):
-        for command, shown in re.findall(r"^\$ (.*\n)((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
-            finished = subprocess.run(
-                ["sh", "-c", command],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                check=False,
-                env={**environment, "PATH": path},
+        for command, shown in commands_of(block):
+            assert output_of(command) == shown, command
+
+
+def test_the_page_on_postgresql_runs_while_a_program_uses_the_table() -> None:
+    """Its commands and statements run in order; the role that it creates may use all functions."""
+    server = OwnServer()
+    text = POSTGRESQL.read_text(encoding="utf-8")
+    program = UserMetadata(
+        PostgresStorage(make_conninfo(server.url, user="app"), indexes=[Index("plan")])
+    )
+    functions = program.syncio
+    is_role_ready = False
+    with program, psycopg.connect(server.url, autocommit=True) as owner:
+        for kind, block in re.findall(
+            r"^```(console|sql)\n(.*?)^```", text, re.DOTALL | re.MULTILINE
+        ):
+            for command, shown in commands_of(block):
+                output = output_of(command, DATABASE_URL=server.url)
+                assert output.replace(f"{server.folder}/postgres", "db.internal/shop") == shown
+            for statement in block.split(";\n") if kind == "sql" else []:
+                owner.execute(statement.encode())
+                is_role_ready |= "user_metadata_index_entries TO app" in statement
+                if is_role_ready:
+                    functions.update_bulk_user_metadata({"alice": {"plan": "pro"}, "bob": {}})
+                    functions.modify_user_metadata("alice", lambda found: {**found, "n": 1})
+                    assert [*functions.list_user_metadata({"plan": "pro"})] == ["alice"]
+                    assert functions.erase_user("alice", all_apps=True).metadata["n"] == 1
+        assert is_role_ready
+        with pytest.raises(StorageError, match="permission denied"):
+            PostgresStorage(make_conninfo(server.url, user="app"), table="other").write(
+                [("alice", Merge({}))]
             )
-            assert finished.stdout == shown, command
+    server.stop()
 
 
 def test_the_pages_show_commands() -> None:
