@@ -35,6 +35,7 @@ class OwnServer:
             self._server: Any = get_server(tempfile.mkdtemp(), cleanup_mode=None)
         self.url: str = self._server.get_uri()
         self.folder = Path(self._server.pgdata)
+        self.programs = Path(self._server.bin_path)  # psql and others
         self._standby: Path | None = None
         servers.append(self)
 

@@ -130,6 +130,45 @@ def test_the_page_on_postgresql_runs_while_a_program_uses_the_table() -> None:
     server.stop()
 
 
+def test_the_export_from_supabase_writes_what_the_page_shows() -> None:
+    """The queries read the columns of ``auth.users``; the format of ``export`` is imported."""
+    text = (ROOT / "docs/moving-from-others.md").read_text(encoding="utf-8")
+    files: dict[str, str] = dict(
+        re.findall(r"^`(supabase\.\w+)`:\n\n```\w+\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    )
+    to_csv, to_import = re.findall(
+        r"^```console\n(psql \"\$SUPA.*?)^```", text, re.DOTALL | re.MULTILINE
+    )
+    Path("supabase.sql").write_text(files["supabase.sql"], encoding="utf-8")
+    server = OwnServer()
+    programs = [str(Path(sys.executable).parent), str(server.programs), os.environ["PATH"]]
+    variables = {"SUPABASE_DB_URL": server.url, "PATH": os.pathsep.join(programs)}
+    with psycopg.connect(server.url, autocommit=True) as owner:
+        owner.execute("CREATE SCHEMA auth")
+        owner.execute(
+            "CREATE TABLE auth.users (id uuid PRIMARY KEY, email text, raw_user_meta_data jsonb,"
+            " raw_app_meta_data jsonb, deleted_at timestamptz)"
+        )
+        owner.execute(
+            "INSERT INTO auth.users (id, raw_user_meta_data, raw_app_meta_data, deleted_at) VALUES"
+            " (%s, %s, %s, NULL), (%s, NULL, NULL, NULL), (%s, NULL, '{}', now())",
+            [
+                "6f1c7a52-0d7a-4c1e-9a53-1d2f6a0b7c01",
+                '{"theme": "dark"}',
+                '{"plan": "pro", "provider": "email", "providers": ["email"]}',
+                "6f1c7a52-0d7a-4c1e-9a53-1d2f6a0b7c02",
+                "6f1c7a52-0d7a-4c1e-9a53-1d2f6a0b7c03",
+            ],
+        )
+    assert output_of(to_csv, **variables) == ""
+    assert Path("supabase.csv").read_text(encoding="utf-8") == files["supabase.csv"]
+    assert output_of(to_import, **variables) == "2 users\n"
+    usermetadata.init()
+    users = syncio.list_user_metadata().values()
+    assert [user.metadata for user in users] == [{"plan": "pro"}, {}]
+    server.stop()
+
+
 def test_the_pages_show_commands() -> None:
     """The test above finds the pages."""
     assert {"command-line.md", "moving-from-others.md"} <= {page.name for page in COMMANDS}
