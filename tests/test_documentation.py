@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+TUTORIAL = ROOT / "docs" / "tutorial.md"  # test_tutorial.py follows it
 MODULES = ["usermetadata"] + [
     module.name
     for module in pkgutil.walk_packages(usermetadata.__path__, "usermetadata.")
@@ -53,7 +54,9 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[None
         usermetadata.UserMetadataRecipe.reset()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page != TUTORIAL], ids=lambda page: page.name
+)
 def test_the_examples_of_a_page_run(page: Path) -> None:
     """Every Python block of a page runs, from top to bottom, and shows the right results."""
     for example in Document.parse(str(page), PythonCodeBlockParser()).examples():
@@ -62,7 +65,9 @@ def test_the_examples_of_a_page_run(page: Path) -> None:
 
 POSTGRESQL = ROOT / "docs/postgresql.md"  # its commands and its SQL run together, on a server
 COMMANDS = [
-    page for page in PAGES if "\n$ " in page.read_text(encoding="utf-8") and page != POSTGRESQL
+    page
+    for page in PAGES
+    if page not in (POSTGRESQL, TUTORIAL) and "\n$ " in page.read_text(encoding="utf-8")
 ]
 
 
