@@ -519,23 +519,6 @@ def test_sqlite_utils_keeps_the_indexes(storage: SQLiteStorage, database: Path) 
         assert later.count({"plan": "pro"}) == 1
 
 
-@pytest.mark.parametrize("name", ["plan", "customer"])
-def test_a_file_that_may_only_be_read_is_searched(
-    storage: SQLiteStorage, database: Path, name: str
-) -> None:
-    """Users are found in a file in a directory that this process may not write."""
-    storage.write([("alice", Merge({name: "x"}))])
-    storage.close()
-    database.chmod(0o444)
-    database.parent.chmod(0o555)
-    try:
-        with contextlib.closing(SQLiteStorage(database, indexes=INDEXES)) as reader:
-            assert reader.find({name: "x"}, "", 5).keys() == {"alice"}
-            assert reader.count({name: "x", "n": 1}) == 0
-    finally:
-        database.parent.chmod(0o755)
-
-
 def test_no_message_quotes_metadata(storage: SQLiteStorage) -> None:
     """Neither a refused nor a repeated value is in the error."""
     storage.write([("alice", Merge({"customer": "s3cret"}))])

@@ -12,11 +12,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -35,6 +33,7 @@ from usermetadata.changes import Clear, Merge, Modify, Replace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
+    from pathlib import Path
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
@@ -444,33 +443,6 @@ def test_a_damaged_file(storage: SQLiteStorage, database: Path) -> None:
         database.write_bytes(sound)
         assert later.read(["user 7"])["user 7"]["n"] == 7
         works(later)
-
-
-@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
-def test_a_read_only_file(mode: str) -> None:
-    """It can be read, and a write says what to permit; once that is permitted, it is written."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
-        database = Path(folder, "users.db")
-        with contextlib.closing(SQLiteStorage(database)) as storage:
-            storage.write([("alice", Merge({"n": 1}))])
-        with contextlib.closing(sqlite3.connect(database)) as connection:
-            connection.execute(f"PRAGMA journal_mode = {mode}")
-        database.chmod(0o444)
-        Path(folder).chmod(0o555)
-        if os.geteuid() == 0:
-            # Nothing is read-only for root.
-            os.seteuid(65534)
-            undo.callback(os.seteuid, 0)
-        with contextlib.closing(SQLiteStorage(database)) as storage:
-            for _ in range(2):
-                assert storage.read(["alice"]) == {"alice": {"n": 1}}
-            with pytest.raises(StorageError, match="let this process write the file and its"):
-                storage.write([("alice", Merge({"n": 2}))])
-            assert storage.read_after("", 9) == {"alice": {"n": 1}}
-            undo.close()
-            database.chmod(0o644)
-            Path(folder).chmod(0o755)
-            works(storage)
 
 
 READ_AT_ONCE = """

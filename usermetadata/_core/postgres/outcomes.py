@@ -64,6 +64,10 @@ _ADVICE: list[tuple[tuple[type[psycopg.Error], ...], str]] = [
         "; connect to a server that accepts writes, and begin the transaction READ WRITE",
     ),
     (
+        (errors.InsufficientPrivilege,),
+        "; grant this role the right, or connect as another role",
+    ),
+    (
         (errors.FeatureNotSupported,),
         (
             ": a rule on the table, or a view in its place, is the likely cause; nothing was"

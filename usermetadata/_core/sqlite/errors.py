@@ -25,7 +25,13 @@ _ADVICE = [
     ("malformed", "; restore it from a backup; `sqlite3 FILE .recover` may save rows"),
     ("actually a view", "; use another file"),
     ("same thread", "; use it there, or open it with check_same_thread=False"),
-    ("no such index", "; repeat the call: it builds the index, or names the command that does"),
+    (
+        "no such index",
+        (
+            "; repeat the call where the file may be written: it builds the index, or names the"
+            " command that does"
+        ),
+    ),
 ]
 
 
@@ -59,9 +65,9 @@ def _no_descriptor_is_left() -> bool:
     return False
 
 
-def is_read_only(error: StorageError) -> bool:
-    """Tell whether the file cannot be opened for writing, so that reading may still work."""
-    code = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF
+def is_read_only(error: BaseException | None) -> bool:
+    """Tell from the driver's error whether the file cannot be written; reading may still work."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 
 

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import threading
 import time
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -15,15 +15,15 @@ from sqlite_utils import Database
 from sqlite_utils.db import NoTable
 
 from usermetadata._core.forking import notice
-from usermetadata._core.sqlite.connecting import Connections, close_all, connect
+from usermetadata._core.sqlite.connecting import Connections, close_all, connect, is_in_wal_mode
 from usermetadata._core.sqlite.errors import closed, inherited, is_read_only, moved, translate
 from usermetadata._core.sqlite.indexes import missing_indexes
 from usermetadata._core.sqlite.schema import check_table, create_table, has_table
-from usermetadata._core.sqlite.statements import fetch, write_together
+from usermetadata._core.sqlite.statements import fetch, fetch_if_table, write_together
 from usermetadata.exceptions import OutcomeUnknownError, StorageBusyError, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
     from typing import Any
 
     from usermetadata._core.sqlite.connecting import T
@@ -72,7 +72,8 @@ class FileConnections(Connections):
         """Return the rows of a query that ``sift`` chooses, without waiting for the writer."""
         notice()
         if (self._reopen or not self._writers) and not self._open_for_reading():
-            return self._fetch_read_only(query, parameters, sift)
+            with self._reading_only() as only_reader:
+                return fetch_if_table(only_reader, self.name, query, parameters, sift)
         if time.monotonic() > self._look_again:
             self._check_file()
         reader = None
@@ -108,28 +109,34 @@ class FileConnections(Connections):
             finally:
                 self._close_reader(connection)
         except sqlite3.Error as error:
-            raise translate(error, self.name) from error
+            if not is_read_only(error):
+                raise translate(error, self.name) from error
+        with self._reading_only() as reader:
+            return work(reader)
 
     def _open_for_reading(self) -> bool:
         """Open the writer, which creates the file; ``False`` if the file may not be written."""
         try:
             self.batches.call(())
         except StorageError as error:
-            if is_read_only(error) and os.path.isfile(self.name):
+            if is_read_only(error.__cause__) and os.path.isfile(self.name):
                 return False
             raise
         return True
 
-    def _fetch_read_only(self, query: str, parameters: Sequence[object], sift: Sift) -> list[Row]:
-        """Return the rows of a query from a file or directory that this process may not write."""
+    @contextmanager
+    def _reading_only(self) -> Generator[sqlite3.Connection, None, None]:
+        """Open a file that this process may not write, or whose directory it may not write.
+
+        It is closed after one query: another process may begin to write.
+        """
         mode = "ro"
-        if not os.path.exists(f"{self.name}-wal"):
+        if is_in_wal_mode(self.name) and not os.path.exists(f"{self.name}-wal"):
             # Without a log nothing writes. SQLite would want to create one.
             mode = "ro&immutable=1"
         try:
-            # Only for this query: another process may begin to write.
             with closing(self._connect(mode)) as reader:
-                return fetch(reader, query, parameters, sift)
+                yield reader
         except sqlite3.Error as error:
             raise translate(error, self.name) from error
 

@@ -10,10 +10,17 @@ from sqlite_utils import Database
 from sqlite_utils.db import NoTable
 
 from usermetadata._core.sqlite.connecting import Connections, connect
-from usermetadata._core.sqlite.errors import closed, translate
+from usermetadata._core.sqlite.errors import closed, is_read_only, translate
 from usermetadata._core.sqlite.indexes import missing_indexes
 from usermetadata._core.sqlite.schema import check_table, create_table, has_table
-from usermetadata._core.sqlite.statements import fetch, main_file, plain_rows, write_together
+from usermetadata._core.sqlite.statements import (
+    fetch,
+    fetch_if_table,
+    main_file,
+    plain_rows,
+    write_together,
+)
+from usermetadata.exceptions import StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -49,12 +56,20 @@ class SingleConnection(Connections):
     def fetch(self, query: str, parameters: Sequence[object], sift: Sift = list) -> list[Row]:
         """Return the rows of a query that ``sift`` chooses."""
         with self.batches.turn:
-            if not self._is_prepared:
-                self._write_together([()])
+            is_writable = True
+            try:
+                if not self._is_prepared:
+                    self._write_together([()])
+            except StorageError as error:
+                if not is_read_only(error.__cause__):
+                    raise
+                is_writable = False
             if self.is_closed:
                 raise closed(self.name)
             with self._in_use():
-                return fetch(self._connection, query, parameters, sift)
+                if is_writable:
+                    return fetch(self._connection, query, parameters, sift)
+                return fetch_if_table(self._connection, self.name, query, parameters, sift)
 
     def administer(self, work: Callable[[Any], T]) -> T:
         """Call a function with the connection, in this thread's turn."""
