@@ -19,6 +19,7 @@ from sqlite_utils import Database
 
 from usermetadata import (
     DamagedMetadataError,
+    Index,
     InMemoryStorage,
     PostgresStorage,
     SQLiteStorage,
@@ -706,6 +707,31 @@ def test_what_postgres_leaves_on_the_disk(
     direct.execute("VACUUM FULL user_metadata")
     assert not is_in_the_file()
     assert stored(postgres) == {("public", "bob"): {"app": "public"}}
+
+
+def test_what_the_indexes_of_postgres_leave_on_the_disk(
+    schema: str, direct: psycopg.Connection[Any]
+) -> None:
+    """The table of the entries keeps an indexed value until the same command is run for it."""
+
+    def is_in_the_file() -> bool:
+        direct.execute("CHECKPOINT")
+        query = (
+            "SELECT position(%s IN"
+            " pg_read_binary_file(pg_relation_filepath('user_metadata_index_entries')))"
+        )
+        row = direct.execute(query, [SECRET.encode()]).fetchone()
+        assert row is not None
+        return bool(row[0] > 0)
+
+    storage = PostgresStorage(server_url(), schema=schema, indexes=[Index("secret")])
+    with contextlib.closing(storage):
+        storage.write([("alice", Merge({"secret": SECRET}))])
+        storage.erase("alice", accept)
+        direct.execute("VACUUM FULL user_metadata")
+        assert is_in_the_file()
+        direct.execute("VACUUM FULL user_metadata, user_metadata_index_entries")
+        assert not is_in_the_file()
 
 
 # Forks.
