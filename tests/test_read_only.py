@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -212,6 +213,72 @@ def test_what_another_process_writes_is_read(file: Path) -> None:
             assert reader.read(["alice"])["alice"]["n"] == 19
 
 
+IN_A_GROUP = """
+import os, sys
+from usermetadata import SQLiteStorage, StorageError
+from usermetadata.changes import Merge
+
+WRITER, READER, GROUP = 1000, 65534, 2000
+SQLiteStorage(":memory:").read(["alice"])  # what it imports, root may own
+_, file = sys.argv
+
+
+def run_as(user, groups, work):
+    child = os.fork()
+    if not child:
+        os.setgroups(groups)
+        os.setgid(user)
+        os.setuid(user)
+        work(SQLiteStorage(file))
+        os._exit(0)  # like a crash: the log stays
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def write(storage):
+    storage.write([("alice", Merge({"n": 1}))])
+
+
+def read(storage):
+    assert storage.read(["alice"]) == {"alice": {"n": 1}}
+    try:
+        write(storage)
+    except StorageError:
+        return
+    raise AssertionError
+
+
+def fail(storage):
+    try:
+        storage.read(["alice"])
+    except StorageError:
+        return
+    raise AssertionError
+
+
+run_as(WRITER, [], write)
+assert os.path.exists(file + "-wal")
+run_as(READER, [GROUP], read)
+run_as(READER, [], fail)
+run_as(WRITER, [], write)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become other users")
+def test_a_reader_in_the_group_of_the_page(file: Path) -> None:
+    """The page's commands let a group read what SQLite makes later, and keep others out."""
+    file.parent.chmod(0o755)
+    with contextlib.closing(SQLiteStorage(file)) as storage:
+        storage.write([])
+    for path in (file.parent, file):
+        os.chown(path, 1000, 1000)
+    page = (Path(__file__).parent.parent / "docs" / "read-only.md").read_text(encoding="utf-8")
+    [commands] = re.findall(r"^```console\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    for name, ours in (("/var/lib/app", str(file.parent)), ("readers", "2000")):
+        commands = commands.replace(name, ours)
+    subprocess.run(["sh", "-e", "-c", commands], check=True)
+    subprocess.run([sys.executable, "-c", IN_A_GROUP, str(file)], check=True)
+
+
 @pytest.mark.parametrize("has_table", [True, False])
 def test_a_borrowed_connection_that_only_reads(file: Path, *, has_table: bool) -> None:
     """It needs no table, and an index only to search; a write changes nothing."""
@@ -290,3 +357,26 @@ def test_a_role_that_may_only_select_finds_users(
         assert storage.find({"plan": "pro"}, "", 5) == {"alice": ALICE}
         assert storage.count({"customer": "c1"}) == 1
         assert set(storage.stored_indexes()) == set(INDEXES)
+
+
+def test_the_statements_of_the_page(direct: psycopg.Connection[Any], schema: str) -> None:
+    """They give a role all it needs to read and to find users, and no right to write."""
+    role = f"reader_{uuid.uuid4().hex[:8]}"
+    page = (Path(__file__).parent.parent / "docs" / "read-only.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sql\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    statements = re.sub(r"\breader\b", role, re.sub(r"\bpublic\b", schema, "".join(blocks)))
+    url = server_url()
+    with (
+        contextlib.closing(PostgresStorage(url, schema=schema, indexes=INDEXES)) as writer,
+        contextlib.closing(
+            PostgresStorage(make_conninfo(url, user=role), schema=schema, indexes=INDEXES)
+        ) as reader,
+    ):
+        writer.write([("alice", Merge(ALICE))])
+        try:
+            direct.execute(statements.encode())
+            assert reader.read(["alice"]) == reader.find({"plan": "pro"}, "", 5) == {"alice": ALICE}
+            with pytest.raises(StorageError, match="for table user_metadata; grant this role the"):
+                reader.write([("alice", Merge({"n": 1}))])
+        finally:
+            direct.execute(SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(Identifier(role)))
