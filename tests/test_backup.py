@@ -215,7 +215,7 @@ def test_a_dump_while_processes_write(
     with psycopg.connect(server.url, autocommit=True) as connection:
         for variable in ("DATABASE_URL", "NEW_DATABASE_URL"):
             name = f"{variable}_{len(indexes)}".lower()
-            connection.execute(f"CREATE DATABASE {name}")  # type: ignore[call-overload]
+            connection.execute(f"CREATE DATABASE {name}")
             host = connection.info.host
             urls[variable] = f"postgresql://{connection.info.user}@/{name}?host={host}"
     path = [str(Path(sys.executable).parent), str(server.programs), os.environ["PATH"]]

@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 
     import psycopg
 
+    from usermetadata.changes import Change
+
 INDEXES = (Index("plan"), Index("customer", unique=True))
 ALICE = {"plan": "pro", "customer": "c1"}
-CHANGES = [Merge({"n": 2}), Modify(lambda _: {"n": 2}), Clear()]
+CHANGES: list[Change] = [Merge({"n": 2}), Modify(lambda _: {"n": 2}), Clear()]
 NO_USER = 65534
 
 
