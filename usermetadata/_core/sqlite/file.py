@@ -50,6 +50,7 @@ class FileConnections(Connections):
         self._synchronous = synchronous
         self._file: tuple[int, int] | None = None  # device and inode, once it was opened
         self._look_again = 0.0
+        self._is_checked = False  # the table, where the file may not be written
         self._inherited: list[sqlite3.Connection] = []  # from the parent process
         super().__init__(path, timeout, indexes)
 
@@ -73,7 +74,10 @@ class FileConnections(Connections):
         notice()
         if (self._reopen or not self._writers) and not self._open_for_reading():
             with self._reading_only() as only_reader:
-                return fetch_if_table(only_reader, self.name, query, parameters, sift)
+                if not self._is_checked and has_table(only_reader):
+                    check_table(only_reader, self.name)
+                    self._is_checked = True
+                return fetch_if_table(only_reader, query, parameters, sift)
         if time.monotonic() > self._look_again:
             self._check_file()
         reader = None

@@ -69,7 +69,7 @@ class SingleConnection(Connections):
             with self._in_use():
                 if is_writable:
                     return fetch(self._connection, query, parameters, sift)
-                return fetch_if_table(self._connection, self.name, query, parameters, sift)
+                return fetch_if_table(self._connection, query, parameters, sift)
 
     def administer(self, work: Callable[[Any], T]) -> T:
         """Call a function with the connection, in this thread's turn."""

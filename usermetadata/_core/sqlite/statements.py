@@ -18,7 +18,6 @@ from usermetadata._core.sqlite.errors import (
     still_open,
 )
 from usermetadata._core.sqlite.indexes import conflict_of, ensure_indexes, not_unique
-from usermetadata._core.sqlite.schema import check_table, has_table
 from usermetadata.changes import BLIND, apply_in_order
 from usermetadata.codec import encode_metadata
 from usermetadata.exceptions import DamagedMetadataError
@@ -97,18 +96,12 @@ def fetch(
 
 
 def fetch_if_table(
-    connection: sqlite3.Connection,
-    name: str,
-    query: str,
-    parameters: Sequence[object],
-    sift: Sift,
+    connection: sqlite3.Connection, query: str, parameters: Sequence[object], sift: Sift
 ) -> list[Row]:
     """Return the rows of a query on a connection that cannot create the table.
 
     There are none before the first write, by another process, has created it.
     """
-    if has_table(connection):
-        check_table(connection, name)
     try:
         return fetch(connection, query, parameters, sift)
     except connection.Error as error:
