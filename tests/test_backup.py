@@ -17,6 +17,7 @@ import psycopg
 import pytest
 from postgres_server import OwnServer
 from psycopg.conninfo import make_conninfo
+from psycopg.sql import SQL, Identifier
 
 from usermetadata import Index, PostgresStorage, SQLiteStorage
 from usermetadata.changes import Merge, Replace
@@ -215,7 +216,7 @@ def test_a_dump_while_processes_write(
     with psycopg.connect(server.url, autocommit=True) as connection:
         for variable in ("DATABASE_URL", "NEW_DATABASE_URL"):
             name = f"{variable}_{len(indexes)}".lower()
-            connection.execute(f"CREATE DATABASE {name}")
+            connection.execute(SQL("CREATE DATABASE {}").format(Identifier(name)))
             host = connection.info.host
             urls[variable] = f"postgresql://{connection.info.user}@/{name}?host={host}"
     path = [str(Path(sys.executable).parent), str(server.programs), os.environ["PATH"]]
