@@ -120,15 +120,6 @@ def connect(uri: str, timeout: float) -> sqlite3.Connection:
     )
 
 
-def is_in_wal_mode(path: str) -> bool:
-    """Tell whether changes of a file are written to its log first; ``False`` if it is not known."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(20)[18:] == b"\2\2"  # https://sqlite.org/fileformat.html
-    except OSError:
-        return False
-
-
 def close_all(*groups: list[sqlite3.Connection]) -> None:
     """Close the connections and empty the lists."""
     for group in groups:

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import threading
 import time
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -15,7 +15,7 @@ from sqlite_utils import Database
 from sqlite_utils.db import NoTable
 
 from usermetadata._core.forking import notice
-from usermetadata._core.sqlite.connecting import Connections, close_all, connect, is_in_wal_mode
+from usermetadata._core.sqlite.connecting import Connections, close_all, connect
 from usermetadata._core.sqlite.errors import closed, inherited, is_read_only, moved, translate
 from usermetadata._core.sqlite.indexes import missing_indexes
 from usermetadata._core.sqlite.schema import check_table, create_table, has_table
@@ -134,15 +134,21 @@ class FileConnections(Connections):
 
         It is closed after one query: another process may begin to write.
         """
-        mode = "ro"
-        if is_in_wal_mode(self.name) and not os.path.exists(f"{self.name}-wal"):
-            # Without a log nothing writes. SQLite would want to create one.
-            mode = "ro&immutable=1"
-        try:
-            with closing(self._connect(mode)) as reader:
+        with ExitStack() as opened:
+            try:
+                reader = opened.enter_context(closing(self._connect("ro")))
+                try:
+                    reader.execute("PRAGMA schema_version")
+                except sqlite3.OperationalError as error:
+                    # SQLite wants to create a log, or to undo a transaction that was cut off.
+                    cut_off = error.sqlite_errorcode == sqlite3.SQLITE_READONLY_ROLLBACK
+                    if cut_off or not is_read_only(error) or os.path.exists(f"{self.name}-wal"):
+                        raise
+                    # Without a log nothing writes.
+                    reader = opened.enter_context(closing(self._connect("ro&immutable=1")))
                 yield reader
-        except sqlite3.Error as error:
-            raise translate(error, self.name) from error
+            except sqlite3.Error as error:
+                raise translate(error, self.name) from error
 
     def _write_together(self, calls: Sequence[Call]) -> list[Results]:
         if self.is_closed:
