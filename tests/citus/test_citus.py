@@ -6,6 +6,7 @@ Only where Citus is installed, built from its source against the server's packag
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import random
 import threading
@@ -446,21 +447,49 @@ def test_indexes_are_refused(storage: PostgresStorage, distributed: str, *, uniq
     assert storage.count(None) == 0
 
 
-def test_a_table_may_be_distributed_while_it_is_used(cluster: Cluster) -> None:
-    """The rows are moved; a storage that used the table before goes on, also in a transaction."""
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [("alice", Merge({"n": 2}))],
+        [("alice", Replace({"n": 2}))],
+        [("alice", Replace({"n": 2})), ("bob", Replace({"n": 2}))],
+        [("alice", Modify(dict))],
+        [("alice", Clear())],
+    ],
+    ids=["merge", "replace", "replace 2", "modify", "clear"],
+)
+@pytest.mark.parametrize("how", ["pool", "transaction"])
+def test_a_table_may_be_distributed_while_it_is_used(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture, changes: list[tuple[str, Change]], how: str
+) -> None:
+    """The rows are moved; whatever a storage has used the table for before, it goes on.
+
+    A write there waits for rows no longer than its timeout, as on any distributed table.
+    """
     url = url_of(cluster)
-    with contextlib.closing(PostgresStorage(url, table="moved")) as storage:
-        storage.write([(user, Merge({"n": 1})) for user in USERS])
+    cluster.execute("DROP TABLE IF EXISTS moved")
+    with (
+        contextlib.closing(PostgresStorage(url, table="moved", timeout=0.3)) as storage,
+        psycopg.connect(url) as connection,
+        storage.within(connection) as joined,
+    ):
+        used = storage if how == "pool" else joined
+        for _ in range(7):  # psycopg prepares what is repeated
+            expected = used.write(changes)
+            used.write([(user, Merge({"n": 1})) for user in ("alice", "bob")])
+        connection.commit()
         with contextlib.closing(PostgresStorage(url, table="moved")) as other:
             assert other.distribute() == [
                 'table "public"."moved": it exists',
                 'table "public"."moved": distributed by user_id: 8 shards on 2 servers',
             ]
-        assert storage.write([("user 1", Merge({"m": 1})), ("bob", Clear())]) == [
-            {"n": 1, "m": 1},
-            None,
-        ]
-        assert len(storage.read(USERS)) == len(USERS)
+        assert used.write(changes) == expected
+        connection.commit()
+        with psycopg.connect(url) as locking, storage.within(locking) as holding:
+            holding.write([("alice", Replace({}))])
+            with pytest.raises(StorageBusyError):
+                storage.write(changes)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 def test_a_table_that_citus_only_manages(cluster: Cluster) -> None:

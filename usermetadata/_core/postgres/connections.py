@@ -228,13 +228,10 @@ class Connections(ForkHooks):
         except (errors.ReadOnlySqlTransaction, errors.InvalidSqlStatementName, NoAnswerError):
             connection.close()
             raise
-        except errors.FeatureNotSupported as error:
-            if error.diag.source_function != "RevalidateCachedQuery":
-                raise
-            # A statement was prepared before the table was changed.
-            connection.close()
-            raise UncommittedError(*error.args) from error
-        except BaseException:
+        except BaseException as error:
+            if _is_of_an_old_statement(error):
+                connection.close()
+                raise UncommittedError(*error.args) from error
             # If the rollback fails, the first error matters more.
             with suppress(psycopg.Error):
                 connection.rollback()
@@ -315,6 +312,14 @@ class Connections(ForkHooks):
             return psycopg.connect(**self._arguments, autocommit=True)
         except psycopg.Error as error:
             raise StorageUnavailableError(f"{self.name}: {first_line(error)}") from error
+
+
+def _is_of_an_old_statement(error: BaseException) -> bool:
+    """Tell whether a statement was prepared before the table was changed."""
+    return (
+        isinstance(error, errors.FeatureNotSupported)
+        and error.diag.source_function == "RevalidateCachedQuery"
+    )
 
 
 def _close(pools: list[ConnectionPool[Any]]) -> None:

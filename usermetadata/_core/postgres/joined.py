@@ -166,7 +166,7 @@ class JoinedConnection:
                 try:
                     return _attempt(transaction, channel, work, absent)
                 except psycopg.Error as error:
-                    if not _is_stale(error):
+                    if not _is_stale(error, table):
                         raise
                 # The table, or the search_path, has changed since it was described.
                 table.forget()
@@ -237,11 +237,13 @@ def _create(transaction: JoinedTransaction, channel: Channel) -> None:
     table.learn(described.rows, channel.encoding)
 
 
-def _is_stale(error: psycopg.Error) -> bool:
+def _is_stale(error: psycopg.Error, table: Table) -> bool:
     """Tell whether an error may come from what was remembered of a table."""
     if isinstance(error, errors.FeatureNotSupported):
-        # A statement was prepared before the table was changed.
-        return error.diag.source_function == "RevalidateCachedQuery" or "cached statement" in str(
-            error
+        # A statement was prepared before the table was changed, or Citus has refused PostgreSQL's.
+        return (
+            not table.is_portable
+            or error.diag.source_function == "RevalidateCachedQuery"
+            or "cached statement" in str(error)
         )
     return isinstance(error, errors.DivisionByZero)

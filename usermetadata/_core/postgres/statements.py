@@ -126,7 +126,9 @@ FROM (
     FROM sent, {timeout}
     ORDER BY user_id) AS rows
 ON CONFLICT (app_id, user_id) DO UPDATE SET user_metadata = """
-_STORE = _UPSERT + "excluded.user_metadata"
+# Citus refuses current_user there. So a program that has described the table before it was
+# distributed describes it anew, and does not use statements that lock users in no order there.
+_STORE = _UPSERT + "coalesce(excluded.user_metadata, current_user)"
 # The stored properties without the keys of the update, then those that the update sets. The type
 # json keeps the text of each value, to the last digit.
 _MERGE = (
@@ -180,7 +182,7 @@ RETURNING
 MERGE, MERGE_ONE = _each(_MERGE), _one(_MERGE)
 STORE, STORE_ONE = _each(_STORE), _one(_STORE)
 # Replaces each row by itself, which locks it; inserts a placeholder where there is none.
-HOLD = _each(_UPSERT + "stored.user_metadata")
+HOLD = _each(_UPSERT + "coalesce(stored.user_metadata, current_user)")
 # The last query sees the rows as they were before. One that another transaction has removed
 # in between counts as not removed; with the rows held, that cannot happen. A row-level policy may
 # hide a row.
