@@ -502,16 +502,31 @@ def test_a_table_that_citus_only_manages(cluster: Cluster) -> None:
 
 
 def test_a_table_that_cannot_be_distributed_says_why(cluster: Cluster) -> None:
-    """It has indexes, or is distributed by something else than the user id."""
+    """It has indexes, is distributed by something else, is a view, or no server takes it."""
     url = url_of(cluster)
     with contextlib.closing(PostgresStorage(url, table="t", indexes=[Index("plan")])) as storage:
         storage.write([("alice", Merge({"plan": "pro"}))])
         with pytest.raises(UsageError, match=r"it has triggers.*index --drop NAME"):
             storage.distribute()
-    cluster.execute("CREATE TABLE by_app (LIKE user_metadata INCLUDING ALL)")
+    cluster.execute("CREATE TABLE by_app (LIKE t)")
+    cluster.execute("ALTER TABLE by_app ADD PRIMARY KEY (app_id, user_id)")
     cluster.execute("SELECT create_distributed_table('by_app', 'app_id')")
     with (
         contextlib.closing(PostgresStorage(url, table="by_app")) as storage,
         pytest.raises(UsageError, match=r"not distributed by user_id; .* undistribute_table"),
     ):
         storage.distribute()
+    cluster.execute("CREATE VIEW seen AS SELECT * FROM by_app")
+    with (
+        contextlib.closing(PostgresStorage(url, table="seen")) as storage,
+        pytest.raises(UsageError, match=r"it is a view .* name the table behind it"),
+    ):
+        storage.distribute()
+    takes = "SELECT citus_set_node_property(nodename, nodeport, 'shouldhaveshards', %s::boolean)"
+    workers = " FROM pg_dist_node WHERE groupid > 0"
+    with contextlib.closing(PostgresStorage(url, table="new")) as storage:
+        cluster.execute(takes + workers, "false")
+        with pytest.raises(UsageError, match=r"no server .* takes shards; .* citus_add_node"):
+            storage.distribute()
+        cluster.execute(takes + workers, "true")
+        assert len(storage.distribute()) == 2

@@ -26,6 +26,8 @@ WHERE table_name = {name}::regclass AND citus_table_type <> 'local'
 _TRIGGERS = """
 SELECT count(*) FROM pg_trigger WHERE tgrelid = {name}::regclass AND NOT tgisinternal
 """
+# Without any, Citus takes the coordinator.
+_HAS_SERVERS = "SELECT count(*) = 0 OR bool_or(shouldhaveshards) FROM pg_dist_node"
 _HAS_ROWS = "SELECT count(*) FROM (SELECT FROM {table} LIMIT 1) AS row"
 _DISTRIBUTE = "SELECT create_distributed_table({name}, 'user_id')"
 # The rows were copied to the shards; those on the coordinator only take space.
@@ -60,7 +62,17 @@ def distribute(connection: Connection[Any], table: Table) -> list[str]:
             f"{title}: this database has no extension citus, so there are no other servers to"
             " distribute it over; run CREATE EXTENSION citus on each server"
         )
+    if ask(_HAS_SERVERS) != (True,):
+        raise UsageError(
+            f"{title}: no server of this cluster takes shards; add one with SELECT"
+            " citus_add_node('host', 5432)"
+        )
     exists = table.user_id_length > 0
+    if not table.is_plain:
+        raise UsageError(
+            f"{title}: it is a view or a foreign table, which Citus cannot distribute; name the"
+            " table behind it"
+        )
     kind = ask(_KIND) if exists else ()
     if kind and kind[0] != "user_id":
         raise UsageError(
