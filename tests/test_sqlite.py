@@ -422,6 +422,35 @@ def test_a_directory_in_place_of_the_file(database: Path) -> None:
         works(storage)
 
 
+def test_a_directory_that_may_not_be_written() -> None:
+    """The error says so: a read-only file system, for example."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as undo:
+        Path(folder).chmod(0o555)
+        if os.geteuid() == 0:
+            # Nothing is read-only for root.
+            os.seteuid(65534)
+            undo.callback(os.seteuid, 0)
+        with contextlib.closing(SQLiteStorage(Path(folder, "users.db"))) as storage:
+            fails(storage, "may not write to its directory.* let it, or write where the file sys")
+            undo.close()
+            Path(folder).chmod(0o755)
+            works(storage)
+
+
+def test_a_borrowed_connection_that_cannot_open_its_file(database: Path) -> None:
+    """The error says what SQLite says; it names no directory, which is not known."""
+    with contextlib.closing(SQLiteStorage(database)) as storage:
+        works(storage)
+    database.with_name(database.name + "-wal").mkdir()  # where SQLite has a file
+    with (
+        contextlib.closing(SQLiteStorage(database)) as storage,
+        contextlib.closing(sqlite3.connect(database)) as connection,
+        storage.within(connection) as joined,
+        pytest.raises(StorageError, match="connection: unable to open database file; name a file"),
+    ):
+        joined.read(["alice"])
+
+
 def test_a_file_that_is_not_sqlite(storage: SQLiteStorage, database: Path) -> None:
     """The error says so, and the file stays unchanged."""
     database.write_text("alice: likes dark themes\n" * 100)

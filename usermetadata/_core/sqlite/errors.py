@@ -34,6 +34,8 @@ _ADVICE = [
     ),
 ]
 
+_EFFECTIVE_IDS = os.access in os.supports_effective_ids
+
 
 def translate(error: Exception, name: str) -> StorageError:
     """Return the library's error for the driver's.
@@ -50,9 +52,16 @@ def translate(error: Exception, name: str) -> StorageError:
             f"{name}: {message}: this process has too many open files; close some, or raise the"
             " limit (ulimit -n)"
         )
-    directory = os.path.dirname(name)
-    if "unable to open" in message and not os.path.isdir(directory):
-        return StorageError(f"{name}: the directory {directory} does not exist; create it")
+    directory = os.path.dirname(name)  # none if it is the caller's connection
+    if "unable to open" in message and directory:
+        if not os.path.isdir(directory):
+            return StorageError(f"{name}: the directory {directory} does not exist; create it")
+        if not os.access(directory, os.W_OK, effective_ids=_EFFECTIVE_IDS):
+            return StorageError(
+                f"{name}: {message}: this process may not write to its directory, where SQLite"
+                " keeps a log beside the file; let it, or write where the file system is not"
+                " read-only"
+            )
     advice = next((advice for sign, advice in _ADVICE if sign in message), "")
     return StorageError(f"{name}: {message}{advice}")
 
