@@ -26,6 +26,7 @@ from usermetadata import (
     OutcomeUnknownError,
     PostgresStorage,
     StorageBusyError,
+    StorageError,
     StorageUnavailableError,
     UsageError,
     UserMetadata,
@@ -499,6 +500,26 @@ def test_a_table_that_citus_only_manages(cluster: Cluster) -> None:
         cluster.execute("SELECT citus_add_local_table_to_metadata('managed')")
         assert storage.write([("alice", Merge({"m": 1}))]) == [{"n": 1, "m": 1}]
         assert storage.read(["alice", "bob"]) == {"alice": {"n": 1, "m": 1}}
+        # Unlike a distributed table it may have triggers.
+        cluster.execute(
+            "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'"
+        )
+        cluster.execute(
+            "CREATE TRIGGER keep BEFORE UPDATE ON managed FOR EACH ROW"
+            " WHEN (OLD.user_metadata <> NEW.user_metadata) EXECUTE FUNCTION keep()"
+        )
+        with pytest.raises(StorageError, match=r"did not store.* of user 'alice'.* a trigger"):
+            storage.write([("alice", Merge({"m": 2}))])
+        assert storage.read(["alice"]) == {"alice": {"n": 1, "m": 1}}
+
+
+def test_a_table_may_have_any_name(cluster: Cluster) -> None:
+    """Whatever stands in a name of PostgreSQL's is distributed and written likewise."""
+    name = "100%(x)s '{}\""
+    with contextlib.closing(PostgresStorage(url_of(cluster), table=name)) as storage:
+        assert len(storage.distribute()) == 2
+        assert storage.write([("alice", Merge({"n": 1}))]) == [{"n": 1}]
+        assert storage.erase("alice", lambda _: None) == {"public": {"n": 1}}
 
 
 def test_a_table_that_cannot_be_distributed_says_why(cluster: Cluster) -> None:

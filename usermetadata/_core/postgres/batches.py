@@ -54,13 +54,8 @@ class Rows(ABC):
         """Remove the rows, which are held."""
 
     @abstractmethod
-    def may_drop(self, held: Sequence[Answer], gone: Sequence[str]) -> bool:
-        """Tell whether a later statement may drop a row silently.
-
-        Args:
-            held: the answers to ``hold``.
-            gone: the users that will be removed.
-        """
+    def may_drop(self, held: Sequence[Answer]) -> bool:
+        """Tell whether a later statement may drop a row silently, from the answers to ``hold``."""
 
     @abstractmethod
     def check(self, answers: Sequence[Answer], user_ids: Iterable[str]) -> None:
@@ -90,7 +85,7 @@ class _OfPostgres(Rows):
     def remove(self, user_ids: Sequence[str]) -> list[Statement]:
         return [self.statement(REMOVE, user_ids=as_json(user_ids))] if user_ids else []
 
-    def may_drop(self, held: Sequence[Answer], gone: Sequence[str]) -> bool:
+    def may_drop(self, held: Sequence[Answer]) -> bool:
         return False
 
     def check(self, answers: Sequence[Answer], user_ids: Iterable[str]) -> None:
@@ -138,8 +133,7 @@ class _Portable(Rows):
         return self.statement(_READ_MANY, user_ids=list(user_ids))
 
     def hold(self, user_ids: Iterable[str], no_row: str) -> list[Statement]:
-        first = [] if self._is_citus else [self.statement(_MAY_DROP)]
-        return [*first, *self._upserts(_HOLD, dict.fromkeys(user_ids, no_row))]
+        return [self.statement(_MAY_DROP), *self._upserts(_HOLD, dict.fromkeys(user_ids, no_row))]
 
     def store(self, texts: Mapping[str, str]) -> list[Statement]:
         return self._upserts(_STORE, texts)
@@ -147,9 +141,7 @@ class _Portable(Rows):
     def remove(self, user_ids: Sequence[str]) -> list[Statement]:
         return [self.statement(_REMOVE, user_id=user_id) for user_id in user_ids]
 
-    def may_drop(self, held: Sequence[Answer], gone: Sequence[str]) -> bool:
-        if self._is_citus:  # it has no triggers, and no policy drops an upsert
-            return bool(gone)
+    def may_drop(self, held: Sequence[Answer]) -> bool:
         [(_, may_drop)] = held[0].rows
         return bool(may_drop)
 
@@ -168,10 +160,6 @@ class _Portable(Rows):
         if policies.rows[0][0]:  # it may hide a row
             raise DataError(NOT_STORED + as_json(user_id))
         return [*gone.rows, *((app_id, None) for (app_id,) in left.rows)]
-
-    @property
-    def _is_citus(self) -> bool:
-        return self._table.engine == "Citus"
 
     def _upserts(self, end: LiteralString, texts: Mapping[str, str]) -> list[Statement]:
         statements: list[Statement] = []

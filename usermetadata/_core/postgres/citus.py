@@ -88,7 +88,7 @@ def distribute(connection: Connection[Any], table: Table) -> list[str]:
     if not kind:
         with connection.transaction():
             if not exists:
-                connection.execute(table[CREATE_BY_USER])
+                connection.execute(table[CREATE_BY_USER], {})
             had_rows = ask(_HAS_ROWS) != (0,)
             ask(_DISTRIBUTE)
         if had_rows:
