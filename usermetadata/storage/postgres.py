@@ -429,7 +429,7 @@ class PostgresStorage(OfOneApp):
         else:
             # An index that is not declared here may need the removed values for other users.
             statements = [*rows.remove(gone), *rows.store(texts)]
-        if rows.may_drop(begun):
+        if rows.may_drop(begun, gone):
             stored = transaction.go_on(statements)
             rows.check(stored, users)
             transaction.end([])
