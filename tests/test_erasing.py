@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
+from click.testing import CliRunner
 from postgres_server import server_url, waiting_for_locks
 from psycopg.conninfo import make_conninfo
 from psycopg.sql import SQL, Identifier
 from sqlite_utils import Database
+from sqlite_utils.cli import cli
 
 from usermetadata import (
     DamagedMetadataError,
@@ -647,9 +649,10 @@ def files_with(secret: str, database: Path) -> list[str]:
 
 
 def sqlite_utils(*arguments: object) -> str:
-    """Run the command line of sqlite-utils."""
-    command = [sys.executable, "-m", "sqlite_utils", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    """Run the command line of sqlite-utils, in this process: that is ten times as fast."""
+    finished = CliRunner().invoke(cli, [*map(str, arguments)], catch_exceptions=False)
+    assert finished.exit_code == 0, finished.output
+    return finished.stdout
 
 
 @pytest.mark.parametrize("secret", [SECRET, SECRET * 10_000], ids=["short", "long"])

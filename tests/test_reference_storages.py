@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import django
 import django.db
@@ -247,14 +247,22 @@ SUITE = ["on_redis", "on_mariadb", *SLOW]
 @pytest.fixture
 def database(request: pytest.FixtureRequest) -> Database:
     """That of the parameter."""
-    if request.cls is not None and not request.config.getoption("reference_storages"):
-        pytest.skip("the suite takes a minute: --reference-storages runs it")
     found: Database = request.getfixturevalue(request.param)
     return found
 
 
-@pytest.mark.parametrize("database", [*SUITE, "sqlalchemy_on_sqlite"], indirect=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the suite over each of its databases, or skip each of its tests once."""
+    if metafunc.cls is not None and "database" in metafunc.fixturenames:
+        skip = pytest.mark.skip(reason="the suite takes a minute: --reference-storages runs it")
+        is_wanted = metafunc.config.getoption("reference_storages")
+        databases: Any = metafunc.cls.databases if is_wanted else [pytest.param("none", marks=skip)]
+        metafunc.parametrize("database", databases, indirect=True)
+
+
 class TestConformance(StorageConformance):
+    databases: ClassVar = [*SUITE, "sqlalchemy_on_sqlite"]
+
     @pytest.fixture
     def storage(self, database: Database) -> Generator[Storage, None, None]:
         with contextlib.closing(database.make()) as storage:
@@ -266,8 +274,9 @@ class TestConformance(StorageConformance):
             yield storage
 
 
-@pytest.mark.parametrize("database", SUITE, indirect=True)
 class TestBrokenConnections(ConnectionConformance):
+    databases: ClassVar = SUITE
+
     @pytest.fixture
     def proxy(self, database: Database) -> Generator[BreakingProxy, None, None]:
         with contextlib.closing(BreakingProxy(database.address)) as proxy:

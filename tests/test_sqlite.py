@@ -18,7 +18,9 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from click.testing import CliRunner
 from sqlite_utils import Database
+from sqlite_utils.cli import cli
 
 from usermetadata import (
     DamagedMetadataError,
@@ -829,13 +831,10 @@ def test_a_table_that_will_not_do(
         with pytest.raises(StorageError, match=f"table user_metadata: {message}") as caught:
             call()
     command = str(caught.value).partition("run: ")[2].replace("FILE", str(database))
-    done = subprocess.run(
-        [sys.executable, "-m", *shlex.split(command.replace("sqlite-utils", "sqlite_utils", 1))],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    program, *arguments = shlex.split(command)
+    assert program == "sqlite-utils"
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.output
     storage.write([(user_id, Merge({"id": user_id})) for user_id in ("007", "7", "Bob", "bob")])
     assert storage.read(["007", "bob", "bob "]) == {"007": {"id": "007"}, "bob": {"id": "bob"}}
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlencode
 
 import django.db
 import psycopg
@@ -59,6 +58,7 @@ if TYPE_CHECKING:
     from usermetadata import Storage
     from usermetadata.codec import Metadata
     from usermetadata.interfaces import MetadataResult, RecipeInterface
+    from usermetadata.testing import OtherProcess
 
 SINCE_3_12 = ["sqlite3, autocommit=False", "sqlite3, autocommit=True"]
 TRANSACTIONAL = [
@@ -595,7 +595,7 @@ _IN_THE_WAY = (
 
 @pytest.mark.parametrize("kind", [*TRANSACTIONAL, *AUTOCOMMIT])
 def test_no_concurrent_update_is_lost(
-    request: pytest.FixtureRequest, database: Path, kind: str
+    request: pytest.FixtureRequest, database: Path, usermetadata_process: OtherProcess, kind: str
 ) -> None:
     """Two threads count through connections, and a process without; each repeats what failed."""
     with open_databases(kind, request, database) as databases:
@@ -614,27 +614,22 @@ def test_no_concurrent_update_is_lost(
                     else:
                         break
 
-        script = """if True:
-            import sys, usermetadata
-            from usermetadata.syncio import modify_user_metadata
-            usermetadata.init(sys.argv[1])
-            for _ in range(15):
-                modify_user_metadata("alice", lambda metadata: {"n": metadata["n"] + 1})
-        """
-        target = f"sqlite:///{databases.path}" if databases.is_sqlite else databases.url
-        if not databases.is_sqlite:
-            target = _as_url(databases.url)
-        with ThreadPoolExecutor(2) as executor:
-            process = subprocess.Popen([sys.executable, "-c", script, target])
-            for done in [executor.submit(databases.run, body) for _ in range(2)]:
+        target = (
+            (SQLiteStorage, database) if databases.is_sqlite else (PostgresStorage, databases.url)
+        )
+        with (
+            contextlib.closing(usermetadata_process.open(*target)) as elsewhere,
+            ThreadPoolExecutor(3) as executor,
+        ):
+
+            def count_elsewhere() -> None:
+                for _ in range(15):
+                    elsewhere.write([("alice", Modify(count))])
+
+            calls = [count_elsewhere, *[partial(databases.run, body)] * 2]
+            for done in [executor.submit(call) for call in calls]:
                 done.result()
-            assert process.wait(60) == 0
         assert databases.storage.read(["alice"]) == {"alice": {"n": 45}}
-
-
-def _as_url(dsn: str) -> str:
-    parts = {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
-    return "postgresql://?" + urlencode(parts, quote_via=quote)
 
 
 # What cannot be joined.
