@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
+from click.testing import CliRunner
 from conftest import FUNCTIONS
 from postgres_server import OwnServer, empty_schema, server_url
 from psycopg.conninfo import make_conninfo
@@ -28,6 +29,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 import usermetadata
 from usermetadata import Index, PostgresStorage, StorageError, UserMetadata, syncio
 from usermetadata.changes import Merge
+from usermetadata.cli import main
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Generator
@@ -78,6 +80,11 @@ def commands_of(block: str) -> list[tuple[str, str]]:
 
 def output_of(command: str, **variables: str) -> str:
     """Run a command as a reader does, and return what it prints."""
+    program, *arguments = shlex.split(command)
+    if program == "usermetadata" and not variables and not set(command) & set("|<>;&$`"):
+        # In this process it takes a tenth of the time.
+        unset: dict[str, str | None] = {"USERMETADATA_URL": None}
+        return CliRunner().invoke(main, arguments, env=unset, catch_exceptions=False).output
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {name: os.environ[name] for name in os.environ if name != "USERMETADATA_URL"}
     return subprocess.run(

@@ -217,10 +217,20 @@ def test_no_update_is_lost_to_an_erasure(storage: ErasingStorage) -> None:
     assert sum(found["bob"]["n"] for found in users) == updates * len(writers)
 
 
+@pytest.fixture
+def switching() -> Generator[None, None, None]:
+    """Let threads take turns all the time."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("switching")
 def test_erasing_from_memory_that_grows() -> None:
     """Threads may store new users while the rows of one are looked for."""
     storage = InMemoryStorage()
-    storage.write([(f"user {n}", Replace({})) for n in range(200_000)])
+    storage.write([(f"user {n}", Replace({})) for n in range(20_000)])
     is_done = threading.Event()
 
     def store() -> None:
