@@ -626,8 +626,8 @@ def test_no_concurrent_update_is_lost(
                 for _ in range(15):
                     elsewhere.write([("alice", Modify(count))])
 
-            calls = [count_elsewhere, *[partial(databases.run, body)] * 2]
-            for done in [executor.submit(call) for call in calls]:
+            counting = [executor.submit(databases.run, body) for _ in range(2)]
+            for done in [executor.submit(count_elsewhere), *counting]:
                 done.result()
         assert databases.storage.read(["alice"]) == {"alice": {"n": 45}}
 
