@@ -48,6 +48,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make the import of msgspec fail; the library imports it with the first object."""
+    # Otherwise each worker and each program of a test compiles the same modules anew: 40 s in all.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if config.getoption("without_msgspec"):
         sys.modules["msgspec"] = None  # type: ignore[assignment]
 
