@@ -509,6 +509,7 @@ import usermetadata
 from usermetadata.asyncio import update_user_metadata
 
 async def main(name):
+    asyncio.get_running_loop().slow_callback_duration = 60  # -X dev reports 0.1 s
     updates = [update_user_metadata("alice", {f"{name} {n}": n}) for n in range(9)]
     tasks = [asyncio.create_task(update) for update in updates]
     await tasks[0]

@@ -69,12 +69,14 @@ async def repeat(call: Callable[[str], Awaitable[object]], count: int, seconds: 
 
     async def work() -> None:
         nonlocal done
-        while time.perf_counter() < begin + seconds:
+        is_over = False
+        while not is_over:
             try:
                 await call(next(users))
                 done += 1
             except Exception as error:  # noqa: BLE001 - every error is counted
                 errors[f"{type(error).__name__} {error}"[:60].strip()] += 1
+            is_over = time.perf_counter() >= begin + seconds
 
     await asyncio.gather(*(work() for _ in range(count)))
     return Counts(done / (time.perf_counter() - begin), errors)
