@@ -131,7 +131,7 @@ def test_a_locked_row_is_waited_for_until_the_timeout(
     ]
     with locked_row(direct):
         for each in changes:
-            with pytest.raises(StorageBusyError, match="lock timeout: nothing was done, so"):
+            with pytest.raises(StorageBusyError, match="lock timeout; nothing was done; repeat"):
                 storage.write(each)
             assert storage.read(["alice", "bob"]) == {"alice": {"n": 0}}
     assert storage.write([("alice", Modify(count))]) == [{"n": 1}]
@@ -249,7 +249,7 @@ def test_a_write_whose_answer_is_lost_is_not_repeated(
     storage = open_storage(proxy.url)
     storage.write([("alice", Merge({"n": 0}))])
     proxy.replies_to_lose = 1
-    with pytest.raises(OutcomeUnknownError, match="done whole or not at all: read to find out"):
+    with pytest.raises(OutcomeUnknownError, match="done whole or not at all; read to find out"):
         storage.write([("alice", Merge({"n": 1})), ("bob", Merge({"n": 1}))])
     assert storage.read(["alice", "bob"]) == {"alice": {"n": 1}, "bob": {"n": 1}}
 

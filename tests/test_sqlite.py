@@ -141,7 +141,7 @@ def test_the_writer_syncs_as_it_was_told(
         ({"database": "a.db", "synchronous": "OFF"}, "synchronous: 'OFF' is neither"),
         ({"database": "a.db", "timeout": -1}, "timeout: -1 is not a number of seconds"),
         ({"database": "a.db", "timeout": "5"}, "timeout: '5' is not a number of seconds"),
-        ({"database": "a.db", "app_id": ""}, "app_id: is empty"),
+        ({"database": "a.db", "app_id": ""}, "app_id: it is empty"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -588,8 +588,8 @@ def test_an_error_of_the_disk(
 @pytest.mark.parametrize(
     ("files", "advice"),
     [
-        ([], "it is read-only or a replica"),
-        ([".primary"], "it is a replica of LiteFS; write on"),
+        ([], "make it writable, let the file grow"),
+        ([".primary"], "this is a replica of LiteFS: write on"),
     ],
 )
 def test_a_file_system_that_refuses_the_commit(
@@ -603,7 +603,7 @@ def test_a_file_system_that_refuses_the_commit(
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         for change in (Merge({"n": 2}), Modify(lambda _: {"n": 2}), Clear()):
-            with pytest.raises(StorageError, match=f"nothing was written: {advice}") as caught:
+            with pytest.raises(StorageError, match=f"nothing was written; {advice}") as caught:
                 storage.write([("alice", change), ("bob", Merge({"n": 2}))])
             assert not isinstance(caught.value, OutcomeUnknownError)
             assert caught.value.__cause__.sqlite_errorname == "SQLITE_IOERR_WRITE"  # type: ignore[union-attr]

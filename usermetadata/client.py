@@ -74,7 +74,7 @@ class UserMetadata(Generic[M, U]):
     ) -> None:
         if not isinstance(override, (UserMetadataOverrideConfig, type(None))):
             raise InvalidInputError(
-                f"override: {type(override).__name__} is not an override:"
+                f"override: {type(override).__name__} is not an override;"
                 " pass UserMetadataOverrideConfig(functions=...)"
             )
         # Here, because importing the package needs none of it.
@@ -255,9 +255,9 @@ class UserMetadataRecipe(UserMetadata[dict[str, Any], "Mapping[str, Any]"]):
             made = default.claim(Made(recipe, recipe._functions, arguments))
         if made.arguments != arguments:
             raise UsageError(
-                "usermetadata.init() was called before, with other arguments: call it once, where"
-                " the program starts; a test that needs another storage calls"
-                " usermetadata.close() first; a second store is a UserMetadata(...)"
+                "usermetadata.init: it was called before, with other arguments; call it once, where"
+                " the program starts. A test that needs another storage calls"
+                " usermetadata.close() first. A second store is a UserMetadata(...)"
             )
 
     @staticmethod

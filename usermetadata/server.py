@@ -23,7 +23,7 @@ try:
     from starlette.routing import Route
 except ImportError as error:
     raise ImportError(
-        "usermetadata.server needs Starlette;"
+        "usermetadata.server: Starlette is not installed;"
         " pip install 'httptools>=0.6.4' 'starlette>=0.40' 'msgspec>=0.19'"
     ) from error
 

@@ -14,7 +14,7 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        "usermetadata.supertokens needs the SDK; pip install 'supertokens-python>=0.30'"
+        "usermetadata.supertokens: the SDK is not installed; pip install 'supertokens-python>=0.30'"
     ) from error
 
 from usermetadata.asyncio import (

@@ -57,7 +57,7 @@ def check_user_id(user_id: object, name: str = "user_id") -> str:
         >>> check_user_id("")
         Traceback (most recent call last):
             ...
-        usermetadata.exceptions.InvalidInputError: user_id: is empty: pass the id of a user
+        usermetadata.exceptions.InvalidInputError: user_id: it is empty; pass the id of a user
     """
     # Nearly every id is plain, and each call of the library checks one.
     if (
@@ -132,11 +132,12 @@ def copy_metadata(value: object, name: str) -> Metadata:
         >>> copy_metadata({"a": [0, 1, 2, float("nan")]}, "metadata_update")
         Traceback (most recent call last):
             ...
-        usermetadata.exceptions.InvalidInputError: metadata_update["a"][3]: nan is not JSON
+        usermetadata.exceptions.InvalidInputError: metadata_update["a"][3]: nan is not JSON; \
+pass a finite number
     """
     if type(value) is not dict and not isinstance(value, Mapping):
         raise InvalidInputError(
-            f"{name}: {type(value).__name__} is not a mapping: pass a dict of properties"
+            f"{name}: {type(value).__name__} is not a mapping; pass a dict of properties"
         )
     try:
         return _copy_object(value, 1)
@@ -147,19 +148,21 @@ def copy_metadata(value: object, name: str) -> Metadata:
 def _check_identifier(identifier: object, name: str, max_length: int, remedy: str) -> str:
     value = identifier if type(identifier) is str else _plain(identifier)
     if not isinstance(value, str):
-        raise InvalidInputError(f"{name}: {type(identifier).__name__} is not str: {remedy}")
+        raise InvalidInputError(f"{name}: {type(identifier).__name__} is not str; {remedy}")
     if not value:
-        raise InvalidInputError(f"{name}: is empty: {remedy}")
+        raise InvalidInputError(f"{name}: it is empty; {remedy}")
     if len(value) > max_length:
-        raise InvalidInputError(f"{name}: has {len(value)} characters; {max_length} are allowed")
+        raise InvalidInputError(f"{name}: it has {len(value)} characters; {max_length} are allowed")
     if "\0" in value:
-        raise InvalidInputError(f"{name}: holds U+0000, which databases cannot store: {value!r}")
+        raise InvalidInputError(
+            f"{name}: {value!r} holds U+0000, which databases cannot store; leave it out"
+        )
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
             raise InvalidInputError(
-                f"{name}: holds a lone surrogate, which is not Unicode text: {value!r}"
+                f"{name}: {value!r} holds a lone surrogate, which is not Unicode text; leave it out"
             ) from None
     return value
 
@@ -199,7 +202,7 @@ def _copy(value: Any, depth: int) -> Any:  # noqa: PLR0911 - one case per type
     if kind is float:
         if math.isfinite(value):
             return value
-        raise _FaultError(f"{value} is not JSON", value)
+        raise _FaultError(f"{value} is not JSON; pass a finite number", value)
     if isinstance(value, Mapping):
         return _copy_object(value, depth)
     if isinstance(value, (list, tuple)):
@@ -207,7 +210,7 @@ def _copy(value: Any, depth: int) -> Any:  # noqa: PLR0911 - one case per type
     plain = _plain(value)
     if plain is None:
         to = "an int or a float" if isinstance(value, numbers.Number) else "a str"
-        reason = f"{kind.__name__} is not JSON: convert it first, for example to {to}"
+        reason = f"{kind.__name__} is not JSON; convert it first, for example to {to}"
         raise _FaultError(reason, value)
     return _copy(plain, depth)
 
@@ -261,10 +264,12 @@ def _copy_object(  # noqa: C901 - calls would cost more than what they do
                 value if type(value) is str and value.isascii() else _copy(value, depth + 1)
             )
         if len(copied) != len(mapping):
-            raise _FaultError("the same key as another, once both are plain text", key)
+            raise _FaultError(
+                "the same key as another, once both are plain text; leave one out", key
+            )
         for key in copied if depth == 1 else ():
             if "\0" in key:
-                raise _FaultError("a root-level key cannot hold U+0000", key)
+                raise _FaultError("a root-level key cannot hold U+0000; rename it", key)
     except _FaultError as fault:
         fault.pass_through(mapping, key)
         raise
@@ -326,13 +331,13 @@ def _copy_key(key: object) -> str:
     plain = _plain(key)
     if isinstance(plain, str):
         return _copy_text(plain)
-    raise _FaultError(f"a key in JSON is a str, this one is of type {type(key).__name__}", key)
+    raise _FaultError(f"a key of type {type(key).__name__} is not JSON; convert it to a str", key)
 
 
 def _unreadable(container: object, error: Exception) -> _FaultError:
     return _FaultError(
         f"reading this {type(container).__name__} raised {type(error).__name__}, for example"
-        " because it changed meanwhile: pass a plain copy",
+        " because it changed meanwhile; pass a plain copy",
         container,
     )
 
@@ -341,7 +346,7 @@ def _copy_text(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise _FaultError("a lone surrogate is not Unicode text", text) from None
+        raise _FaultError("a lone surrogate is not Unicode text; leave it out", text) from None
     return text
 
 

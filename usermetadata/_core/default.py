@@ -78,6 +78,6 @@ default = Default()
 def not_initialised() -> UsageError:
     """Return the error of a call before ``init``."""
     return UsageError(
-        "usermetadata is not initialised: where the program starts, call"
+        "usermetadata: it is not initialised; where the program starts, call"
         ' usermetadata.init("sqlite:///users.db")'
     )

@@ -26,7 +26,7 @@ try:
     )
 except ImportError as error:
     raise ImportError(
-        "serving HTTP needs httptools;"
+        "usermetadata.server: httptools is not installed;"
         " pip install 'httptools>=0.6.4' 'starlette>=0.40' 'msgspec>=0.19'"
     ) from error
 

@@ -119,7 +119,9 @@ def _sqlalchemys_errors() -> Generator[None, None, None]:
             " session.connection(bind_arguments=...)"
         ) from error
     except exc.TimeoutError as error:
-        raise StorageBusyError(f"connection: {error.args[0]}") from error
+        raise StorageBusyError(
+            f"connection: {error.args[0]}; close sessions sooner, or let the pool open more"
+        ) from error
     except exc.ResourceClosedError as error:
         raise StorageError(f"connection: {error.args[0]}; pass one that is open") from error
     except exc.DBAPIError as error:
@@ -134,7 +136,9 @@ def _sqlalchemys_errors() -> Generator[None, None, None]:
     except exc.SQLAlchemyError as error:
         # What follows quotes the statement that failed before, and its parameters.
         text, _, _ = str(error.args[0] if error.args else error).partition(" Original exception")
-        raise StorageError(f"connection: {text}") from error
+        raise StorageError(
+            f"connection: {text.rstrip('.')}; roll the transaction back and repeat it"
+        ) from error
 
 
 def _from_django(connection: Any) -> DriversConnection:
@@ -150,7 +154,9 @@ def _from_django(connection: Any) -> DriversConnection:
     except Error as error:
         what = StorageError if connection.connection else StorageUnavailableError
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise what(f"connection: {line}") from error
+        raise what(
+            f"connection: {line.rstrip('.')}; check the database, and repeat the transaction"
+        ) from error
     return _from_driver(connection.connection)
 
 

@@ -200,7 +200,7 @@ class _Store(ForkHooks):
 
     def rows(self) -> dict[Key, bytes | None]:
         if self._rows is None:
-            raise UsageError("this InMemoryStorage is closed: make a new one")
+            raise UsageError("memory: this InMemoryStorage is closed; make a new one")
         return self._rows
 
     def close(self) -> None:

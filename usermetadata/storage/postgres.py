@@ -32,7 +32,8 @@ try:
     from usermetadata._core.postgres.transactions import Statement, as_json
 except ImportError as error:
     raise ImportError(
-        "PostgresStorage needs psycopg; pip install 'psycopg[binary,pool]>=3.2' 'msgspec>=0.19'"
+        "PostgresStorage: psycopg is not installed;"
+        " pip install 'psycopg[binary,pool]>=3.2' 'msgspec>=0.19'"
     ) from error
 
 from usermetadata._core.apps import OfOneApp
@@ -344,8 +345,8 @@ class PostgresStorage(OfOneApp):
         for user_id, _ in changes:
             if len(user_id) > length:
                 raise InvalidInputError(
-                    f"user_id: has {len(user_id)} characters; the column user_id of this"
-                    f" database's table takes {length}"
+                    f"user_id: it has {len(user_id)} characters, and the column user_id takes"
+                    f" {length}; pass a shorter one"
                 )
         if not self._indexes:
             return changes

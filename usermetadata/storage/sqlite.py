@@ -119,7 +119,8 @@ class SQLiteStorage(OfOneApp):
             self._connections = FileConnections(path, synchronous, timeout, declared)
         else:
             raise InvalidInputError(
-                f"database: {type(database).__name__} is neither a path nor a sqlite_utils.Database"
+                f"database: {type(database).__name__} is neither a path nor a"
+                ' sqlite_utils.Database; pass for example "users.db"'
             )
 
     def __repr__(self) -> str:

@@ -311,7 +311,9 @@ class Connections(ForkHooks):
         try:
             return psycopg.connect(**self._arguments, autocommit=True)
         except psycopg.Error as error:
-            raise StorageUnavailableError(f"{self.name}: {first_line(error)}") from error
+            raise StorageUnavailableError(
+                f"{self.name}: {first_line(error)}; check the URL, the server and the role's rights"
+            ) from error
 
 
 def _is_of_an_old_statement(error: BaseException) -> bool:

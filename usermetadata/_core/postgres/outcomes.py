@@ -65,8 +65,10 @@ _ADVICE: list[tuple[tuple[type[psycopg.Error], ...], str]] = [
     ),
     (
         (errors.InsufficientPrivilege,),
-        "; grant this role the right, or connect as another role",
+        "; grant the right to this role, or connect as another role",
     ),
+    ((errors.InvalidSchemaName,), "; create it, or pass another schema"),
+    ((errors.DiskFull,), "; free some space on the server and repeat the call"),
     (
         (errors.FeatureNotSupported,),
         (
@@ -187,12 +189,12 @@ def translate(error: psycopg.Error, name: str, *, is_write: bool) -> Exception:
             f"{text}; pass the app_id of an app of the SuperTokens core whose table this is"
         )
     if isinstance(error, _IN_THE_WAY):
-        return StorageBusyError(f"{text}: nothing was done, so the call may be repeated")
+        return StorageBusyError(f"{text}; nothing was done; repeat the call")
     if is_write and is_lost(error) and not isinstance(error, UNDONE):
         if not isinstance(error, UnsettledError):
             text += ": the connection was lost during a write"
         return OutcomeUnknownError(
-            f"{text}; the write was done whole or not at all: read to find out"
+            f"{text}; the write was done whole or not at all; read to find out"
         )
     if isinstance(error, errors.AdminShutdown) or is_lost(error):
         # Citus says itself which worker cannot be reached.

@@ -22,6 +22,7 @@ _ADVICE = [
     ("closed database", "; pass a connection that is open"),
     ("full", "; free some space and repeat the call"),
     ("not a database", "; name an SQLite file, or one that does not exist yet"),
+    ("disk I/O", "; check the disk and the file system, and repeat the call"),
     ("malformed", "; restore it from a backup; `sqlite3 FILE .recover` may save rows"),
     ("actually a view", "; use another file"),
     ("same thread", "; use it there, or open it with check_same_thread=False"),
@@ -49,8 +50,8 @@ def translate(error: Exception, name: str) -> StorageError:
         return busy(name)
     if _no_descriptor_is_left():
         return StorageError(
-            f"{name}: {message}: this process has too many open files; close some, or raise the"
-            " limit (ulimit -n)"
+            f"{name}: {message}, because this process has too many open files; close some, or"
+            " raise the limit (ulimit -n)"
         )
     directory = os.path.dirname(name)  # none if it is the caller's connection
     if "unable to open" in message and directory:
@@ -95,17 +96,17 @@ def after_commit(error: Exception, name: str) -> None:
         if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_WRITE:
             raise _refused(error, name) from error
         raise OutcomeUnknownError(
-            f"{name}: {error} during COMMIT: whether the write was stored is unknown; read to find"
-            " out"
+            f"{name}: {error} during COMMIT, so it is unknown whether the write was stored; read to"
+            " find out"
         ) from error
 
 
 def _refused(error: Exception, name: str) -> StorageError:
-    advice = "it is read-only or a replica, or the file may not grow; write where it may be written"
+    advice = "make it writable, let the file grow, or write on the primary if this is a replica"
     if os.path.exists(os.path.join(os.path.dirname(name), ".primary")):
-        advice = "it is a replica of LiteFS; write on the primary, whose name is in its .primary"
+        advice = "this is a replica of LiteFS: write on the primary, whose name is in its .primary"
     return StorageError(
-        f"{name}: {error}: the file system has refused COMMIT, so nothing was written: {advice}"
+        f"{name}: {error}: the file system has refused COMMIT, so nothing was written; {advice}"
     )
 
 
