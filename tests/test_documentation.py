@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import doctest
 import importlib
+import itertools
 import json
 import os
 import pkgutil
@@ -16,6 +17,7 @@ import sys
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -328,13 +330,78 @@ def test_one_file_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert alice["theme"] == "dark"
 
 
-def test_links_between_pages_lead_somewhere() -> None:
-    """Every link to a file leads to a file that exists."""
-    for page in PAGES:
-        prose = re.sub("```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-        for target in re.findall(r"\]\(([^)#\s]+?)(?:#[^)]*)?\)", prose):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+def prose_of(page: Path) -> str:
+    """Return the text of a page without its blocks and spans of code."""
+    text = re.sub(
+        r"^(```+).*?^\1", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
+    return re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", lambda code: re.sub(r"[][()]", "", code[0]), text)
+
+
+def links_of(page: Path) -> list[str]:
+    """Return the targets of the links on a page."""
+    return re.findall(r"\]\(([^)\s]*)\)", prose_of(page))
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    anchors: set[str] = set()
+    for title in re.findall(r"^#+ (.+)", prose_of(page), re.MULTILINE):
+        anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        repeated = (f"{anchor}-{number}" for number in itertools.count(1))
+        anchors.add(
+            next(each for each in itertools.chain([anchor], repeated) if each not in anchors)
+        )
+    return anchors
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_pages_lead_somewhere(page: Path) -> None:
+    """Each link to a file or a heading leads to one that exists, as GitHub shows the pages.
+
+    Sphinx checks the same for the pages that it builds, with ``-W``.
+    """
+    for link in links_of(page):
+        if ":" not in link:
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors_of(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_other_sites_are_addresses(page: Path) -> None:
+    """Each is an address with https, and nothing else: no request is made."""
+    for link in links_of(page):
+        if ":" in link:
+            address = urlsplit(link)
+            assert address.scheme == "https", link
+            assert re.fullmatch(r"[\w-]+(\.[\w-]+)+", address.netloc), link
+            assert link.isascii(), link
+
+
+def test_the_pages_have_links() -> None:
+    """The tests above find the links, and the headings of their targets."""
+    links = [link for page in PAGES for link in links_of(page)]
+    assert len([link for link in links if "#" in link and ":" not in link]) > 50
+    assert len([link for link in links if ":" in link]) > 30
+    assert "with-asyncio" in anchors_of(ROOT / "docs/concurrency.md")
+
+
+def test_pages_that_the_code_names_exist() -> None:
+    """Docstrings, messages and comments name no page that is not there."""
+    for program in [
+        *ROOT.glob("usermetadata/**/*.py"),
+        *ROOT.glob("docs/examples/*.py"),
+        *ROOT.glob("tests/**/*.py"),
+    ]:
+        if "node_modules" in program.parts:
+            continue
+        for path, anchor in re.findall(
+            r"\b(docs/[\w-]+\.md)(?:#([\w-]+))?", program.read_text(encoding="utf-8")
+        ):
+            assert (ROOT / path).exists(), f"{program.name}: {path}"
+            assert not anchor or anchor in anchors_of(ROOT / path), f"{program.name}: {path}"
 
 
 def test_the_test_index_names_tests_that_exist() -> None:
