@@ -46,14 +46,12 @@ FILE, DATABASE = "/srv/app/users.db", "db.internal/shop"
 
 
 def messages() -> list[str]:
-    """Return the messages on the page: each is a paragraph of code."""
+    """Return the messages on the page: each is a quoted paragraph of code."""
     shown: list[str] = []
     for paragraph in PAGE.read_text(encoding="utf-8").split("\n\n"):
-        found = re.fullmatch(
-            r"(`{1,2}) ?((?:\w+Error|\d{3}): .*?) ?\1", paragraph.strip(), re.DOTALL
-        )
-        if found:
-            shown.append(" ".join(found[2].split()))
+        if paragraph.startswith("> "):
+            text = " ".join(line.removeprefix("> ") for line in paragraph.splitlines())
+            shown.append(text.strip("`").strip())
     return shown
 
 
