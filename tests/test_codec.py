@@ -77,7 +77,7 @@ BAD_INPUT: dict[str, tuple[object, str]] = {
     "None key": ({"a": {None: 1}}, 'update["a"][None]: a key of type NoneType is not JSON'),
     "tuple key": ({"a": [{(): 1}]}, 'update["a"][0][()]: a key of type tuple is not JSON'),
     "set": ({"a": {1}}, 'update["a"]: set is not JSON'),
-    "datetime": ({"a": datetime.datetime.min}, 'update["a"]: datetime is not JSON: convert it'),
+    "datetime": ({"a": datetime.datetime.min}, 'update["a"]: datetime is not JSON; convert it'),
     "decimal": ({"a": decimal.Decimal(1)}, 'update["a"]: Decimal is not JSON'),
     "bytes": ({"a": b"b"}, 'update["a"]: bytes is not JSON'),
     "object": ({"a": object()}, 'update["a"]: object is not JSON'),

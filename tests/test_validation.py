@@ -224,15 +224,15 @@ def test_numpys_scalars_become_plain(scalar: Any, plain: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (decimal.Decimal("0.1"), "Decimal is not JSON: convert it .* an int or a float"),
-        (fractions.Fraction(1, 3), "Fraction is not JSON: convert it .* an int or a float"),
-        (np.longdouble(0.1), "longdouble is not JSON: convert it .* an int or a float"),
+        (decimal.Decimal("0.1"), "Decimal is not JSON; convert it .* an int or a float"),
+        (fractions.Fraction(1, 3), "Fraction is not JSON; convert it .* an int or a float"),
+        (np.longdouble(0.1), "longdouble is not JSON; convert it .* an int or a float"),
         (np.float32("nan"), "nan is not JSON"),
         (np.timedelta64(5, "ns"), "timedelta64 is not JSON"),
-        (np.datetime64(5, "ns"), "datetime64 is not JSON: convert it .* a str"),
-        (np.bytes_(b"x"), "bytes_ is not JSON: convert it .* a str"),
+        (np.datetime64(5, "ns"), "datetime64 is not JSON; convert it .* a str"),
+        (np.bytes_(b"x"), "bytes_ is not JSON; convert it .* a str"),
         (np.array(5), "ndarray is not JSON"),
-        (datetime.datetime.min, "datetime is not JSON: convert it .* a str"),
+        (datetime.datetime.min, "datetime is not JSON; convert it .* a str"),
     ],
 )
 def test_what_would_change_is_refused(value: Any, message: str) -> None:
