@@ -660,7 +660,7 @@ def test_a_flush_that_fails(database: Path) -> None:
     command = [sys.executable, "-c", FLUSHES_FAIL, str(database)]
     shown = subprocess.check_output(command, text=True).splitlines()
     assert shown[0].startswith("SQLITE_IOERR_FSYNC ")
-    assert shown[0].endswith("whether the write was stored is unknown; read to find out")
+    assert shown[0].endswith("it is unknown whether the write was stored; read to find out")
     assert shown[1] == "{'alice': {'n': 2}}"
 
 

@@ -28,6 +28,7 @@ from postgres_server import OwnServer, server_url, with_parameters
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import ConnectionPool
 from sqlite_utils import Database
+from test_sqlite import FLUSHES_FAIL
 
 import usermetadata
 import usermetadata.asyncio
@@ -415,11 +416,12 @@ def refused_commit(place: Place) -> None:
 
 
 @provokes
-def failed_commit(place: Place) -> None:
-    users = place.sqlite()
-    size = place.file.with_name("users.db-wal").stat().st_size
-    with small_files(size + 20_000):
-        users.syncio.update_user_metadata("alice", {"text": "x" * 200_000})
+def failed_flush(place: Place) -> str:
+    if sys.platform != "linux":
+        pytest.skip("needs Linux: the kernel refuses to flush")
+    command = [sys.executable, "-c", FLUSHES_FAIL, str(place.file)]
+    _, text = subprocess.check_output(command, text=True).splitlines()[0].split(" ", 1)
+    return f"OutcomeUnknownError: {text}"
 
 
 @provokes
