@@ -215,7 +215,7 @@ def test_what_may_not_be_committed_is_not_acknowledged(
 ) -> None:
     """If COMMIT is not answered, or not with COMMIT, the outcome of a write is unknown."""
     pooler.fates = [fate]
-    with pytest.raises(OutcomeUnknownError, match="done whole or not at all: read to find out"):
+    with pytest.raises(OutcomeUnknownError, match="done whole or not at all; read to find out"):
         storage.write(changes)
     assert pooler.fates == []
     written = {user_id: {"n": 2} for user_id, _ in changes}

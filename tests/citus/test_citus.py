@@ -332,11 +332,11 @@ def test_a_commit_in_doubt_is_not_repeated(
     assert storage.write([(user, Merge({"n": 1}))]) == [{"n": 1}]
     assert network.answer_to_lose == b""
     network.answer_to_lose = b"COMMIT\0"
-    with pytest.raises(OutcomeUnknownError, match="done whole or not at all: read to find out"):
+    with pytest.raises(OutcomeUnknownError, match="done whole or not at all; read to find out"):
         storage.write([(user, change)])
     assert storage.read([user]) == {user: {"n": 2}}
     network.answer_to_lose = b"PREPARE TRANSACTION"
-    with pytest.raises(OutcomeUnknownError, match="done whole or not at all: read to find out"):
+    with pytest.raises(OutcomeUnknownError, match="done whole or not at all; read to find out"):
         storage.write([(user, Merge({"n": 3})), (other, Merge({"n": 3}))])
     stored = storage.read([user, other])
     assert stored == {user: {"n": 2}}
