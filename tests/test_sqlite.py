@@ -12,9 +12,11 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -35,7 +37,6 @@ from usermetadata.changes import Clear, Merge, Modify, Replace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
-    from pathlib import Path
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
