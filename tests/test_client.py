@@ -177,7 +177,7 @@ def test_two_stores_on_one_storage_have_one_lock(storage: Any) -> None:
     ("arguments", "message"),
     [
         ({"storage": "mongodb://x"}, "unsupported storage URL"),
-        ({"storage": "memory://", "app_id": ""}, "app_id: it is empty"),
+        ({"storage": "memory://", "app_id": ""}, "app_id: is empty"),
         ({"storage": "memory://", "override": 7}, "override: int is not an override"),
         ({"storage": "memory://", "model": 7}, "model: int cannot validate metadata"),
     ],
@@ -295,7 +295,7 @@ def test_erasing_returns_what_was_there(facade: Any, storage: Any) -> None:
     erased = facade.erase_user("alice", None, all_apps=True)
     assert (erased.metadata, erased.by_app) == ({"n": 2}, {"public": {"n": 2}, "shop": {"n": 3}})
     assert storage.read(["alice", "bob"]) == {"bob": {"n": 1}}
-    with pytest.raises(InvalidInputError, match="user_id: it is empty"):
+    with pytest.raises(InvalidInputError, match="user_id: is empty"):
         facade.erase_user("", all_apps=True)
 
 

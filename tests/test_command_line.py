@@ -99,7 +99,7 @@ def test_the_functions_are_commands(shell: Shell) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["clear", ""], 2, "user_id: it is empty"),
+        (["clear", ""], 2, "user_id: is empty"),
         (["get", "alice"], 2, "--storage: there is no file "),
         (["export", "--storage", "missing.db"], 2, "--storage: there is no file missing.db"),
         (["update", "alice", "{"], 2, "metadata_update: it is not JSON: Expecting property name"),
@@ -530,7 +530,7 @@ def test_an_import_is_resumed(shell: Shell, tmp_path: Path) -> None:
         ('{"userId": "alice", "metadata": {}, "more": 1}', 'line 2: is not {"userId": "...", '),
         ('{"userId": "alice"}', 'line 2: is not {"userId": "...", '),
         ('["alice", {}]', 'line 2: is not {"userId": "...", '),
-        ('{"userId": "", "metadata": {}}', "line 2: userId: it is empty"),
+        ('{"userId": "", "metadata": {}}', "line 2: userId: is empty"),
         ('{"userId": "alice", "metadata": {"n": NaN}}', 'line 2["metadata"]["n"]: NaN is not JSON'),
     ],
 )

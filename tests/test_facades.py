@@ -266,9 +266,9 @@ def test_what_the_function_started_may_call_the_library_later(facade: Any) -> No
 @pytest.mark.parametrize(
     ("function", "arguments", "message"),
     [
-        ("get_user_metadata", [""], "user_id: it is empty"),
+        ("get_user_metadata", [""], "user_id: is empty"),
         ("get_user_metadata", [7], "user_id: int is not str"),
-        ("clear_user_metadata", ["a" * 256], "user_id: it has 256 characters"),
+        ("clear_user_metadata", ["a" * 256], "user_id: has 256 characters"),
         ("update_user_metadata", ["a\0", {}], "user_id: holds U"),
         ("update_user_metadata", ["alice", None], "metadata_update: NoneType is not a mapping"),
         ("update_user_metadata", ["alice", {"a": {2}}], 'metadata_update\\["a"\\]: set is not'),
@@ -277,9 +277,9 @@ def test_what_the_function_started_may_call_the_library_later(facade: Any) -> No
         ("modify_user_metadata", [None, dict], "user_id: NoneType is not str"),
         ("get_bulk_user_metadata", ["alice"], "user_ids: str is not a list of user ids"),
         ("get_bulk_user_metadata", [7], "user_ids: int is not a list of user ids"),
-        ("get_bulk_user_metadata", [["alice", ""]], "user_ids\\[1\\]: it is empty"),
+        ("get_bulk_user_metadata", [["alice", ""]], "user_ids\\[1\\]: is empty"),
         ("update_bulk_user_metadata", [["alice"]], "metadata_updates: list is not a mapping"),
-        ("update_bulk_user_metadata", [{"": {}}], "metadata_updates: the key '': it is empty"),
+        ("update_bulk_user_metadata", [{"": {}}], "metadata_updates: the key '': is empty"),
     ],
 )
 def test_bad_input_is_refused(

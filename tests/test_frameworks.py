@@ -227,7 +227,7 @@ def test_what_cannot_be_stored_is_answered_400(send: Send) -> None:
     """Bad input gets a 400 response that gives its place; nothing is written."""
     for user_id, body, message in (
         ("alice", b'{"size": [1, NaN]}', 'metadata_update["size"][1]: nan is not JSON'),
-        ("a" * 256, b"{}", "user_id: it has 256 characters; 255 are allowed"),
+        ("a" * 256, b"{}", "user_id: has 256 characters; 255 are allowed"),
     ):
         answer = send("POST /updateinfo", user_id, body)
         assert (answer.status, answer.json) == (400, {"message": message})

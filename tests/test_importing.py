@@ -306,7 +306,7 @@ INVALID: dict[str, tuple[str | bytes, list[str]]] = {
         ),
         [
             "user 2: it is not an object",
-            "user 3: id: it is empty",
+            "user 3: id: is empty",
             'user 5: metadata["public_metadata"]["n"]: a lone surrogate',
         ],
     ),
@@ -324,7 +324,7 @@ INVALID: dict[str, tuple[str | bytes, list[str]]] = {
         ),
         [
             "line 3: app_id: it is not that of the rows before; export one app at a time",
-            "line 4: user_id: it is empty",
+            "line 4: user_id: is empty",
             "line 5: user_metadata: it is not JSON",
             "line 6: user_metadata: it is not an object",
         ],

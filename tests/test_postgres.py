@@ -335,7 +335,7 @@ def test_a_cores_columns_have_their_limits(core: Core, postgres: PostgresStorage
     """User ids longer than 128 characters, and apps that the core does not know, are refused."""
     longest = "\u00e9" * 128
     assert postgres.write([(longest, Merge({"n": 1}))]) == [{"n": 1}]
-    with pytest.raises(InvalidInputError, match=r"user_id: it has 129 characters, .* takes 128"):
+    with pytest.raises(InvalidInputError, match=r"user_id: has 129 characters, .* takes 128"):
         postgres.write([("alice", Merge({})), (longest + "x", Merge({}))])
     assert postgres.read(["alice", longest + "x"]) == {}
     with pytest.raises(

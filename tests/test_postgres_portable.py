@@ -285,7 +285,7 @@ def test_a_write_whose_answer_is_lost_is_not_repeated(
             proxy.replies_to_lose = 1
             return count(metadata)
 
-        with pytest.raises(OutcomeUnknownError, match="done whole or not at all: read to find"):
+        with pytest.raises(OutcomeUnknownError, match="done whole or not at all; read to find"):
             storage.write([("alice", Modify(lose)), ("bob", Merge({"n": 1}))])
         assert storage.read(["alice", "bob"]) == {"alice": {"n": 1, "m": 0}, "bob": {"n": 1}}
 

@@ -320,7 +320,7 @@ def test_a_role_that_may_only_select(
         contextlib.closing(PostgresStorage(make_conninfo(url, user=reader))) as storage,
     ):
         assert storage.read(["alice"]) == {}
-        with pytest.raises(StorageError, match=r"permission denied for schema .*; grant this role"):
+        with pytest.raises(StorageError, match=r"permission denied for schema .*; grant the right"):
             storage.write([("alice", Merge({"n": 1}))])
         writer.write([("alice", Merge(ALICE))])
         with pytest.raises(StorageError, match="permission denied for table user_metadata; grant"):
@@ -331,9 +331,9 @@ def test_a_role_that_may_only_select(
         assert storage.read_after("", 9) == {"alice": ALICE}
         assert storage.count(None) == 1
         for change in CHANGES:
-            with pytest.raises(StorageError, match="for table user_metadata; grant this role the"):
+            with pytest.raises(StorageError, match="for table user_metadata; grant the right"):
                 storage.write([("alice", change)])
-        with pytest.raises(StorageError, match="for table user_metadata; grant this role the"):
+        with pytest.raises(StorageError, match="for table user_metadata; grant the right"):
             storage.erase("alice", lambda _: None)
         assert writer.read(["alice"]) == {"alice": ALICE}
 
@@ -352,7 +352,7 @@ def test_a_role_that_may_only_select_finds_users(
         writer.write([("alice", Merge(ALICE))])
         grant = SQL("GRANT SELECT ON user_metadata TO {}")
         direct.execute(grant.format(Identifier(reader)))
-        with pytest.raises(StorageError, match="table user_metadata_indexes; grant this role"):
+        with pytest.raises(StorageError, match="table user_metadata_indexes; grant the right"):
             storage.find({"plan": "pro"}, "", 5)
         grant = SQL("GRANT SELECT ON user_metadata_indexes, user_metadata_index_entries TO {}")
         direct.execute(grant.format(Identifier(reader)))
@@ -378,7 +378,7 @@ def test_the_statements_of_the_page(direct: psycopg.Connection[Any], schema: str
         try:
             direct.execute(statements.encode())
             assert reader.read(["alice"]) == reader.find({"plan": "pro"}, "", 5) == {"alice": ALICE}
-            with pytest.raises(StorageError, match="for table user_metadata; grant this role the"):
+            with pytest.raises(StorageError, match="for table user_metadata; grant the right"):
                 reader.write([("alice", Merge({"n": 1}))])
         finally:
             direct.execute(SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(Identifier(role)))

@@ -129,7 +129,7 @@ def test_init_refuses_what_it_does_not_know(storage: Any) -> None:
         ("sqlite:///users.db?timeout=soon", "parameter timeout is not a number"),
         ("sqlite:///users.db?timeout=-1", "timeout: -1.0 is not a number of seconds"),
         ("sqlite:///users.db?synchronous=off", "synchronous: 'OFF' is neither"),
-        ("sqlite:///users.db?app_id=", "app_id: it is empty"),
+        ("sqlite:///users.db?app_id=", "app_id: is empty"),
         ("sqlite:///file:users.db", "the text is neither a URL nor plainly a path"),
         ("sqlite:///users.db\n", "the text is neither a URL nor plainly a path"),
         ("memory://?timeout=5", 'a URL of memory:// has no parameter "timeout"'),

@@ -234,7 +234,7 @@ def test_paths_ignore_case_and_one_slash(client: Client) -> None:
         ),
         (
             ("PUT", METADATA, {"userId": "", "metadataUpdate": {}}),
-            "user_id: it is empty; pass the id of a user",
+            "user_id: is empty; pass the id of a user",
         ),
         (
             ("PUT", METADATA, b'{"userId": "a", "metadataUpdate": {"n": 1e999}}'),

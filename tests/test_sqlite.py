@@ -142,7 +142,7 @@ def test_the_writer_syncs_as_it_was_told(
         ({"database": "a.db", "synchronous": "OFF"}, "synchronous: 'OFF' is neither"),
         ({"database": "a.db", "timeout": -1}, "timeout: -1 is not a number of seconds"),
         ({"database": "a.db", "timeout": "5"}, "timeout: '5' is not a number of seconds"),
-        ({"database": "a.db", "app_id": ""}, "app_id: it is empty"),
+        ({"database": "a.db", "app_id": ""}, "app_id: is empty"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:

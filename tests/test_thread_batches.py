@@ -20,6 +20,7 @@ from usermetadata import (
     OutcomeUnknownError,
     SQLiteStorage,
     StorageBusyError,
+    StorageError,
     StorageUnavailableError,
     UsageError,
 )
@@ -206,20 +207,24 @@ def test_a_call_that_waits_too_long_has_written_nothing(
         assert contended.storage.write([("alice", Merge({"n": 1}))]) == [{"n": 1}]
 
 
-def test_an_error_of_the_disk_is_not_repeated(contended: Contended) -> None:
-    """If the outcome of a shared commit is unknown, every call says so; none is repeated."""
+def test_a_commit_that_the_disk_refuses_is_taken_apart(contended: Contended) -> None:
+    """Nothing of a shared commit that is refused was written, so only the call at fault fails."""
     first = contended.threads.start(contended.storage.write, [("first", Merge({"n": 1}))])
-    shared = contended.write_at_once([(f"user {n}", Merge({"x": "x" * 50_000})) for n in range(4)])
+    sizes = (1, 1, 300_000, 1)
+    shared = contended.write_at_once(
+        [(f"user {n}", Merge({"x": "x" * size})) for n, size in enumerate(sizes)]
+    )
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
     try:
         contended.go_on()
         assert first.result(60) == [{"n": 1}]
         errors = [future.exception(60) for future in shared]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [type(error) for error in errors] == [OutcomeUnknownError] * 4
-    assert contended.commits == 2
+    assert [type(error) for error in errors] == [type(None), type(None), StorageError, type(None)]
+    stored = contended.storage.read([f"user {n}" for n in range(4)])
+    assert stored == {f"user {n}": {"x": "x"} for n in (0, 1, 3)}
 
 
 class Gated:

@@ -30,11 +30,11 @@ from usermetadata.validation import check_app_id, check_user_id, copy_metadata
         (None, "user_id: NoneType is not str"),
         (7, "user_id: int is not str"),
         (b"alice", "user_id: bytes is not str"),
-        ("", "user_id: it is empty"),
-        ("a" * 256, "user_id: it has 256 characters; 255 are allowed"),
-        ("a\0", "user_id: .* holds U\\+0000"),
-        ("é\0", "user_id: .* holds U\\+0000"),
-        ("\ud800", "user_id: .* holds a lone surrogate"),
+        ("", "user_id: is empty"),
+        ("a" * 256, "user_id: has 256 characters; 255 are allowed"),
+        ("a\0", "user_id: holds U\\+0000"),
+        ("é\0", "user_id: holds U\\+0000"),
+        ("\ud800", "user_id: holds a lone surrogate"),
     ],
 )
 def test_a_bad_user_id_is_refused(user_id: object, message: str) -> None:
@@ -61,7 +61,7 @@ def test_a_subclass_of_str_becomes_plain() -> None:
 def test_an_app_id_is_shorter() -> None:
     """App ids have at most 64 characters, as in SuperTokens' tables."""
     assert check_app_id("a" * 64) == "a" * 64
-    with pytest.raises(InvalidInputError, match="app_id: it has 65 characters; 64 are allowed"):
+    with pytest.raises(InvalidInputError, match="app_id: has 65 characters; 64 are allowed"):
         check_app_id("a" * 65)
 
 

@@ -57,7 +57,7 @@ def check_user_id(user_id: object, name: str = "user_id") -> str:
         >>> check_user_id("")
         Traceback (most recent call last):
             ...
-        usermetadata.exceptions.InvalidInputError: user_id: it is empty; pass the id of a user
+        usermetadata.exceptions.InvalidInputError: user_id: is empty; pass the id of a user
     """
     # Nearly every id is plain, and each call of the library checks one.
     if (
@@ -132,8 +132,7 @@ def copy_metadata(value: object, name: str) -> Metadata:
         >>> copy_metadata({"a": [0, 1, 2, float("nan")]}, "metadata_update")
         Traceback (most recent call last):
             ...
-        usermetadata.exceptions.InvalidInputError: metadata_update["a"][3]: nan is not JSON; \
-pass a finite number
+        usermetadata.exceptions.InvalidInputError: metadata_update["a"][3]: nan is not JSON
     """
     if type(value) is not dict and not isinstance(value, Mapping):
         raise InvalidInputError(
@@ -150,19 +149,20 @@ def _check_identifier(identifier: object, name: str, max_length: int, remedy: st
     if not isinstance(value, str):
         raise InvalidInputError(f"{name}: {type(identifier).__name__} is not str; {remedy}")
     if not value:
-        raise InvalidInputError(f"{name}: it is empty; {remedy}")
+        raise InvalidInputError(f"{name}: is empty; {remedy}")
     if len(value) > max_length:
-        raise InvalidInputError(f"{name}: it has {len(value)} characters; {max_length} are allowed")
+        raise InvalidInputError(f"{name}: has {len(value)} characters; {max_length} are allowed")
     if "\0" in value:
         raise InvalidInputError(
-            f"{name}: {value!r} holds U+0000, which databases cannot store; leave it out"
+            f"{name}: holds U+0000, which databases cannot store; leave it out: {value!r}"
         )
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
             raise InvalidInputError(
-                f"{name}: {value!r} holds a lone surrogate, which is not Unicode text; leave it out"
+                f"{name}: holds a lone surrogate, which is not Unicode text; leave it out:"
+                f" {value!r}"
             ) from None
     return value
 
@@ -202,7 +202,7 @@ def _copy(value: Any, depth: int) -> Any:  # noqa: PLR0911 - one case per type
     if kind is float:
         if math.isfinite(value):
             return value
-        raise _FaultError(f"{value} is not JSON; pass a finite number", value)
+        raise _FaultError(f"{value} is not JSON", value)
     if isinstance(value, Mapping):
         return _copy_object(value, depth)
     if isinstance(value, (list, tuple)):

@@ -345,7 +345,7 @@ class PostgresStorage(OfOneApp):
         for user_id, _ in changes:
             if len(user_id) > length:
                 raise InvalidInputError(
-                    f"user_id: it has {len(user_id)} characters, and the column user_id takes"
+                    f"user_id: has {len(user_id)} characters, and the column user_id takes"
                     f" {length}; pass a shorter one"
                 )
         if not self._indexes:
