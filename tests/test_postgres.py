@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, urlencode
 
 import psycopg
@@ -310,6 +310,38 @@ def test_round_trips_of_a_read(schema: str, count: int) -> None:
             before = proxy.round_trips
             assert len(storage.read(users)) == count
             assert proxy.round_trips - before == 1
+
+
+@pytest.mark.parametrize("statements", [None, "portable"])
+def test_no_call_reads_the_whole_table(
+    schema: str, direct: psycopg.Connection[Any], statements: Literal["portable"] | None
+) -> None:
+    """Each call finds its users by the key, also in a table that was never analysed."""
+    with contextlib.closing(PostgresStorage(server_url(), schema=schema)) as storage:
+        storage.write([("alice", Merge({}))])
+    direct.execute("ALTER TABLE user_metadata SET (autovacuum_enabled = off)")
+    direct.execute("""
+        INSERT INTO user_metadata (user_id, user_metadata)
+        SELECT 'user ' || n, '{"text": "' || repeat('x', 100) || '"}'
+        FROM generate_series(1, 10000) AS n
+    """)
+    some = [f"user {n}" for n in range(1, 9)]
+    change = Modify(lambda metadata: {**metadata, "n": 1})
+    url = make_conninfo(server_url(), application_name=schema)
+    storage = PostgresStorage(url, schema=schema, statements=statements)
+    with contextlib.closing(storage):
+        for user_ids in (["user 10"], some, ["absent"], ["absent", "nobody"]):
+            storage.read(user_ids)
+            for each in (Merge({"n": 1}), change, Replace({}), Clear(), Clear()):
+                storage.write([(user_id, each) for user_id in user_ids])
+    # The server has counted when the storage's connections have ended.
+    query = "SELECT FROM pg_stat_activity WHERE application_name = %s"
+    while direct.execute(query, [schema]).fetchone() is not None:
+        pass
+    query = "SELECT seq_tup_read, idx_tup_fetch FROM pg_stat_user_tables WHERE schemaname = %s"
+    [(scanned, fetched)] = direct.execute(query, [schema]).fetchall()
+    assert scanned == 0
+    assert 20 < fetched < 1000
 
 
 # A SuperTokens core on the same table.

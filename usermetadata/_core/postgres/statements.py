@@ -183,6 +183,7 @@ MERGE, MERGE_ONE = _each(_MERGE), _one(_MERGE)
 STORE, STORE_ONE = _each(_STORE), _one(_STORE)
 # Replaces each row by itself, which locks it; inserts a placeholder where there is none.
 HOLD = _each(_UPSERT + "coalesce(stored.user_metadata, current_user)")
+# A join with the ids may read the whole table; an array is looked up in the key.
 # The last query sees the rows as they were before. One that another transaction has removed
 # in between counts as not removed; with the rows held, that cannot happen. A row-level policy may
 # hide a row.
@@ -191,21 +192,19 @@ REMOVE = (
 WITH sent AS (
     SELECT user_id FROM json_array_elements_text(%(user_ids)s::json) AS user_id
 ), gone AS (
-    DELETE FROM {table} AS stored
-    USING (
-        SELECT user_id{lock}
-        FROM sent, {timeout}
-        ORDER BY user_id) AS rows
-    WHERE stored.app_id = %(app_id)s AND stored.user_id = rows.user_id
-    RETURNING stored.user_id
+    DELETE FROM {table} WHERE app_id = %(app_id)s AND user_id = ANY (ARRAY(
+        SELECT user_id FROM (
+            SELECT user_id{lock}
+            FROM sent, {timeout}
+            ORDER BY user_id) AS rows))
+    RETURNING user_id
 )
 SELECT """
     + _RAISE.replace("{user_id}", "user_id")
     + """, NULL FROM sent
 WHERE user_id NOT IN (SELECT user_id FROM gone) AND (
     row_security_active({name})
-    OR EXISTS (
-        SELECT FROM {table} AS still
+    OR (SELECT true FROM {table} AS still
         WHERE still.app_id = %(app_id)s AND still.user_id = sent.user_id))
 """
 )
