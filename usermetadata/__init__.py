@@ -40,7 +40,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> object:
-    # On first use: importing sqlite-utils or psycopg takes a while.
+    # Imported on first use: sqlite-utils and psycopg are slow to import.
     if name in _LAZY:
         from importlib import import_module
 
@@ -48,7 +48,7 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# Without PostgresStorage, which an import of everything could not find if psycopg is missing.
+# Without PostgresStorage: `import *` would fail if psycopg is not installed.
 __all__ = [
     "DamagedMetadataError",
     "InMemoryStorage",

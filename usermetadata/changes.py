@@ -1,8 +1,8 @@
 """Changes: pure callables from the stored metadata to the new metadata.
 
 ``None`` on either side means "no row". A storage calls each change inside its own lock or
-transaction. It may recognise one of the classes here and do the same natively, for example as one
-SQL statement; it calls every other change.
+transaction. It may recognise the classes of this module and do the same natively, for example as
+one SQL statement. It calls every other change.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class Replace:
-    """Store ``metadata`` in place of what is stored; root-level ``None`` is left out.
+    """Replace the stored metadata with ``metadata``; root-level ``None`` is left out.
 
     Args:
         metadata: the new properties.
@@ -76,8 +76,8 @@ class Modify:
     """Replace the stored metadata with ``function(metadata)``; root-level ``None`` is left out.
 
     Args:
-        function: takes the stored metadata (``{}`` if there is none; it may change it) and returns
-            the new metadata. If it raises, the storage stays as it was.
+        function: takes the stored metadata, ``{}`` if there is none, and returns the new metadata.
+            It may change its argument. If it raises, the storage stays as it was.
 
     Example:
         >>> Modify(lambda metadata: {"visits": metadata.get("visits", 0) + 1})(None)
@@ -104,13 +104,13 @@ def apply_in_order(
 ) -> list[dict[str, Any] | None]:
     """Apply changes one after the other to encoded rows; for storages that keep text or bytes.
 
-    Each change sees the results of those before it. What ``encode`` returns shares nothing with the
-    results, so neither do the rows.
+    Each change sees the results of those before it. The rows share nothing with the results,
+    because ``encode`` returns a new object.
 
     Args:
         changes: pairs of a row's key and the change to that row.
-        rows: the stored rows by key, at least those that the changes read; absent ones are missing.
-            Afterwards it holds the new row of every key that was changed, if it still has one.
+        rows: the stored rows by key, at least those that the changes read, without absent rows. The
+            function updates it: changed rows are replaced, removed rows are deleted.
         decode: takes a key and its row and returns the metadata.
         encode: takes the new metadata and returns the row.
 

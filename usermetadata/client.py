@@ -1,4 +1,4 @@
-"""``UserMetadata``, and the one that ``init`` makes for the functions of both facades' modules."""
+"""``UserMetadata``, and ``init``, which makes one for ``syncio`` and ``asyncio``."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 
 
 class UserMetadata(Generic[M, U]):
-    """One store of metadata: a storage, an override, and the functions of both facades on them.
+    """One store of metadata: a storage, an override, and the functions that use them.
 
-    A process may have any number of them. They are independent of each other, and may be used in
+    A process may have any number of stores. They are independent of each other, and may be used in
     any thread and event loop. Nothing is opened before the first call.
 
-    ``UserMetadata[Prefs]``, with a ``TypedDict``, is typed: the metadata of every result and the
-    argument of ``modify``'s function are ``Prefs``, and so must be what is set. An update is
-    ``Prefs`` as well, or the second type: ``UserMetadata[Prefs, PrefsUpdate]``. At run time the
+    ``UserMetadata[Prefs]``, with a ``TypedDict``, is typed. ``Prefs`` is the type of the stored
+    metadata: in results, in ``set`` and in the function of ``modify``. It is also the type of an
+    update, unless a second type is given: ``UserMetadata[Prefs, PrefsUpdate]``. At run time the
     types have no effect.
 
     Args:
-        storage: a storage, a URL or a path, as ``init`` takes them.
+        storage: a storage, a URL or a path, as for ``init``.
         override: replaces or wraps the functions.
-        app_id: the app whose metadata it is; ``None`` means that of the storage, ``"public"`` if
-            neither the URL nor the storage has another.
-        model: validates what would be stored, before it is written: a function that takes the
-            metadata and raises an exception, or returns ``False``, if it is not valid; a
+        app_id: the app of the metadata. ``None`` means the app of the URL or the storage, by
+            default ``"public"``.
+        model: validates metadata before it is written. It may be a function that takes the metadata
+            and, if that is not valid, raises an exception or returns ``False``. It may also be a
             ``pydantic.TypeAdapter``, a pydantic model, or another object with a method
-            ``validate_python``. The metadata is stored as it was passed. An exception becomes the
+            ``validate_python``. The metadata is stored as it was passed. The exception becomes the
             cause of an ``InvalidInputError``.
-        indexes: the properties that users can be found by, for a URL or a path.
+        indexes: the properties by which users can be found. Only with a URL or a path.
 
     Attributes:
         syncio: the functions of :mod:`usermetadata.syncio`, on this store.
@@ -77,7 +77,7 @@ class UserMetadata(Generic[M, U]):
                 f"override: {type(override).__name__} is not an override;"
                 " pass UserMetadataOverrideConfig(functions=...)"
             )
-        # Here, because importing the package needs none of it.
+        # Imported here to keep importing the package fast.
         from usermetadata._core.functions import Functions, Store
         from usermetadata._core.urls import open_storage
 
@@ -113,10 +113,10 @@ class UserMetadata(Generic[M, U]):
         return self._functions.storage
 
     def for_app(self, app_id: str) -> Self:
-        """Return the same store for another app; neither sees the other's users.
+        """Return this store for another app; neither sees the other's users.
 
-        It shares connections and threads with this one, so any number of apps need no more of them.
-        It has the same override and model. Only closing this one closes the store.
+        Both share the connections, the threads, the override and the model, so many apps need no
+        more connections than one. Only closing this object closes the store.
 
         Args:
             app_id: 1 to 64 characters, without U+0000.
@@ -142,25 +142,23 @@ class UserMetadata(Generic[M, U]):
 
     @contextmanager
     def within(self, connection: object) -> Generator[SyncioUserMetadata[M, U], None, None]:
-        """Read and write in the caller's own transaction: a block with blocking functions.
+        """Read and write in the caller's transaction, with blocking functions in a ``with`` block.
 
-        What they write is committed or rolled back with all that the caller does in the
-        transaction. The block does not commit, roll back or close anything. Each write runs in a
-        savepoint, so that the transaction stays usable after one that failed. Reads see what the
-        transaction has written. Nothing is repeated. On a connection in autocommit mode, each call
-        is a transaction of its own.
+        Metadata is committed or rolled back together with the caller's other changes. The block
+        does not commit, roll back or close anything. Each write runs in a savepoint, so the
+        transaction stays usable after a failed write. Reads see what the transaction has written.
+        No call is retried. On a connection in autocommit mode, each call is a separate transaction.
 
         Args:
             connection: a ``sqlite3.Connection``, a ``sqlite_utils.Database``, a
                 ``psycopg.Connection``, a SQLAlchemy ``Session`` or ``Connection``, or Django's
-                ``connection``. It is one to the database of the storage.
+                ``connection``. It must be connected to the storage's database.
 
         Yields:
             The functions of :mod:`usermetadata.syncio`. After the block they raise ``UsageError``.
 
         Raises:
-            InvalidInputError: the connection is of no supported kind, or is one to another
-                database.
+            InvalidInputError: the connection is not supported, or is connected to another database.
             UsageError: the storage cannot use a caller's connection.
 
         Example:
@@ -191,7 +189,7 @@ class UserMetadata(Generic[M, U]):
         """Close what this object has opened; later calls raise ``UsageError``.
 
         Calls of ``asyncio`` that are under way are completed first. A storage that the caller made
-        stays open. It may be called twice.
+        stays open. ``close`` may be called twice.
 
         Raises:
             UsageError: a function given to ``modify_user_metadata`` calls it.
@@ -222,7 +220,7 @@ class UserMetadata(Generic[M, U]):
 
 
 class UserMetadataRecipe(UserMetadata[dict[str, Any], "Mapping[str, Any]"]):
-    """The ``UserMetadata`` that ``init`` has made; it has the name that the SDK gives it.
+    """The ``UserMetadata`` that ``init`` made; the class name is from SuperTokens' Python SDK.
 
     Attributes:
         recipe_id: ``"usermetadata"``, as in the SDK.
@@ -244,8 +242,9 @@ class UserMetadataRecipe(UserMetadata[dict[str, Any], "Mapping[str, Any]"]):
         indexes = tuple(indexes)
         opened = open_storage(storage, indexes)
         is_named = opened is not storage
-        # A relative path names another file in another directory; the representation tells.
-        has_repr = type(opened).__repr__ is not object.__repr__  # that one has the address
+        # A relative path depends on the working directory; the representation has the absolute
+        # path.
+        has_repr = type(opened).__repr__ is not object.__repr__  # it has an address
         named = (str(storage), repr(opened) if has_repr else "") if is_named else (opened, "")
         arguments = named, override, indexes
         made = default.get()
@@ -265,7 +264,7 @@ class UserMetadataRecipe(UserMetadata[dict[str, Any], "Mapping[str, Any]"]):
         """Return what ``init`` has made.
 
         Returns:
-            The one instance of this process.
+            The only instance in this process.
 
         Raises:
             UsageError: ``init`` was not called.
@@ -292,12 +291,12 @@ class UserMetadataRecipe(UserMetadata[dict[str, Any], "Mapping[str, Any]"]):
 
     @property
     def override(self) -> UserMetadataOverrideConfig | None:
-        """What ``init`` got."""
+        """The override that was passed to ``init``."""
         return self._functions.override
 
     @property
     def recipe_implementation(self) -> RecipeInterface:
-        """The functions as the override left them, for ``asyncio``."""
+        """The ``asyncio`` functions, with the override applied."""
         return self._functions.asynchronous
 
 
@@ -306,24 +305,24 @@ def init(
     override: UserMetadataOverrideConfig | None = None,
     indexes: Iterable[Index] = (),
 ) -> None:
-    """Choose where metadata is stored; call it once, before any other function.
+    """Configure the storage. Call once, before any other function.
 
-    Nothing is opened yet: the first call does that. So ``init`` may be called at module level, also
-    in a program that forks its workers later. A second call with the same arguments does nothing,
-    as in a notebook or under Streamlit. It may be called in any thread.
+    ``init`` opens nothing; the first call of another function does. So call it at module level,
+    even in a program that forks workers later. A second call with the same arguments does nothing.
+    This helps in notebooks and under Streamlit. ``init`` may be called in any thread.
 
     Args:
-        storage: a storage; or a URL, ``memory://``, ``postgresql://...`` or ``sqlite:///users.db``
-            (four slashes before an absolute path), with arguments of the storage as parameters,
-            ``?timeout=5``; or the path of an SQLite file. ``None`` means the URL or path in the
-            environment variable ``USERMETADATA_URL``, and ``sqlite:///users.db`` if that is not
-            set.
-        override: replaces or wraps the functions, for both facades.
-        indexes: the properties that users can be found by, for a URL or a path; a storage gets them
-            in its constructor.
+        storage: a storage, a URL, or the path of an SQLite file. URLs are ``memory://``,
+            ``postgresql://...`` and ``sqlite:///users.db`` (four slashes before an absolute path).
+            A URL may have arguments of the storage as parameters, for example ``?timeout=5``.
+            ``None`` means the URL or path in the environment variable ``USERMETADATA_URL``, or
+            ``sqlite:///users.db`` if that is not set.
+        override: replaces or wraps the blocking and the ``asyncio`` functions.
+        indexes: the properties by which users can be found. Only with a URL or a path; a storage
+            gets them in its constructor.
 
     Raises:
-        UsageError: ``init`` was called before with other arguments, and ``close`` not since.
+        UsageError: ``init`` was called with other arguments, and ``close`` was not called since.
         InvalidInputError: ``storage`` or ``override`` is none of the above, or a method of the
             storage is missing or wrong.
 
@@ -341,26 +340,26 @@ def init(
 def within(
     connection: object,
 ) -> AbstractContextManager[SyncioUserMetadata[dict[str, Any], Mapping[str, Any]]]:
-    """Read and write in the caller's own transaction, on the storage of ``init``.
+    """Read and write in the caller's transaction, on the storage of ``init``.
 
     Args:
-        connection: as :meth:`usermetadata.UserMetadata.within` takes it.
+        connection: as for :meth:`usermetadata.UserMetadata.within`.
 
     Returns:
-        The block that method returns.
+        The context manager of that method.
 
     Raises:
-        InvalidInputError: as that method does.
-        UsageError: likewise; or ``init`` was not called.
+        InvalidInputError: as for that method.
+        UsageError: as for that method; or ``init`` was not called.
     """
     return UserMetadataRecipe.get_instance().within(connection)
 
 
 def close() -> None:
-    """Undo ``init``, which may then be called again; closes the storage if ``init`` opened it.
+    """Undo ``init``, so that it may be called again; close the storage that ``init`` opened.
 
     Calls of ``usermetadata.asyncio`` that are under way are completed first. A storage that the
-    caller made and passed to ``init`` stays open. Without ``init`` before, nothing happens.
+    caller made and passed to ``init`` stays open. Without an earlier ``init``, nothing happens.
 
     Raises:
         UsageError: a function given to ``modify_user_metadata`` calls it.

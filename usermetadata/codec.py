@@ -1,11 +1,12 @@
 """Metadata as JSON text: encoding and decoding, for storages.
 
-JSON is that of `RFC 8259 <https://www.rfc-editor.org/rfc/rfc8259>`_: no NaN, no infinities, keys
-are strings, text is Unicode. Metadata that this library has checked comes back from
-``decode_metadata(encode_metadata(...))`` equal, in type and to the last bit.
+JSON means `RFC 8259 <https://www.rfc-editor.org/rfc/rfc8259>`_: no NaN, no infinities, keys are
+strings, text is Unicode. Metadata that this library has checked survives
+``decode_metadata(encode_metadata(...))`` exactly: equal in type and to the last bit.
 
-If ``msgspec`` is installed (the extra ``fast``), it does the work, several times as fast. What it
-refuses is left to the standard library, so both ways give the same objects and the same errors.
+If ``msgspec`` is installed (the extra ``fast``), both functions are several times as fast. Input
+that ``msgspec`` refuses goes to the standard library, so results and errors are the same with and
+without it.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Metadata = dict[str, Any]
-"""A JSON object as Python has it: ``str`` keys; values ``None``, ``bool``, ``int``, ``float``,
-``str``, ``list`` or ``dict``."""
+"""A JSON object in Python: ``str`` keys; values ``None``, ``bool``, ``int``, ``float``, ``str``,
+``list`` or ``dict``."""
 
 
 def encode_metadata(metadata: Metadata) -> str:
-    """Return ``metadata`` as compact JSON text, non-ASCII characters as themselves.
+    """Return ``metadata`` as compact JSON text; non-ASCII characters are not escaped.
 
     Args:
-        metadata: a checked object, as a change returns it or :func:`decode_metadata` does.
+        metadata: a checked object: the result of a change or of :func:`decode_metadata`.
 
     Returns:
-        The text. It holds neither U+0000 nor a lone surrogate, so every database can store it.
+        The text. It contains neither U+0000 nor a lone surrogate, so every database can store it.
 
     Example:
         >>> encode_metadata({"name": "Zoë", "n": -0.0})
@@ -42,7 +43,7 @@ def encode_metadata(metadata: Metadata) -> str:
     if fast is not None:
         try:
             text = fast.encode(metadata).decode()
-            # It writes NaN as null. Where there is a null, the text is compared with the object.
+            # msgspec writes NaN as null, so a text with a null is compared with the object.
             if "null" not in text or fast.decode_any(text) == metadata:
                 return text
         except fast.errors:
@@ -51,16 +52,17 @@ def encode_metadata(metadata: Metadata) -> str:
 
 
 def decode_metadata(text: str) -> Metadata:
-    """Return the object that ``text`` holds, fresh at every call.
+    """Return the object in ``text``; each call returns a new one.
 
     Args:
-        text: JSON text, as :func:`encode_metadata` or another program wrote it.
+        text: JSON text, written by :func:`encode_metadata` or another program.
 
     Returns:
         The object.
 
     Raises:
-        ValueError: ``text`` is not JSON, or is not an object, or Python cannot hold it exactly.
+        ValueError: ``text`` is not JSON, is not an object, or has a number that Python cannot
+            represent exactly.
 
     Example:
         >>> decode_metadata('{"n": 12345678901234567890}')
@@ -86,9 +88,9 @@ class _Fast(NamedTuple):
 
     Attributes:
         encode: writes an object; NaN and infinities as null.
-        decode: reads text, and checks each float, which takes longer than reading it.
+        decode: reads text and checks each float; the checks take longer than the reading.
         decode_any: reads text and rounds floats.
-        errors: what they raise for what they refuse.
+        errors: the exceptions for input that they refuse.
     """
 
     encode: Callable[[Metadata], bytes]
@@ -99,7 +101,7 @@ class _Fast(NamedTuple):
 
 @cache
 def _fast() -> _Fast | None:
-    """Import msgspec with the first object: importing it takes longer than importing a facade."""
+    """Import msgspec on first use: importing it takes longer than importing a facade."""
     try:
         import msgspec
     except ImportError:
@@ -118,14 +120,14 @@ def _encode_standard(metadata: Metadata) -> str:
         try:
             text.encode()
         except UnicodeEncodeError:
-            # Only a row written by another program can hold one; as an escape it survives.
+            # A lone surrogate, which only a row of another program can have. An escape keeps it.
             return _encode_ascii(metadata)
     return text
 
 
 def _decode_standard(text: str) -> Metadata:
     try:
-        # Text that this library wrote has no blanks around it, so none are searched for.
+        # Text that this library wrote has no blanks around it, so this does not skip any.
         if text.startswith("{"):
             decoded, end = _decoder.raw_decode(text)
             if end == len(text):
@@ -133,7 +135,7 @@ def _decode_standard(text: str) -> Metadata:
                 return of_ours
         decoded = _decoder.decode(text)
     except RecursionError:
-        # Either the text is at fault, or the caller's stack, for which the text is not to blame.
+        # Only a text that is nested too deep is damaged. Otherwise the caller's stack is deep.
         if _depth(text) > MAX_DEPTH:
             raise ValueError(f"it nests deeper than {MAX_DEPTH} levels") from None
         raise
@@ -147,14 +149,14 @@ def _refuse_constant(constant: str) -> NoReturn:
 
 
 def is_exact(digits: str, number: float) -> bool:
-    """Tell whether a float, written as text again, is the number that it was read from.
+    """Tell whether a float represents exactly the JSON number that it was read from.
 
     Args:
         digits: the number in JSON.
         number: ``float(digits)``.
 
     Returns:
-        ``True`` if nothing is lost. The shortest text of a float stands for it, so 0.1 is exact.
+        ``True`` if the shortest text of the float is the same number. So 0.1 is exact.
 
     Example:
         >>> is_exact("1.10", 1.1), is_exact("1e-999", 0.0)
@@ -189,8 +191,8 @@ def _depth(text: str) -> int:
 
 _OLDEST_MSGSPEC = (0, 19)
 _CHARACTERS, _SMALL, _LARGE = 16, 1e-290, 1e290
-_SAMPLE = 1024  # characters in which dots are counted: floats have one, and so have some strings
-_SPARSE = 128  # characters for each dot: then checking the floats one by one is quicker
+_SAMPLE = 1024  # characters in which dots are counted, to estimate the number of floats
+_SPARSE = 128  # with more characters per dot, checking the floats one by one is faster
 _encode = json.JSONEncoder(
     ensure_ascii=False, check_circular=False, allow_nan=False, separators=(",", ":")
 ).encode

@@ -24,7 +24,7 @@ class StorageUnavailableError(StorageError, ConnectionError):
 
 
 class OutcomeUnknownError(StorageError):
-    """Connection, disk or COMMIT failed during a write, which was done whole or not at all.
+    """The connection, disk or COMMIT failed during a write; all of it was stored, or nothing.
 
     Repeating an update is safe if no other writer changes the same properties in between.
     """
@@ -44,8 +44,8 @@ class NotUniqueError(UserMetadataError, ValueError):
         user_id: the user who has the value; ``None`` if that is not known.
 
     Attributes:
-        name: the same.
-        user_id: likewise.
+        name: the property.
+        user_id: the user who has the value; ``None`` if that is not known.
     """
 
     def __init__(self, name: str, user_id: str | None = None) -> None:
@@ -66,7 +66,7 @@ class DamagedMetadataError(StorageError, ValueError):
         user_id: the user whose row it is; ``None`` if the storage does not say.
 
     Attributes:
-        user_id: the same.
+        user_id: the user whose row it is; ``None`` if the storage does not say.
     """
 
     def __init__(self, message: str, user_id: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Indexes of metadata: which properties users can be found by."""
+"""Indexes of metadata: the properties by which users can be found."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ VALUE_MAX_LENGTH = 255
 class Index:
     r"""Declares that users can be found by a root-level property.
 
-    Values that can be found are texts of up to 255 characters without U+0000, integers and
-    booleans. Any other value of the property is refused when it is written. The property may be
-    absent.
+    Indexed values are texts of up to 255 characters without U+0000, integers and booleans. Writing
+    any other value of the property is an error. The property may be absent.
 
     Args:
         name: the property: 1 to 64 printable ASCII characters without ``"`` and ``\\``.
-        unique: whether two users of an app may not have the same value.
+        unique: whether a value may belong to only one user of an app.
 
     Raises:
-        InvalidInputError: the name is not valid, or ``unique`` is no ``bool``.
+        InvalidInputError: the name is not valid, or ``unique`` is not a ``bool``.
 
     Example:
         >>> Index("stripe_customer_id", unique=True)
@@ -62,10 +61,10 @@ class Index:
 
 
 def check_indexes(indexes: Iterable[Index]) -> tuple[Index, ...]:
-    """Return the indexes, each once.
+    """Return the indexes, checked.
 
     Raises:
-        InvalidInputError: one is no ``Index``, or two have the same name.
+        InvalidInputError: one is not an ``Index``, or two have the same name.
     """
     if isinstance(indexes, (str, Index)) or not isinstance(indexes, Iterable):
         raise InvalidInputError(
@@ -86,10 +85,10 @@ def check_indexes(indexes: Iterable[Index]) -> tuple[Index, ...]:
 
 
 def check_where(where: object, indexes: Iterable[Index]) -> dict[str, Value]:
-    """Return a checked copy of the properties by which users are to be found.
+    """Return a checked copy of the properties to search by.
 
     Raises:
-        InvalidInputError: it is not a mapping of properties to values that can be found.
+        InvalidInputError: it is not a mapping of properties to values that can be indexed.
         UsageError: none of its properties is indexed.
     """
     checked = copy_metadata(where, "where")
@@ -113,9 +112,9 @@ def values_of(metadata: Metadata, indexes: Iterable[Index], user_id: str) -> dic
     """Return the values by which a user with this metadata is found, by the index's name.
 
     Args:
-        metadata: what would be stored.
-        indexes: the storage's.
-        user_id: whose metadata it is, for the error.
+        metadata: the metadata to store.
+        indexes: the storage's indexes.
+        user_id: the user, for the error message.
 
     Raises:
         InvalidInputError: a value cannot be indexed; the message names the index.

@@ -1,4 +1,4 @@
-"""What the functions return, and the interface that overrides implement, named as in the SDK."""
+"""The results of the functions, and the interface of overrides; names as in SuperTokens' SDK."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ else:
 
 
 Value = str | int | bool
-"""What a user can be found by. Equality is that of JSON: ``1``, ``True`` and ``"1"`` differ."""
+"""A value by which users can be found. JSON types differ: ``1``, ``True`` and ``"1"`` are not
+equal."""
 
 
 class MetadataResult(Generic[M]):
     """A user's metadata.
 
     Attributes:
-        metadata: the JSON object, ``{}`` if nothing is stored. Changing it changes nothing stored.
+        metadata: the JSON object, ``{}`` if nothing is stored. Changing it does not change what is
+            stored.
 
     Example:
         >>> MetadataResult({"theme": "dark"}).metadata["theme"]
@@ -41,7 +43,7 @@ class MetadataResult(Generic[M]):
 
 
 class ClearUserMetadataResult:
-    """Empty result, kept for compatibility with the SDK."""
+    """Empty result, kept for compatibility with SuperTokens' SDK."""
 
     def __repr__(self) -> str:
         return "ClearUserMetadataResult()"
@@ -51,8 +53,8 @@ class EraseUserResult(Generic[M]):
     """What was stored about a user before it was erased.
 
     Attributes:
-        metadata: the metadata in the app that was asked, ``{}`` if nothing was stored there.
-        by_app: the metadata by app id, for each app in which the user had a row and was erased.
+        metadata: the metadata in the app of the call, ``{}`` if nothing was stored there.
+        by_app: the metadata by app id, for each app in which a row of the user was erased.
 
     Example:
         >>> EraseUserResult({"theme": "dark"}, {"public": {"theme": "dark"}}).metadata
@@ -68,14 +70,13 @@ class EraseUserResult(Generic[M]):
 
 
 class RecipeInterface(ABC):
-    """The functions behind both facades; an override replaces or wraps them.
+    """The functions of ``syncio`` and ``asyncio``; an override replaces or wraps them.
 
-    The first three are abstract, as in the SDK. An override class need not define the others: the
-    original's are used. ``check_change`` is no function of the facades: it is called by all
-    functions that write.
+    The first three are abstract, as in the SDK. An override class need not define the other
+    functions: those of the original are used. ``check_change`` is a hook that every write calls.
 
-    Each method is called with the arguments that the facade got, by position, not yet checked;
-    ``user_context`` is never ``None``. The facade returns what the method returns.
+    Each function gets its arguments by position, as the caller passed them, before they are
+    checked. ``user_context`` is never ``None``. The caller gets the result unchanged.
     """
 
     @abstractmethod
@@ -163,15 +164,15 @@ class RecipeInterface(ABC):
     ) -> None:
         """Check a change before it is stored; to refuse it, raise an exception.
 
-        Every write of every function passes here once for each user, inside the storage's lock or
-        transaction, so ``old`` is what the change replaces. It may be called again if the storage
-        retries. It must be quick, must not call this library, and is no ``async`` function. With it
+        Every write calls it once for each user, inside the storage's lock or transaction, so
+        ``old`` is what the change replaces. It may be called again if the storage retries. It must
+        be quick, must not call this library, and must not be ``async``. If an override defines it,
         a damaged row cannot be set or cleared.
 
         Args:
-            user_id: whose metadata it is.
+            user_id: the user whose metadata changes.
             old: the stored metadata; ``None`` if there is no row.
-            new: what would be stored; ``None`` if the row would be removed.
+            new: the metadata to store; ``None`` to remove the row.
             user_context: what the caller of the function passed.
 
         Raises:
@@ -197,7 +198,8 @@ class UserMetadataOverrideConfig:
         ...     return original
         >>> override = UserMetadataOverrideConfig(functions=functions)
 
-    The pattern is that of SuperTokens' SDKs, whose older name for it is ``InputOverrideConfig``.
+    SuperTokens' SDKs use the same pattern. Their older name for this class is
+    ``InputOverrideConfig``.
     """
 
     def __init__(

@@ -12,15 +12,15 @@ def merge_metadata(old: Mapping[str, Any], update: Mapping[str, Any]) -> dict[st
     """Return ``old`` with its root-level properties overwritten by those of ``update``.
 
     Properties of ``update`` replace those of the same name, whole: a nested object is not merged
-    into the stored one. Then every root-level property whose value is ``None`` is removed, also
-    one that was already in ``old``. A ``None`` deeper down is data and stays.
+    into the stored one. Then every root-level property whose value is ``None`` is removed, even one
+    that was already in ``old``. A nested ``None`` is data and stays.
 
     The function is pure: neither argument is changed. Values are not copied, so the result shares
     its nested objects with the arguments.
 
     Args:
         old: the stored metadata; ``{}`` if there is none.
-        update: the properties to set, and with the value ``None`` those to remove.
+        update: the properties to set. Those with the value ``None`` are removed.
 
     Returns:
         A new ``dict``: the properties kept from ``old`` in their order, then the new ones.
@@ -32,7 +32,7 @@ def merge_metadata(old: Mapping[str, Any], update: Mapping[str, Any]) -> dict[st
         ... )
         {'theme': 'dark', 'notifications': {'sms': True}}
 
-    The rule is that of SuperTokens, "Storing data about a user": `updating metadata
+    SuperTokens has the same rule: `updating metadata
     <https://supertokens.com/docs/post-authentication/user-management/user-metadata>`_.
     """
     merged = {**old, **update}

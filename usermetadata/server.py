@@ -1,7 +1,7 @@
-"""A server of SuperTokens' core driver interface, its user metadata part, over any storage.
+"""A server for SuperTokens' SDKs, in place of the core (SuperTokens' server), over any storage.
 
-SuperTokens' SDKs, in any language, use it like a core. Statuses and error texts are the core's.
-This library decides what is stored and what is refused.
+It implements the user metadata part of the core driver interface, the HTTP API of a core. Statuses
+and error texts are the core's. This library decides what is stored and what is refused.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ VERSIONS = (
 )
 """The supported versions of the core driver interface; its metadata part is the same in all."""
 
-_MOST_USERS = 500  # that one request may ask for
-_READ_AT_ONCE = 25  # of them
-_LARGEST_OBJECTS = 16  # that an answer for many users has room for
-_MOST_VALUES = 120_000  # in a body, or in a user's metadata; more would block the event loop
+_MOST_USERS = 500  # the most that one request may ask for
+_READ_AT_ONCE = 25  # of these users
+_LARGEST_OBJECTS = 16  # the most for which an answer for many users has room
+_MOST_VALUES = 120_000  # the most in a body or a user's metadata; more would block the event loop
 _LONG_BODY = 2**14  # bytes; longer ones are parsed in another thread
 _LONG_VALUE = 1000  # values; longer ones are encoded in another thread
 _PATH = re.compile(
@@ -85,19 +85,19 @@ def create_app(
 ) -> Starlette:
     """Return an ASGI application that serves a storage to SuperTokens' SDKs.
 
-    It may be served by itself, or mounted in the application's own. The server that runs it limits
-    the size of headers, the time for a request and the number of connections.
+    It can run alone, or be mounted in another ASGI application. Limits for headers, the time for a
+    request and connections are left to the ASGI server that runs it.
 
     Args:
         storage: where the metadata is stored. The caller closes it.
-        api_keys: the keys that a client may send. Without any, no key is needed, and only requests
-            to a loopback name are answered, and none from another site's web page.
-        max_body_size: how many bytes a request's body may have.
-        max_metadata_size: how many bytes a user's metadata may have after an update, as compact
-            JSON. An answer for many users has room for 16 times as much.
+        api_keys: the keys that a client may send. Without keys, the application answers only
+            requests to a loopback name, and none from another site's web page.
+        max_body_size: the largest body of a request, in bytes.
+        max_metadata_size: the largest metadata of a user after an update, in bytes of compact JSON.
+            An answer for many users may have 16 times as many.
 
     Returns:
-        The application. At its end, its lifespan completes the calls under way.
+        The application. At shutdown its lifespan completes the running calls.
 
     Raises:
         InvalidInputError: ``storage`` is not a storage, but for example a URL, or one of its
@@ -108,7 +108,7 @@ def create_app(
         >>> from usermetadata import InMemoryStorage
         >>> app = create_app(InMemoryStorage(), api_keys=["a key of at least 20 characters"])
 
-    The paths, answers and error texts are those of SuperTokens' core, "Core Driver Interface".
+    SuperTokens documents the paths and answers as "Core Driver Interface".
     """
     check_storage(storage)
     if isinstance(api_keys, str) or not all(key.strip() for key in api_keys):
@@ -132,7 +132,7 @@ def create_app(
     )
 
 
-class _Refusal(Exception):  # noqa: N818 - it is an answer, not a failure
+class _Refusal(Exception):  # noqa: N818 - it is a response, not a failure
     """An answer other than 200."""
 
     def __init__(self, status: int, text: str) -> None:
@@ -179,7 +179,7 @@ class _Server:
         await response(scope, receive, send)
 
     def close(self) -> None:
-        """Complete the calls under way."""
+        """Complete the running calls."""
         self._runner.close()
 
     async def _answer(self, request: Request) -> Response:
@@ -239,16 +239,16 @@ class _Server:
             authorization = request.headers.get("authorization", "")
             key = re.sub("^bearer ", "", authorization, flags=re.IGNORECASE).strip(" \t")
         shown = key.encode("latin-1")  # the bytes that were sent
-        # All keys are compared, so that the time reveals nothing.
+        # All keys are compared, so the time of the comparison reveals nothing.
         if not sum(hmac.compare_digest(shown, each) for each in self._api_keys):
             raise _Refusal(401, "Invalid API key")
 
     async def _body(self, request: Request, check: Callable[[dict[str, Any]], T]) -> T:
-        """Return what ``check`` makes of the body."""
+        """Return ``check(body)``, with the body parsed."""
         body = bytearray()
         async for part in request.stream():
             body += part
-            if len(body) > self._max_body_size:  # the rest of it is not read
+            if len(body) > self._max_body_size:  # the rest of the body is not read
                 break
         _refuse_large(body, self._max_body_size, "The body has")
         if len(body) > _LONG_BODY:
@@ -297,7 +297,7 @@ class _Server:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host name or address is that of the machine itself.
+    """Tell whether a host name or address is a loopback one.
 
     Args:
         host: the name or address, without a port.
@@ -316,7 +316,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _check_origin(request: Request) -> None:
-    """Refuse what a browser sends for a web page of another site.
+    """Refuse requests that a browser sends for a web page of another site.
 
     A page whose name resolves to this machine (DNS rebinding) sends its own name as ``Host``.
     """
@@ -361,7 +361,7 @@ def _refuse_large(text: bytes | bytearray, max_size: int, what: str) -> None:
     """Refuse JSON that has too many bytes or values."""
     if len(text) > max_size:
         raise _Refusal(413, f"{what} more than {max_size} bytes")
-    # Nearly: text may hold these signs. Python handles many small values slowly.
+    # An estimate: strings may contain these signs. Python handles many small values slowly.
     if sum(text.count(sign) for sign in (b"[", b"{", b",")) > _MOST_VALUES:
         raise _Refusal(413, f"{what} more than {_MOST_VALUES} values")
 
@@ -394,7 +394,7 @@ async def _encode_all(contents: list[dict[str, Any]], room: int | None = None) -
 
 
 def _is_long(value: object) -> bool:
-    """Tell whether encoding the value takes longer than another thread does to start."""
+    """Tell whether encoding the value takes longer than starting a thread."""
     waiting, seen = [value], 0
     while waiting and seen < _LONG_VALUE:
         each = waiting.pop()
@@ -410,14 +410,14 @@ def _is_long(value: object) -> bool:
 
 def _text(status: int, text: str) -> Response:
     headers = {
-        "content-type": "text/html;charset=UTF-8",  # as the core has it
-        "content-security-policy": "default-src 'none'; sandbox",  # browsers execute nothing of it
+        "content-type": "text/html;charset=UTF-8",  # as in the core
+        "content-security-policy": "default-src 'none'; sandbox",  # nothing in it is executed
     }
     return Response(text, status, headers)
 
 
 def _trouble(error: StorageError | UsageError) -> tuple[int, str]:
-    """Describe the error without the database's own text."""
+    """Describe the error without the text of the database."""
     if isinstance(error, DamagedMetadataError):
         return 500, "The stored row is damaged; the server's log names the user."
     if isinstance(error, OutcomeUnknownError):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def use_storage(original: RecipeInterface) -> RecipeInterface:  # noqa: ARG001 - replaced
-    """Let the SDK's user metadata recipe, and its dashboard, use the storage of ``init``.
+    """Make the SDK's user metadata recipe and dashboard use the storage of ``init``.
 
     Args:
         original: the SDK's functions, which call a core. They are replaced.
@@ -51,7 +51,7 @@ def use_storage(original: RecipeInterface) -> RecipeInterface:  # noqa: ARG001 -
                 recipe.init(override=recipe.UserMetadataOverrideConfig(functions=use_storage))
             ]
 
-    The interface is that of ``supertokens_python.recipe.usermetadata.interfaces``.
+    The interface is ``RecipeInterface`` of ``supertokens_python.recipe.usermetadata.interfaces``.
     """
     return _Functions()
 
@@ -77,11 +77,12 @@ class _Functions(RecipeInterface):
 def erase_deleted_users(
     original: accountlinking.RecipeInterface,
 ) -> accountlinking.RecipeInterface:
-    """Let the SDK's ``delete_user`` also erase the metadata that the storage of ``init`` has.
+    """Make the SDK's ``delete_user`` also erase the metadata in the storage of ``init``.
 
-    The SDK's dashboard deletes users with the same function. The metadata of the same ids is erased
-    as in a core: external ids take the place of SuperTokens' ids. They are found before the core
-    deletes the user, and their metadata is erased after that has succeeded.
+    The SDK's dashboard deletes users with the same function. The ids whose metadata is erased are
+    the same as in SuperTokens' server, the core; an external id replaces SuperTokens' id. The ids
+    are looked up before the core deletes the user. Their metadata is erased after the core has
+    succeeded.
 
     Args:
         original: the SDK's functions. ``delete_user`` is replaced, the others are unchanged.
@@ -89,11 +90,11 @@ def erase_deleted_users(
     Returns:
         ``original``, for the ``override`` of the SDK's account-linking recipe.
 
-    ``delete_user`` then also raises ``UserMetadataError``, if the core has deleted the user, but
-    some metadata was not erased. The message names the ids, and ``__cause__`` is the first error.
+    ``delete_user`` raises ``UserMetadataError`` if the core has deleted the user but some metadata
+    was not erased. The message names the ids, and ``__cause__`` is the first error.
 
     Example:
-        Beside :func:`use_storage`, in the ``recipe_list`` of the SDK's ``init``::
+        In the ``recipe_list`` of the SDK's ``init``, together with :func:`use_storage`::
 
             from supertokens_python.recipe import accountlinking
             from usermetadata.supertokens import erase_deleted_users
@@ -138,18 +139,19 @@ async def _erase(user_id: str, user_context: dict[str, Any]) -> None:
     try:
         await erase_user(user_id, user_context)
     except DamagedMetadataError:
-        await clear_user_metadata(user_id, user_context)  # it does not read the row
+        await clear_user_metadata(user_id, user_context)  # clearing does not read the row
 
 
 def _erased_ids(user: User, own_id: str, *, with_linked: bool) -> set[str]:
     """Return the ids whose metadata a core removes when it deletes one of a user's accounts.
 
-    The rule is that of ``AuthRecipe.deleteUserHelper`` in the core. The metadata of a primary user
-    stays as long as an account is linked to it.
+    ``AuthRecipe.deleteUserHelper`` in the core has the same rule. The metadata of a primary user
+    stays while an account is linked to it.
 
     Args:
         user: the user as the core describes it, with external ids where there is a mapping.
-        own_id: the account that is deleted, likewise; the primary user's id is also one.
+        own_id: the id of the deleted account, external if there is a mapping; it may be the id of
+            the primary user.
         with_linked: whether the linked accounts are deleted as well.
     """
     if with_linked:
@@ -167,5 +169,5 @@ async def _external_id(user_id: str, user_context: dict[str, Any]) -> str:
 
 
 def _without_cache(user_context: dict[str, Any]) -> dict[str, Any]:
-    """Return a context with which the SDK asks the core, which another process may have changed."""
+    """Return a context without the SDK's cache of the core, which may be out of date."""
     return {**user_context, "_default": {**user_context.get("_default", {}), "core_call_cache": {}}}

@@ -32,8 +32,8 @@ _SHOWN_CHARACTERS = 60
 _TOO_DEEP = f"nests deeper than {MAX_DEPTH} levels: store it flatter"
 # Python may refuse to write longer integers as text, at the earliest from 640 digits on.
 _ALWAYS_WRITABLE = 10**640
-_LEAST, _GREATEST = -(2**63), 2**63  # small numbers are compared sooner
-# So many values are checked one by one in less time than together.
+_LEAST, _GREATEST = -(2**63), 2**63  # comparing small numbers is faster
+# Up to this many values, checking one by one is faster than checking all together.
 _FEW = 8
 
 
@@ -73,7 +73,7 @@ def check_user_id(user_id: object, name: str = "user_id") -> str:
 def check_app_id(app_id: object) -> str:
     """Return ``app_id`` if it is a valid app id.
 
-    The rules are those of a user id, with at most 64 characters.
+    The rules for user ids apply, with at most 64 characters.
 
     Args:
         app_id: the value to check.
@@ -94,13 +94,13 @@ def check_app_id(app_id: object) -> str:
 def check_after(user_id: object) -> str:
     """Return ``user_id`` if a page can begin after it.
 
-    That of a row of another program may be longer than :func:`check_user_id` allows.
+    Rows of other programs may have longer user ids than :func:`check_user_id` allows.
 
     Args:
-        user_id: the last user id of the page before; ``""`` to begin.
+        user_id: the last user id of the previous page; ``""`` for the first page.
 
     Raises:
-        InvalidInputError: it is not text, or text that no user id can be.
+        InvalidInputError: it is not text, or no user id can be this text.
 
     Example:
         >>> check_after("")
@@ -117,7 +117,7 @@ def copy_metadata(value: object, name: str) -> Metadata:
     plain type, any mapping becomes a ``dict``, a tuple becomes a ``list``.
 
     Args:
-        value: the value to check and copy; it is only read.
+        value: the value to check and copy; it is not changed.
         name: the argument's name, for the error message.
 
     Returns:
@@ -176,7 +176,7 @@ class _FaultError(Exception):
         self.path: list[object] = []
 
     def pass_through(self, container: object, place: object) -> None:
-        """Note where in ``container`` the fault is; it may turn out to be the container itself."""
+        """Note where in ``container`` the fault is; the fault may be the container itself."""
         if self.culprit is container:
             self.reason = "contains itself"
             self.path.clear()
@@ -216,9 +216,9 @@ def _copy(value: Any, depth: int) -> Any:  # noqa: PLR0911 - one case per type
 
 
 def _plain(value: Any) -> str | bool | int | float | None:
-    """Return the plain value of a subclass of a JSON type, or of what stands for such a value.
+    """Return the plain value of a subclass of a JSON type, or of a proxy of such a value.
 
-    ``None`` means that there is none: nothing is rounded, and nothing loses its unit.
+    ``None`` means that there is none: values that would be rounded or lose their unit have none.
     """
     kind = type(value)
     # A subclass (an enum's member, numpy's float64) may have overridden str() or int().
@@ -244,7 +244,7 @@ def _plain(value: Any) -> str | bool | int | float | None:
     return None
 
 
-def _copy_object(  # noqa: C901 - calls would cost more than what they do
+def _copy_object(  # noqa: C901 - function calls would cost more than their work
     mapping: Mapping[Any, Any], depth: int
 ) -> Metadata:
     if depth > MAX_DEPTH:
@@ -303,7 +303,7 @@ def _with_plain_keys(mapping: Mapping[Any, Any]) -> Metadata | None:
     """Return a shallow copy of a ``dict`` whose keys can stay as they are, checked together."""
     if type(mapping) is not dict:
         return None
-    copied: Metadata = mapping.copy()  # one step: no other thread changes it meanwhile
+    copied: Metadata = mapping.copy()  # one step, so no other thread can change it meanwhile
     if set(map(type, copied)) != {str}:
         return None
     keys = "".join(copied)
@@ -311,7 +311,7 @@ def _with_plain_keys(mapping: Mapping[Any, Any]) -> Metadata | None:
 
 
 def _places_of_others(items: Iterable[tuple[T, Any]]) -> list[T]:
-    """Return the places of all values but those that are surely plain: they are their own copy."""
+    """Return the places of all values that need a copy or a check; plain values do not."""
     return [
         place
         for place, value in items

@@ -1,4 +1,4 @@
-"""The in-memory storage: for tests, and for state that may end with the process."""
+"""The in-memory storage: for tests, and for data that need not outlive the process."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 class InMemoryStorage(OfOneApp):
     """Keeps metadata in this process's memory.
 
-    Rows are bytes, as in a database, so that nothing stored can be changed by accident. Each
+    Rows are stored as bytes, so stored metadata cannot be changed by accident. Each
     ``InMemoryStorage()`` has separate rows. After ``fork`` each process has a copy.
 
     Args:
-        app_id: the app whose rows these are.
-        indexes: the properties that users can be found by.
+        app_id: the app that the storage reads and writes.
+        indexes: the properties by which users can be found.
 
     Raises:
         InvalidInputError: the app id or an index is not valid.
@@ -60,7 +60,7 @@ class InMemoryStorage(OfOneApp):
         return f"InMemoryStorage(app_id={self._app_id!r})"
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
-        """Return the metadata of those users that have a row."""
+        """Return the metadata of the users that have a row."""
         app_id = self._app_id
         with self._store.lock:
             rows = self._store.rows()
@@ -72,7 +72,7 @@ class InMemoryStorage(OfOneApp):
         return {user_id: _decode(row) for user_id, row in found.items()}
 
     def read_after(self, user_id: str, limit: int) -> dict[str, Metadata]:
-        """Return the metadata of the next users, in the order of their code points."""
+        """Return one page of users and their metadata, sorted by the ids' code points."""
         with self._store.lock:
             later = (
                 key[1]
@@ -87,7 +87,7 @@ class InMemoryStorage(OfOneApp):
         return self._write([((self._app_id, user_id), change) for user_id, change in changes])
 
     def erase(self, user_id: str, check: Callable[[Metadata], None]) -> dict[str, Metadata]:
-        """Remove the rows that a user has in any app, all or none."""
+        """Remove a user's rows from all apps, all or none."""
         notice()
         erasure = Erasure(user_id, check)
         with self._store.lock:
@@ -140,16 +140,16 @@ class InMemoryStorage(OfOneApp):
 
     @property
     def indexes(self) -> tuple[Index, ...]:
-        """The indexes that were declared."""
+        """The declared indexes."""
         return self._store.lookup.indexes
 
     def find(self, where: Mapping[str, Value], after: str, limit: int) -> dict[str, Metadata]:
-        """Return the metadata of the next users that have these values, in order."""
+        """Return one page of the users that have these values, in order."""
         with self._store.lock:
             return dict(islice(self._found(where, after), limit))
 
     def count(self, where: Mapping[str, Value] | None) -> int:
-        """Return how many users have these values, or how many there are."""
+        """Return the number of users with these values, or of all users."""
         with self._store.lock:
             if where is not None:
                 return sum(1 for _ in self._found(where, ""))
@@ -165,7 +165,7 @@ class InMemoryStorage(OfOneApp):
         return []
 
     def drop_index(self, name: str) -> None:
-        """Do nothing: what is declared here stays until the storage is closed."""
+        """Do nothing: declared indexes exist until the storage is closed."""
 
     def _found(self, where: Mapping[str, Value], after: str) -> Iterator[tuple[str, Metadata]]:
         rows = self._store.rows()
@@ -175,7 +175,7 @@ class InMemoryStorage(OfOneApp):
                 yield user_id, metadata
 
     def close(self) -> None:
-        """Forget every row."""
+        """Discard all rows."""
         self._store.close()
 
 
@@ -190,7 +190,7 @@ def _decode(row: bytes) -> Any:
 
 
 class _Store(ForkHooks):
-    """The rows of all apps, for one thread at a time: the one that has ``lock``."""
+    """The rows of all apps; only the thread that holds ``lock`` may use them."""
 
     def __init__(self, lookup: Lookup) -> None:
         self.lookup = lookup

@@ -69,42 +69,43 @@ if TYPE_CHECKING:
 _MIN_TIMEOUT, _MAX_TIMEOUT = 0.001, 1_000_000  # seconds
 _NATIVE_TYPES = (Merge, Replace, Clear)
 _NATIVE = set(_NATIVE_TYPES)
-_MOST_STATEMENTS = 3  # with more of them, one round trip takes longer than two without
+_MOST_STATEMENTS = 3  # more of them take longer in one round trip than holding the rows does in two
 _NAME = re.compile("[^\0\ud800-\udfff]+\\Z")
-# Of a row that is locked before it is written: JSON, as a constraint or a trigger of the table may
-# require, and yet unlike what is stored.
+# The placeholder in a row that is locked before it is written. It is JSON, because a constraint or
+# a trigger of the table may require that, but no stored text is like it.
 _NO_ROW = "{ \t }"
 
 
 class PostgresStorage(OfOneApp):
-    """Keeps metadata in a table of a PostgreSQL database, which many machines may share.
+    """Keeps metadata in a PostgreSQL table, which many machines may share.
 
     ``Merge``, ``Replace`` and ``Clear`` of any number of users are one statement. Other changes
-    lock their users' rows, also those that do not exist yet, until they are written.
+    lock their users' rows until they are written, including rows that do not exist yet.
 
-    The table is that of SuperTokens' core, ``user_metadata (app_id, user_id, user_metadata)``. It
-    is created if it is missing. A table that a core has created is used under the locks that the
-    core takes, so that both may write to it.
+    The table is ``user_metadata (app_id, user_id, user_metadata)``, as in SuperTokens' server, the
+    core. It is created if it is missing. On a table that a core has created, the storage takes the
+    core's locks, so both may write to it.
 
     Args:
-        database: what libpq takes, ``"postgresql://..."`` or ``"host=... dbname=..."``; or a
-            ``psycopg_pool.ConnectionPool``, which the caller opens and closes.
-        app_id: the app whose rows these are.
+        database: a connection string of libpq, ``"postgresql://..."`` or ``"host=... dbname=..."``;
+            or a ``psycopg_pool.ConnectionPool``, which the caller opens and closes.
+        app_id: the app that the storage reads and writes.
         table: the name of the table.
-        schema: the schema it is in; without it, the first of the ``search_path``.
-        max_connections: how many connections are opened at most, each when it is needed. A pool
+        schema: the table's schema; by default the first of the ``search_path``.
+        max_connections: the largest number of connections, each opened when it is needed. A pool
             has its own limit.
-        timeout: seconds that a call waits for a connection, and a write for row locks, before it
-            raises ``StorageBusyError``.
+        timeout: seconds that a call waits for a connection, and a write waits for row locks, before
+            it raises ``StorageBusyError``.
         indexes: the properties by which users can be found. They are built on first use if the
             table has at most 10,000 rows.
-        statements: ``"portable"`` for those that all engines with PostgreSQL's protocol execute.
-            They are used without being asked for on a table that Citus distributes or manages, on
-            CockroachDB and on YugabyteDB.
+        statements: ``"portable"`` selects statements that all engines with PostgreSQL's protocol
+            execute. They are selected automatically for a table that Citus distributes or manages,
+            for CockroachDB and for YugabyteDB.
 
     Raises:
         InvalidInputError: an argument is not valid. Nothing is opened before the first call.
-        UsageError: portable statements are asked for, and indexes, which they do not maintain.
+        UsageError: both portable statements and indexes are requested. Portable statements do not
+            maintain indexes.
 
     Example:
         >>> PostgresStorage("postgresql://app@db.internal/users", app_id="shop")
@@ -166,14 +167,14 @@ class PostgresStorage(OfOneApp):
 
     @property
     def indexes(self) -> tuple[Index, ...]:
-        """The indexes that were declared."""
+        """The declared indexes."""
         return self._indexes
 
     def __repr__(self) -> str:
         return f"PostgresStorage({self._connections.name!r}, app_id={self._app_id!r})"
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
-        """Return the metadata of those users that have a row, in one query."""
+        """Return the metadata of the users that have a row, in one query."""
         if len(user_ids) == 1:
             found = self._read(lambda rows: rows.statement(READ_ONE, user_id=user_ids[0]))
         else:
@@ -187,7 +188,7 @@ class PostgresStorage(OfOneApp):
         return found
 
     def read_after(self, user_id: str, limit: int) -> dict[str, Metadata]:
-        """Return the metadata of the next users, in the database's order."""
+        """Return one page of users and their metadata, in the database's order."""
         return self._read(lambda rows: rows.statement(READ_AFTER, user_id=user_id, limit=limit))
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
@@ -203,14 +204,14 @@ class PostgresStorage(OfOneApp):
         raise error
 
     def find(self, where: Mapping[str, Value], after: str, limit: int) -> dict[str, Metadata]:
-        """Return the metadata of the next users who have these values, in one query."""
+        """Return one page of the users who have these values, in one query."""
         search = finding.Search(self._app_id, self._indexes, where)
         nothing: list[tuple[str, str]] = []
         rows = self._connections.run(lambda each: search.rows(each, after, limit), nothing)
         return {user_id: self._decode(user_id, text) for user_id, text in rows}
 
     def count(self, where: Mapping[str, Value] | None) -> int:
-        """Return how many users have these values, or are there at all, in one query."""
+        """Return the number of users with these values, or of all users, in one query."""
         if where is not None:
             search = finding.Search(self._app_id, self._indexes, where)
             return self._connections.run(search.number, 0)
@@ -228,10 +229,10 @@ class PostgresStorage(OfOneApp):
         return self._connections.run(indexing.stored_indexes, nothing)
 
     def build_indexes(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
-        """Build the declared indexes that are missing, all or none.
+        """Build the missing declared indexes, all or none.
 
-        Writers wait for a moment when it begins, and else only for the rows of one page. In a block
-        of ``within`` it is part of the caller's transaction, and writers wait for the end of that.
+        Writers wait briefly at the start, and later only for the rows of one page. In a block of
+        ``within``, building is part of the caller's transaction, and writers wait until that ends.
         """
         if isinstance(self._connections, JoinedConnection):
             return self._connections.run(
@@ -240,31 +241,31 @@ class PostgresStorage(OfOneApp):
         return indexing.build_in_pages(self._connections, self._indexes, progress)
 
     def drop_index(self, name: str) -> None:
-        """Remove an index from the database; readers and writers wait for a moment."""
+        """Remove an index from the database; readers and writers wait briefly."""
         self._connections.run(lambda each: indexing.drop(each, name), absent=(), is_write=True)
 
     def distribute(self) -> list[str]:
         """Create the table if it is missing, and let Citus distribute it over its servers.
 
-        Programs may go on using the table; writers wait until its rows are copied.
+        Programs may continue to use the table; writers wait until its rows are copied.
 
         Returns:
-            What was done, a line each.
+            One line for each step that was done.
 
         Raises:
-            UsageError: the database is not Citus's, or the table cannot be distributed.
+            UsageError: the database does not have Citus, or the table cannot be distributed.
         """
         if isinstance(self._connections, JoinedConnection):
             raise UsageError("distribute: it is not part of a transaction; call it before")
         table = self._connections.table
         connections = self._connections.connections
-        connections.run_first(lambda _: None)  # its error says why there is no connection
+        connections.run_first(lambda _: None)  # a failed connection raises its reason
         return connections.run(lambda connection: distribute(connection, table))
 
     def erase(self, user_id: str, check: Callable[[Metadata], None]) -> dict[str, Metadata]:
-        """Remove the rows that a user has in any app, in one transaction.
+        """Remove a user's rows from all apps, in one transaction.
 
-        A role that a row-level policy of the table holds for cannot erase.
+        A role to which a row-level policy of the table applies cannot erase.
         """
         nothing: dict[str, Metadata] = {}
         try:
@@ -317,7 +318,7 @@ class PostgresStorage(OfOneApp):
         is_native = {type(change) for _, change in changes} <= _NATIVE
         groups = list(_grouped(changes)) if is_native else []
         taken: finding.Taken | None = None
-        # The text of an error quotes the row: what follows must not have it as its context.
+        # The error's text quotes the row, so the next exception must not have it as its context.
         if is_native and len(groups) <= (1 if self._has_unique else _MOST_STATEMENTS):
             try:
                 return self._apply_natively(transaction, groups, len(changes))
@@ -325,9 +326,9 @@ class PostgresStorage(OfOneApp):
                 pass
             except UniqueViolation as error:
                 taken = finding.taken_in(error, self._app_id)
-            # The server's JSON refuses U+0000 in a value and a damaged row; Python's may not. Why a
-            # row was not removed is unknown until the rows are held. A later statement may free the
-            # value that an earlier one needs.
+            # Holding the rows may succeed. Python's JSON accepts U+0000 and maybe a damaged row,
+            # which the server's refuses. Why a row was not removed is known once the rows are held.
+            # A later statement may free the value that an earlier one needs.
             transaction.undo()
         if taken is None or len(groups) > 1:
             try:
@@ -382,7 +383,7 @@ class PostgresStorage(OfOneApp):
         rows = rows_in(transaction, self._app_id)
         statements = [_native(rows, *group, is_alone=is_alone) for group in groups]
         if not is_alone and len(users) > 1:
-            # Each statement locks in the order of the ids; several together do not.
+            # Each statement locks rows in the order of the ids. A sequence of statements does not.
             statements = [*rows.hold(users, "{}"), *statements]
         answers = transaction.at_once(statements)[-len(groups) :] if groups else []
         for (kind, by_user), answer in zip(groups, answers, strict=True):
@@ -423,7 +424,7 @@ class PostgresStorage(OfOneApp):
             raise ChangeError(error) from error
         gone = [user_id for user_id in users if user_id not in texts]
         if gone and self._has_unique:
-            # One statement gives up and takes all values, in the same order as other writers do: so
+            # One statement gives up and takes all values in the same order as other writers, so
             # they do not deadlock.
             emptied = dict.fromkeys(gone, "{}")
             statements = [*rows.store(texts | emptied), *rows.remove(gone)]
@@ -438,7 +439,7 @@ class PostgresStorage(OfOneApp):
             stored = transaction.end(statements)
         last = {user_id: position for position, (user_id, _) in enumerate(changes)}
         for user_id, text in (row for answer in stored for row in answer.rows):
-            if user_id in texts and text != texts[user_id]:  # a trigger has changed it
+            if user_id in texts and text != texts[user_id]:  # a trigger has changed the text
                 results[last[user_id]] = text
         return results
 
@@ -466,8 +467,8 @@ class PostgresStorage(OfOneApp):
         rows = rows_in(transaction, self._app_id)
         erase = rows.erase(user_id)
         found = rows.erased(transaction.begin(erase), user_id)
-        # The last time nothing is found: as of that snapshot the user had only the rows that are
-        # removed, and locked, here. Else a row could be left that is older than a removed one.
+        # The last round finds nothing: in its snapshot the user had only the rows that are removed
+        # and locked here. Otherwise a row could remain that is older than a removed one.
         while found:
             texts = dict(found)
             removed |= {
@@ -476,7 +477,8 @@ class PostgresStorage(OfOneApp):
             kept = [app_id for app_id, text in texts.items() if text is None]
             if not held.isdisjoint(kept):
                 raise DataError(NOT_STORED + as_json(user_id))
-            # Another transaction may have removed these. With the row held, that cannot happen.
+            # Another transaction may have removed these rows. While a row is held, that cannot
+            # happen.
             holds = [
                 statement
                 for app_id in kept

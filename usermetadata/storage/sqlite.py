@@ -53,24 +53,24 @@ class SQLiteStorage(OfOneApp):
     """Keeps metadata in the table ``user_metadata`` of an SQLite database.
 
     Given a path, the storage opens its own connections at the first call and creates the file and
-    the table if they are missing. Any number of threads and processes may use it, also across
+    the table if they are missing. Any number of threads and processes may use it, also after
     ``fork``. The file is in WAL mode: readers never wait for a writer.
 
-    Given a ``sqlite_utils.Database``, the storage borrows its connection: while the caller has a
-    transaction open, writes are part of it and become durable with its commit. The caller opens the
-    connection (with ``check_same_thread=False`` if other threads or asyncio use the storage),
-    closes it, and does not share it across a ``fork``.
+    Given a ``sqlite_utils.Database``, the storage borrows its connection. While the caller has a
+    transaction open, writes are part of it and become durable when it is committed. The caller
+    opens the connection (with ``check_same_thread=False`` if other threads or asyncio use the
+    storage), closes it, and does not share it across a ``fork``.
 
     Args:
         database: the path of the file, ``":memory:"``, or a ``sqlite_utils.Database``.
-        app_id: the app whose rows these are.
+        app_id: the app that the storage reads and writes.
         synchronous: ``"FULL"``: an acknowledged write survives a power cut. ``"NORMAL"``: faster; a
             power cut may undo the last writes, but never damages the file. Only for a path.
         timeout: seconds that a write waits for earlier threads, and then for other processes,
-            before it raises ``StorageBusyError``; for other processes only with a path.
-        indexes: the properties by which users are found. One that is missing in a table of at most
-            10,000 rows is built at the first call. In a larger one calls raise ``UsageError`` until
-            ``python -m usermetadata index`` has built it.
+            before it raises ``StorageBusyError``. With a ``Database`` it applies to threads only.
+        indexes: the properties by which users can be found. A missing index is built at the first
+            call if the table has at most 10,000 rows. With a larger table, calls raise
+            ``UsageError`` until ``python -m usermetadata index`` has built it.
 
     Raises:
         InvalidInputError: an argument is not valid. Nothing is opened before the first call.
@@ -127,25 +127,25 @@ class SQLiteStorage(OfOneApp):
         return f"SQLiteStorage({self._connections.name!r}, app_id={self._app_id!r})"
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
-        """Return the metadata of those users that have a row, in one query."""
+        """Return the metadata of the users that have a row, in one query."""
         if len(user_ids) == 1:
             return self._read(READ_ONE, (self._app_id, user_ids[0]))
         return self._read(READ_MANY, (self._app_id, json.dumps(user_ids)))
 
     def read_after(self, user_id: str, limit: int) -> dict[str, Metadata]:
-        """Return the metadata of the next users, in the order of their code points."""
+        """Return one page of users and their metadata, sorted by the ids' code points."""
         return self._read(READ_AFTER, (self._app_id, user_id, limit))
 
     @property
     def indexes(self) -> tuple[Index, ...]:
-        """The indexes that were declared."""
+        """The declared indexes."""
         return self._connections.indexes
 
     def find(self, where: Mapping[str, Value], after: str, limit: int) -> dict[str, Metadata]:
-        """Return the metadata of the next users whose properties have these values, in one query.
+        """Return one page of the users whose properties have these values, in one query.
 
-        The row of another program that names a property twice is found by the first value. If it
-        escapes a character of the property's name, SQLite 3.40 does not find it.
+        If another program's row names a property twice, the first value is used. If it escapes a
+        character of the property's name, SQLite 3.40 does not find the row.
         """
         search = search_by(tuple(where), self.indexes)
         texts = search.texts(self._app_id, where)
@@ -155,7 +155,7 @@ class SQLiteStorage(OfOneApp):
         return self._read(search.find, [*texts, after, -1], sift)
 
     def count(self, where: Mapping[str, Value] | None) -> int:
-        """Return how many users have these values; without ``where``, how many users there are."""
+        """Return the number of users with these values; without ``where``, of all users."""
         where = where or {}
         search = search_by(tuple(where), self.indexes)
         texts = search.texts(self._app_id, where)
@@ -170,7 +170,7 @@ class SQLiteStorage(OfOneApp):
         return self._connections.administer(stored_indexes)
 
     def build_indexes(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
-        """Build the declared indexes that are missing, all or none.
+        """Build the missing declared indexes, all or none.
 
         Rows are read before the write lock is taken, and once more if another process has written
         since. Writers wait while SQLite builds the indexes.
@@ -189,7 +189,7 @@ class SQLiteStorage(OfOneApp):
         return self._connections.administer(build)
 
     def drop_index(self, name: str) -> None:
-        """Remove an index from the database; without one of this name, nothing happens."""
+        """Remove an index from the database; no error if none has this name."""
         self._connections.administer(lambda connection: drop_index(connection, name))
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
@@ -207,7 +207,7 @@ class SQLiteStorage(OfOneApp):
         raise error
 
     def erase(self, user_id: str, check: Callable[[Metadata], None]) -> dict[str, Metadata]:
-        """Remove the rows that a user has in any app, in one transaction.
+        """Remove a user's rows from all apps, in one transaction.
 
         The apps are found in the index of the key, one after the other, or in an index of
         ``user_id`` if the table has one.
@@ -228,8 +228,8 @@ class SQLiteStorage(OfOneApp):
 
         Args:
             connection: a ``sqlite3.Connection``, a ``sqlite_utils.Database``, a ``Session`` or
-                ``Connection`` of SQLAlchemy, or Django's ``connection``. It is one to the file of
-                this storage, or to a database in memory, as in tests.
+                ``Connection`` of SQLAlchemy, or Django's ``connection``. It must be connected to
+                this storage's file, or to a database in memory, as in tests.
         """
         joined = copy.copy(self)
         joined._connections = JoinedConnection(recognise(connection), self._connections)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class SyncioUserMetadata(Generic[M, U]):
     """The blocking functions on one store: ``UserMetadata(...).syncio``.
 
-    The functions of this module are those on the store of ``init``. ``M`` is the type of what is
-    stored, ``U`` that of an update.
+    The functions of this module use the store of ``init``. ``M`` is the type of the stored
+    metadata, ``U`` the type of an update.
     """
 
     def __init__(self, functions: Functions | Default) -> None:
@@ -89,8 +89,8 @@ class SyncioUserMetadata(Generic[M, U]):
                 error.
             StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
             StorageUnavailableError: the server cannot be reached; nothing was written.
-            OutcomeUnknownError: the connection or the disk failed during the write; it was written
-                whole or not at all.
+            OutcomeUnknownError: the connection or the disk failed during the write; all of it was
+                stored, or nothing.
             DamagedMetadataError: the stored row is not a JSON object; nothing was written.
 
         Example:
@@ -99,7 +99,7 @@ class SyncioUserMetadata(Generic[M, U]):
             >>> update_user_metadata("alice", {"todos": None}).metadata
             {'theme': 'dark'}
 
-        The rule is that of SuperTokens, "Storing data about a user".
+        SuperTokens has the same rule; its page is "Storing data about a user".
         """
         context = {} if user_context is None else user_context
         return self._functions.blocking.update_user_metadata(user_id, metadata_update, context)
@@ -123,8 +123,8 @@ class SyncioUserMetadata(Generic[M, U]):
                 error.
             StorageBusyError: timed out waiting for a writer or a connection; nothing was removed.
             StorageUnavailableError: the server cannot be reached; nothing was removed.
-            OutcomeUnknownError: the connection or the disk failed during the write; it was removed
-                or not.
+            OutcomeUnknownError: the connection or the disk failed during the write; whether the
+                metadata was removed is unknown.
 
         Example:
             >>> clear_user_metadata("alice")
@@ -138,7 +138,7 @@ class SyncioUserMetadata(Generic[M, U]):
     ) -> MetadataResult[M]:
         """Replace all metadata of a user, in one atomic step.
 
-        The result is that of clear followed by update, but no reader sees the user without
+        The result is the same as after clear and update, but no reader sees the user without
         metadata. Root-level properties whose value is ``None`` are left out.
 
         Args:
@@ -157,8 +157,8 @@ class SyncioUserMetadata(Generic[M, U]):
                 error.
             StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
             StorageUnavailableError: the server cannot be reached; nothing was written.
-            OutcomeUnknownError: the connection or the disk failed during the write; it was written
-                whole or not at all.
+            OutcomeUnknownError: the connection or the disk failed during the write; all of it was
+                stored, or nothing.
 
         Example:
             >>> set_user_metadata("alice", {"plan": "pro"}).metadata
@@ -175,15 +175,15 @@ class SyncioUserMetadata(Generic[M, U]):
     ) -> MetadataResult[M]:
         """Replace the metadata of a user with ``function(metadata)``, in one atomic step.
 
-        For counters, nested edits and conditional changes. The function runs inside the storage's
-        lock or transaction, so it should be quick and must not call this library. It may be called
-        again if the storage retries. It is a plain function, not an ``async`` one. Root-level
-        properties whose value is ``None`` are removed.
+        Use it for counters, nested edits and conditional changes. The function runs inside the
+        storage's lock or transaction, so it should be quick and must not call this library. It may
+        be called again if the storage retries. It is a plain function, not an ``async`` one.
+        Root-level properties whose value is ``None`` are removed.
 
         Args:
             user_id: 1 to 255 characters, without U+0000.
             function: takes the stored metadata, ``{}`` if there is none, and returns the new
-                metadata; it may change its argument and return that. If it raises, nothing is
+                metadata; it may change its argument and return it. If it raises, nothing is
                 written.
             user_context: passed to an override unchanged; this library ignores it.
 
@@ -198,8 +198,8 @@ class SyncioUserMetadata(Generic[M, U]):
                 error.
             StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
             StorageUnavailableError: the server cannot be reached; nothing was written.
-            OutcomeUnknownError: the connection or the disk failed during the write; it was written
-                whole or not at all.
+            OutcomeUnknownError: the connection or the disk failed during the write; all of it was
+                stored, or nothing.
             DamagedMetadataError: the stored row is not a JSON object; nothing was written.
             Exception: exceptions of the function propagate unchanged; nothing was written.
 
@@ -222,8 +222,8 @@ class SyncioUserMetadata(Generic[M, U]):
             user_context: passed to an override unchanged; this library ignores it.
 
         Returns:
-            The result of ``get_user_metadata`` by user id, in the order given, all as of one
-            moment.
+            The result of ``get_user_metadata`` by user id, in the order given, all from one
+            consistent snapshot.
 
         Raises:
             InvalidInputError: a user id is not valid.
@@ -231,7 +231,7 @@ class SyncioUserMetadata(Generic[M, U]):
             StorageError: the storage failed; ``__cause__`` is its driver's error.
             StorageBusyError: timed out waiting for a writer or a connection.
             StorageUnavailableError: the server cannot be reached.
-            DamagedMetadataError: the stored row of one of them is not a JSON object.
+            DamagedMetadataError: the stored row of one of the users is not a JSON object.
 
         Example:
             >>> get_bulk_user_metadata(["erin", "frank"])
@@ -248,8 +248,8 @@ class SyncioUserMetadata(Generic[M, U]):
         """Update the metadata of many users in one atomic step: all of them or none.
 
         Args:
-            metadata_updates: the updates by user id, each as ``update_user_metadata`` takes it.
-                They are copied.
+            metadata_updates: the updates by user id, each as for ``update_user_metadata``. They are
+                copied.
             user_context: passed to an override unchanged; this library ignores it.
 
         Returns:
@@ -263,10 +263,10 @@ class SyncioUserMetadata(Generic[M, U]):
                 error.
             StorageBusyError: timed out waiting for a writer or a connection; nothing was written.
             StorageUnavailableError: the server cannot be reached; nothing was written.
-            OutcomeUnknownError: the connection or the disk failed during the write; it was written
-                whole or not at all.
-            DamagedMetadataError: the stored row of one of them is not a JSON object; nothing was
-                written.
+            OutcomeUnknownError: the connection or the disk failed during the write; all of it was
+                stored, or nothing.
+            DamagedMetadataError: the stored row of one of the users is not a JSON object; nothing
+                was written.
 
         Example:
             >>> updates = {"carol": {"seat": 1}, "dave": {"seat": 2}}
@@ -280,9 +280,9 @@ class SyncioUserMetadata(Generic[M, U]):
     def erase_user(
         self, user_id: str, user_context: dict[str, Any] | None = None, *, all_apps: bool = False
     ) -> EraseUserResult[M]:
-        """Remove everything stored about a user, and return what it was, in one atomic step.
+        """Remove everything stored about a user and return it, in one atomic step.
 
-        For a request to be forgotten, together with the export that the law may ask for.
+        Use it for erasure requests. The result is the export that the law may require.
 
         Args:
             user_id: 1 to 255 characters, without U+0000.
@@ -290,8 +290,8 @@ class SyncioUserMetadata(Generic[M, U]):
             all_apps: whether the user is removed from all apps of the store.
 
         Returns:
-            What was stored: in this app in ``.metadata``, in each app in ``.by_app``. Both are
-            empty if there was nothing.
+            What was removed: ``.metadata`` for this app, ``.by_app`` for each app. Both are empty
+            if there was nothing.
 
         Raises:
             InvalidInputError: the user id is not valid.
@@ -301,8 +301,8 @@ class SyncioUserMetadata(Generic[M, U]):
                 error.
             StorageBusyError: timed out waiting for a writer or a connection; nothing was removed.
             StorageUnavailableError: the server cannot be reached; nothing was removed.
-            OutcomeUnknownError: the connection or the disk failed during the write; it was removed
-                whole or not at all.
+            OutcomeUnknownError: the connection or the disk failed during the write; all of it was
+                removed, or nothing.
             DamagedMetadataError: a stored row is not a JSON object; nothing was removed.
                 ``clear_user_metadata`` removes it.
 
@@ -325,19 +325,19 @@ class SyncioUserMetadata(Generic[M, U]):
         after: str = "",
         limit: int = 100,
     ) -> dict[str, MetadataResult[M]]:
-        """Return the next users and their metadata: all users, or those with some values.
+        """Return one page of users and their metadata: all users, or those with given values.
 
         Args:
             where: root-level properties and their values, at least one of them indexed: ``str``,
-                ``int`` or ``bool``. Equality is of JSON type and value: ``1``, ``True`` and ``"1"``
+                ``int`` or ``bool``. JSON type and value must be equal: ``1``, ``True`` and ``"1"``
                 differ. ``None`` means all users.
             user_context: passed to an override unchanged; this library ignores it.
-            after: the last user id of the page before; ``""`` to begin.
-            limit: how many users to return at most, 1 or more.
+            after: the last user id of the previous page; ``""`` for the first page.
+            limit: the largest number of users to return, at least 1.
 
         Returns:
-            The results by user id, in the order of user ids, all as of one moment. The last user id
-            is the next ``after``; the last page has fewer than ``limit`` users.
+            The results by user id, sorted by user id, all from one consistent snapshot. Pass the
+            last user id as the next ``after``. The last page has fewer than ``limit`` users.
 
         Raises:
             InvalidInputError: an argument is not valid.
@@ -346,8 +346,8 @@ class SyncioUserMetadata(Generic[M, U]):
             StorageError: the storage failed; ``__cause__`` is its driver's error.
             StorageBusyError: timed out waiting for a writer or a connection.
             StorageUnavailableError: the server cannot be reached.
-            DamagedMetadataError: the row of one of them is not a JSON object. Its ``user_id`` names
-                the user, so that a caller can go on after that one.
+            DamagedMetadataError: the row of one of the users is not a JSON object. The error's
+                ``user_id`` names the user, so the caller can continue after that user.
 
         Example:
             >>> set_user_metadata("heidi", {"plan": "pro"})
@@ -363,10 +363,10 @@ class SyncioUserMetadata(Generic[M, U]):
         where: Mapping[str, Value] | None = None,
         user_context: dict[str, Any] | None = None,
     ) -> int:
-        """Return how many users have metadata, or have some values in it.
+        """Return the number of users who have metadata, or who have given values in it.
 
         Args:
-            where: as ``list_user_metadata`` takes it.
+            where: as for ``list_user_metadata``.
             user_context: passed to an override unchanged; this library ignores it.
 
         Returns:
@@ -374,8 +374,8 @@ class SyncioUserMetadata(Generic[M, U]):
 
         Raises:
             InvalidInputError: ``where`` is not valid.
-            UsageError: as ``list_user_metadata`` does.
-            StorageError: likewise.
+            UsageError: as for ``list_user_metadata``.
+            StorageError: as for ``list_user_metadata``.
 
         Example:
             >>> set_user_metadata("ivan", {"plan": "pro"})
@@ -389,10 +389,10 @@ class SyncioUserMetadata(Generic[M, U]):
     def find_user_id(
         self, where: Mapping[str, Value], user_context: dict[str, Any] | None = None
     ) -> str | None:
-        """Return the user who has a value of a unique index.
+        """Return the id of the user who has a given value of a unique index.
 
         Args:
-            where: as ``list_user_metadata`` takes it; one of its properties has a unique index.
+            where: as for ``list_user_metadata``; one of its properties must have a unique index.
             user_context: passed to an override unchanged; this library ignores it.
 
         Returns:

@@ -1,6 +1,6 @@
 """For tests: in-memory stores, and the conformance suite for storages.
 
-pytest finds the fixtures by itself where this library is installed.
+pytest finds the fixtures automatically where this library is installed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ pytest.register_assert_rewrite("usermetadata.testing.conformance")
 
 
 def __getattr__(name: str) -> object:
-    """Import the suite when it is used: pytest imports this module in every application's tests."""
+    """Import the suite on first use: pytest imports this module in every application's tests."""
     if name == "StorageConformance":
         from usermetadata.testing.conformance import StorageConformance
 

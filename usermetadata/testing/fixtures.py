@@ -1,7 +1,7 @@
 """pytest fixtures: in-memory stores, a server over one, and another process."""
 
-# pyright: reportPrivateUsage=false
-# The fixture puts the recipe's one instance aside, which no other code should do.
+# pyright: reportPrivateUsage=false The fixture replaces the recipe's only instance, which no other
+# code should do.
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def usermetadata_storage() -> Generator[InMemoryStorage, None, None]:
-    """Give the test a fresh in-memory store, in place of the one that ``init`` was given.
+    """Replace the store of ``init`` with an empty in-memory store during the test.
 
-    The application's override, if there is one, stays in force, and the store has the indexes of
-    the application's. Afterwards the former store is back.
+    The application's override, if there is one, still applies. The new store has the application's
+    indexes. After the test, the former store is back.
 
     Example:
         A test that uses it::
@@ -44,10 +44,10 @@ def usermetadata_storage() -> Generator[InMemoryStorage, None, None]:
 
 @pytest.fixture(scope="module")
 def usermetadata_module_storage() -> Generator[InMemoryStorage, None, None]:
-    """Give a module's tests one in-memory store, and its fixtures with the scope ``"module"``.
+    """Give a module's tests, and its fixtures with scope ``"module"``, one in-memory store.
 
-    A test of the module that uses ``usermetadata_storage`` still gets a fresh store, and the next
-    one has the module's again.
+    A test of the module that uses ``usermetadata_storage`` still gets an empty store. The next test
+    has the module's store again.
 
     Example:
         Metadata that several tests read::
@@ -62,9 +62,10 @@ def usermetadata_module_storage() -> Generator[InMemoryStorage, None, None]:
 
 @pytest.fixture(scope="session")
 def usermetadata_session_storage() -> Generator[InMemoryStorage, None, None]:
-    """Give all tests one in-memory store, and fixtures with the scope ``"session"``.
+    """Give all tests, and fixtures with scope ``"session"``, one in-memory store.
 
-    With pytest-xdist each worker has its own. A module or a test with a store of its own uses that.
+    With pytest-xdist each worker has a separate store. A module or a test that uses one of the
+    other fixtures has the store of that fixture.
     """
     with _stores.fresh("session") as storage:
         yield storage
@@ -74,7 +75,7 @@ def usermetadata_session_storage() -> Generator[InMemoryStorage, None, None]:
 def usermetadata_server(
     usermetadata_storage: InMemoryStorage, _usermetadata_served: _Served
 ) -> Generator[str, None, None]:
-    """Serve the test's fresh in-memory store to SuperTokens' SDKs; give the test the URL.
+    """Serve the test's empty in-memory store to SuperTokens' SDKs; give the test the URL.
 
     It needs the extra ``server``. Pass the URL to the application's SDK as its ``connection_uri``;
     no key is needed. All tests get the same URL, because an SDK keeps the first one.
@@ -94,8 +95,9 @@ def usermetadata_server(
 def usermetadata_process() -> Generator[OtherProcess, None, None]:
     """A second process, in which the conformance suite opens a second storage.
 
-    Its method ``open`` takes a class or a function of a module, and the arguments of it. It returns
-    a storage that works like one of this process, with the methods of all protocols but ``within``.
+    Its method ``open`` takes a module-level class or function, and its arguments. It returns a
+    storage that is used like one in this process. The storage has the methods of all protocols
+    except ``within``.
 
     Example:
         The fixture of a test class::
@@ -114,9 +116,9 @@ _SCOPES = ["session", "module", "function"]
 
 
 class _Stores:
-    """The stores of the fixtures that are set up. The functions use that of the narrowest scope.
+    """The stores of the active fixtures; the functions use the one with the narrowest scope.
 
-    A session's may be set up after a module's, and outlive it.
+    A session's store may be set up after a module's, and outlive it.
     """
 
     def __init__(self) -> None:
@@ -125,7 +127,7 @@ class _Stores:
 
     @contextmanager
     def fresh(self, scope: str) -> Generator[InMemoryStorage, None, None]:
-        """Have one more in a block."""
+        """Add a store for the duration of a block."""
         current = default.get()
         if not self._made:
             self._before = current
@@ -157,7 +159,7 @@ _stores = _Stores()
 
 
 class _Served:
-    """The storage of the test that runs; the tests' server serves it."""
+    """The storage of the current test, which the tests' server serves."""
 
     reads_in_flight = writes_in_flight = 0
 
@@ -175,7 +177,7 @@ class _Served:
         return self._current().for_app(app_id)
 
     def close(self) -> None:
-        """The test's fixture closes the storage."""
+        """Do nothing: the test's fixture closes the storage."""
 
     def _current(self) -> InMemoryStorage:
         if self.storage is None:

@@ -54,13 +54,13 @@ class OtherProcess:
         """Return the storage that ``factory(*args, **kwargs)`` opens in the other process.
 
         Args:
-            factory: a class or a function of a module; like the arguments, it is pickled.
-            *args: its arguments.
-            **kwargs: likewise.
+            factory: a module-level class or function. It and its arguments are pickled.
+            *args: its positional arguments.
+            **kwargs: its keyword arguments.
 
         Returns:
-            A storage that any thread of this process may use. The functions in changes are called
-            in this process. It is closed like any other.
+            A storage that any thread of this process may use. Functions in changes are called in
+            this process. Close the storage like any other.
         """
         return RemoteStorage(self, self.call(0, "open", factory, args, kwargs))
 
@@ -71,7 +71,7 @@ class OtherProcess:
         *args: object,
         functions: Sequence[Callable[..., object]] = (),
     ) -> Any:
-        """Call a method of a storage there; what calls back is one of ``functions``."""
+        """Call a method of a storage there; the other process may call back ``functions``."""
         connection = self._idle.pop() if self._idle else self._connect()
         connection.send((storage, method, args))
         raised: BaseException | None = None
@@ -94,7 +94,7 @@ class OtherProcess:
             raise value
 
     def stacks(self) -> str:
-        """Return the stacks of all its threads."""
+        """Return the stacks of all threads of the process."""
         with contextlib.closing(self._connect()) as connection:
             connection.send((0, "stacks", ()))
             if not connection.poll(_SECONDS_FOR_STACKS):
@@ -114,7 +114,7 @@ class OtherProcess:
 
 
 class RemoteStorage:
-    """A storage in another process. It has the methods of all protocols that need no connection."""
+    """A storage in another process, with the methods of all protocols except ``within``."""
 
     def __init__(self, process: OtherProcess, number: int) -> None:
         self._process = process
@@ -205,11 +205,11 @@ class _Function:
 
 
 class _RaisedThereError(Exception):
-    """The function raised an exception, which the first process has."""
+    """The function raised an exception, which stays in the first process."""
 
 
 def serve(key: bytes) -> None:
-    """Serve the process that has started this one, until it ends or closes the input."""
+    """Serve the parent process until it ends or closes the standard input."""
     from multiprocessing.connection import Listener
 
     listener = Listener(authkey=key, backlog=64)
@@ -239,8 +239,8 @@ class _Served:
             while True:
                 request = connection.recv_bytes()
                 try:
-                    # What cannot be pickled is also an error of this call.
-                    number, method, args = pickle.loads(request)  # noqa: S301 - of a process with the key
+                    # An object that cannot be pickled is also an error of this call.
+                    number, method, args = pickle.loads(request)  # noqa: S301 - needs the key
                     answer = pickle.dumps(("returned", self._do(connection, number, method, args)))
                 except _RaisedThereError:
                     answer = pickle.dumps(("raised", None))
@@ -282,11 +282,11 @@ class _Served:
 
 
 def _pickled(error: BaseException, note: str) -> bytes:
-    """Return what raises the error in the first process."""
+    """Return the answer that raises the error in the first process."""
     error.add_note(note)
     try:
         answer = pickle.dumps(("raised", error))
-        # It fails for an exception whose class takes other arguments than it hands on.
+        # This fails if the exception's class takes other arguments than it passes to Exception.
         pickle.loads(answer)  # noqa: S301 - it was made here
     except Exception:  # noqa: BLE001 - any code of the exception's class
         stand_in = RuntimeError(f"{type(error).__name__}, which cannot be pickled, was raised")

@@ -17,15 +17,15 @@ Phase = Literal["before sending", "after sending", "after the answer"]
 class BreakingProxy:
     """Forwards connections to a server, and breaks one when a test asks for it.
 
-    It needs to know nothing of the protocol but that the client waits for the server's answers. A
-    round trip begins with the first bytes that a client sends after an answer.
+    It works with any protocol in which the client waits for the server's answers. A round trip
+    begins with the first bytes that a client sends after an answer.
 
     Args:
         server: the host and port of the server, or the path of its Unix socket.
 
     Attributes:
-        host: where the proxy listens.
-        port: likewise.
+        host: the host on which the proxy listens.
+        port: the port on which it listens.
 
     Example:
         The fixture of a storage whose server is at port 6379::
@@ -54,15 +54,15 @@ class BreakingProxy:
     def break_connection(
         self, phase: Phase, number: int = 0, meanwhile: Callable[[], object] = lambda: None
     ) -> Generator[None, None, None]:
-        """Break one connection in a block.
+        """Break one connection during a ``with`` block.
 
         Args:
             phase: ``"before sending"``: the round trip's request does not reach the server;
                 ``"after sending"``: the server has answered, and the answer is lost;
                 ``"after the answer"``: the connections break when the block ends.
-            number: which of the block's round trips it is, from 0. Without that many, nothing
-                breaks.
-            meanwhile: called once the server has lost the connection, and before the client
+            number: which round trip of the block breaks, counted from 0. If there are fewer,
+                nothing breaks.
+            meanwhile: called after the server has lost the connection and before the client
                 notices.
         """
         breaking = _Break(phase, number, meanwhile)
@@ -137,7 +137,7 @@ class BreakingProxy:
 
 
 class _Break:
-    """What is to happen to one connection."""
+    """The break that one connection will have."""
 
     def __init__(self, phase: Phase, number: int, meanwhile: Callable[[], object]) -> None:
         self.phase = phase
@@ -146,7 +146,7 @@ class _Break:
         self._meanwhile = meanwhile
 
     def is_due(self) -> bool:
-        """Count a round trip; tell whether it is the one that breaks."""
+        """Count a round trip; return whether it is the one that breaks."""
         self._left -= 1
         return self._left == -1
 

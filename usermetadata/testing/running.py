@@ -27,7 +27,7 @@ class Running(Generic[T]):
 
     Args:
         function: the function.
-        timeout: seconds after which it counts as hanging.
+        timeout: seconds after which the function counts as hanging.
     """
 
     def __init__(self, function: Callable[[], T], timeout: float) -> None:
@@ -40,11 +40,11 @@ class Running(Generic[T]):
 
     @property
     def is_alive(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the function is still running."""
         return self._thread.is_alive()
 
     def give_time(self, seconds: float) -> None:
-        """Wait for its end, but not longer than this."""
+        """Wait for the function to end, at most so many seconds."""
         self._thread.join(seconds)
 
     def result(self) -> T:
@@ -67,7 +67,7 @@ class Running(Generic[T]):
 def run_in_rounds(
     functions: Sequence[Callable[[int], object]], rounds: int, timeout: float
 ) -> None:
-    """Call each function in a thread of its own with 0, 1, ...; each round begins at once."""
+    """Call each function in a separate thread with 0, 1, ...; rounds start together."""
     barrier = threading.Barrier(len(functions))
 
     def run(function: Callable[[int], object]) -> None:
@@ -109,7 +109,7 @@ def limited(seconds: float) -> Generator[None, None, None]:
 
 
 def _can_be_interrupted() -> bool:
-    # A timer that runs is that of pytest-timeout, which does the same.
+    # A timer that is set already belongs to pytest-timeout, which does the same.
     return (
         hasattr(signal, "setitimer")
         and threading.current_thread() is threading.main_thread()

@@ -25,26 +25,23 @@ class StorageConformance(
     """A test for each promise of :class:`usermetadata.storage.Storage`; subclass it.
 
     The subclass has a fixture ``storage`` that yields an empty storage and closes it. pytest runs
-    all of these tests over it. The tests of ``ListingStorage``, ``ErasingStorage`` and
-    ``IndexedStorage`` are skipped if the storage has not their methods.
+    all tests on that storage. The tests of ``ListingStorage``, ``ErasingStorage`` and
+    ``IndexedStorage`` are skipped if the storage does not have their methods.
 
-    These fixtures are optional. Without one, the tests that need it are skipped:
+    These fixtures are optional. If one is missing, the tests that need it are skipped:
 
-    ``second_storage``
-        yields a second storage over the rows of ``storage``, as another process has it, and closes
-        it. The fixture ``usermetadata_process`` opens one in another process.
+    ``second_storage`` yields a second storage with the same rows as ``storage``, as another process
+    would open it, and closes it. The fixture ``usermetadata_process`` opens one in another process.
 
-    ``break_connection``
-        returns a function that breaks the connection of ``storage``:
-        :meth:`usermetadata.testing.BreakingProxy.break_connection`, or another one with its
-        arguments.
+    ``break_connection`` returns a function that breaks the connection of ``storage``:
+    :meth:`usermetadata.testing.BreakingProxy.break_connection`, or one with the same arguments.
 
     Attributes:
-        timeout: seconds after which a test counts as hanging, and fails with the stacks of all
-            threads. Its fixtures are included.
-        moment: seconds in which a concurrent call would be over if the storage did not make it
-            wait. Raise it for a storage that needs longer for a write.
-        indexes: what an ``IndexedStorage`` declares in its fixtures.
+        timeout: seconds after which a test, including its fixtures, counts as hanging and fails
+            with the stacks of all threads.
+        moment: seconds within which a concurrent call ends unless the storage makes it wait. Raise
+            it if a write takes longer.
+        indexes: the indexes that an ``IndexedStorage`` has to declare in the fixtures.
 
     Example:
         The whole of a test file::

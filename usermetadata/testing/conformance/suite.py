@@ -29,11 +29,10 @@ class Suite:
     """The base of all parts.
 
     Attributes:
-        timeout: seconds after which a test counts as hanging, and fails with the stacks of all
-            threads. Its fixtures are included.
-        moment: seconds in which a concurrent call would be over if the storage did not make it
-            wait.
-        indexes: what an ``IndexedStorage`` has to declare, so that its tests run.
+        timeout: seconds after which a test, including its fixtures, counts as hanging and fails
+            with the stacks of all threads.
+        moment: seconds within which a concurrent call ends unless the storage makes it wait.
+        indexes: the indexes that an ``IndexedStorage`` has to declare in the fixtures.
     """
 
     timeout: ClassVar[float] = 60.0
@@ -42,14 +41,14 @@ class Suite:
 
     @pytest.fixture
     def second_storage(self) -> Storage:
-        """A second storage over the rows of ``storage``, as another process has it."""
+        """A second storage with the same rows as ``storage``, as another process would open it."""
         pytest.skip("define the fixture second_storage: a second storage over the same data")
 
     @pytest.fixture
     def break_connection(
         self,
     ) -> Callable[[Phase, int, Callable[[], object]], AbstractContextManager[object]]:
-        """What breaks the connection of ``storage``; a method of ``BreakingProxy`` for example."""
+        """A function that breaks the connection of ``storage``, as ``BreakingProxy`` has one."""
         pytest.skip("define the fixture break_connection, if the storage uses a connection")
 
     @pytest.fixture(autouse=True)
@@ -62,20 +61,20 @@ class Suite:
         return Running(function, self.timeout)
 
     def in_thread(self, function: Callable[[], T]) -> T:
-        """Run the function in a thread until it ends; return or raise what it does."""
+        """Run the function in a thread until it ends; return its result or raise its exception."""
         return self.start(function).result()
 
     def meanwhile(self, function: Callable[[], object]) -> Meanwhile:
-        """Return what a change calls so that another thread calls the function in its middle."""
+        """Return a callable for a change; it calls the function in another thread."""
         return Meanwhile(self, function)
 
     def in_rounds(self, functions: Sequence[Callable[[int], object]], rounds: int) -> None:
-        """Call each function in a thread of its own with 0, 1, ...; each round begins at once."""
+        """Call each function in a separate thread with 0, 1, ...; rounds start together."""
         run_in_rounds(functions, rounds, self.timeout)
 
 
 class Meanwhile:
-    """Calls a function in another thread; a change that is called again calls it once only."""
+    """Calls a function in another thread, and only once if the change is called again."""
 
     def __init__(self, suite: Suite, function: Callable[[], object]) -> None:
         self._suite = suite
@@ -83,20 +82,20 @@ class Meanwhile:
         self._running: Running[object] | None = None
 
     def __call__(self) -> None:
-        """Call the function, and wait for its end, but not for long: it may have to wait."""
+        """Call the function and wait briefly for its end: it may have to wait for the change."""
         if self._running is None:
             self._running = self._suite.start(self._function)
             self._running.give_time(self._suite.moment)
 
     def finish(self) -> None:
-        """Wait until the function has ended; raise what it raised."""
+        """Wait until the function has ended; raise its exception."""
         assert self._running is not None, "the change was never called"
         self._running.result()
 
 
 @contextmanager
 def explained(text: str) -> Generator[None, None, None]:
-    """Add a note to whatever is raised in the block."""
+    """Add a note to an exception that is raised in the block."""
     try:
         yield
     except BaseException as error:
@@ -105,7 +104,7 @@ def explained(text: str) -> Generator[None, None, None]:
 
 
 def exactly(value: Any) -> str:
-    """Return an ASCII text that differs where ``==`` or the eye sees no difference."""
+    """Return an ASCII text that also differs for values that ``==`` or a reader takes as equal."""
     return json.dumps(value, sort_keys=True)
 
 
