@@ -1,1 +1,1 @@
-"""What makes the library work; nothing in here is public."""
+"""The implementation; nothing in this package is public."""

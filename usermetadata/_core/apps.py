@@ -15,7 +15,7 @@ class OfOneApp:
     """Base of a storage that reads and writes the rows of one app.
 
     Args:
-        app_id: the app whose rows these are.
+        app_id: the app that the storage reads and writes.
 
     Raises:
         InvalidInputError: the app id is not valid.
@@ -26,11 +26,11 @@ class OfOneApp:
 
     @property
     def app_id(self) -> str:
-        """The app whose rows these are."""
+        """The app that the storage reads and writes."""
         return self._app_id
 
     def for_app(self, app_id: str) -> Self:
-        """Return the same storage for another app."""
+        """Return this storage for another app."""
         other = copy.copy(self)
         other._app_id = check_app_id(app_id)
         return other

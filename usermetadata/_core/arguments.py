@@ -1,4 +1,4 @@
-"""Checking and copying the arguments of the functions: what they ask of a storage, as values."""
+"""Checking and copying the arguments of the functions."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _result_of(result: object) -> Metadata:
         )
     if isinstance(result, Awaitable):
         if isinstance(result, Coroutine):
-            result.close()  # else Python warns that it was never awaited
+            result.close()  # otherwise Python warns that it was never awaited
         raise InvalidInputError(
             "the function's result: nothing can be awaited inside the storage's lock; pass a"
             " function without `async`, and await what it needs before the call"

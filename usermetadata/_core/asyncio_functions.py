@@ -1,4 +1,4 @@
-"""The functions without an override, for ``asyncio``; what an override wraps."""
+"""The ``asyncio`` functions without an override; an override wraps them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class AsyncioFunctions(RecipeInterface):
-    """Each checks its arguments, reads or writes once, and wraps what it got."""
+    """Each function checks its arguments, reads or writes once, and wraps the result."""
 
     def __init__(self, runner: AsyncioRunner) -> None:
         self._runner = runner

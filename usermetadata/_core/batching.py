@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 A = TypeVar("A")
 R = TypeVar("R")
 
-# Repeated call by call these would cost their timeout once per call, or a change could be made
-# twice: every call of the batch gets the error.
+# After these errors, every call of the batch gets the error. Repeating call by call would take the
+# timeout once per call, or could make a change twice.
 _SHARED_ERRORS = (StorageBusyError, StorageUnavailableError, OutcomeUnknownError)
 
 _LONGEST_SLEEP = 0.5  # seconds
@@ -69,7 +69,8 @@ def settle(
     Args:
         execute: takes the arguments of the calls and returns a result for each.
         calls: the calls.
-        own_errors: the errors that belong to a call. Others, interrupts, propagate.
+        own_errors: the errors that belong to a call. Other exceptions, such as interrupts,
+            propagate.
     """
     try:
         results = execute([call.argument for call in calls])
@@ -111,16 +112,16 @@ class _ThreadCall(Call[A, R]):
         self._asleep.acquire(timeout=seconds)
 
     def wake(self) -> None:
-        with suppress(RuntimeError):  # it is awake already
+        with suppress(RuntimeError):  # the thread is awake already
             self._asleep.release()
 
 
 class ThreadBatches(Generic[A, R]):
     """Batches of blocking calls, one batch at a time.
 
-    The thread whose turn it is executes its own call and all that wait; then the first call that
-    arrived in between gets the turn. An interrupt (an exception raised by a signal handler) may
-    come between any two steps: the call it interrupts fails, and the others continue.
+    The thread whose turn it is executes its own call and all waiting calls. Then the first call
+    that arrived in between gets the turn. An interrupt (an exception raised by a signal handler)
+    may occur between any two steps: the interrupted call fails, and the others continue.
 
     Args:
         execute: takes the arguments of some calls, does all or nothing, returns a result for each.
@@ -158,7 +159,7 @@ class ThreadBatches(Generic[A, R]):
         deadline = 0.0
         try:
             while True:
-                # An interrupt may come after any call. So the lock is taken inside `try`, and
+                # An interrupt may occur after any call. So the lock is taken inside `try`, and
                 # `finally` begins with its release, which only the thread that has it can do.
                 try:
                     if (
@@ -225,13 +226,13 @@ class ThreadBatches(Generic[A, R]):
     def _execute_with_all_that_wait(self, call: _ThreadCall[A, R]) -> None:
         self._withdraw(call)
         calls = [call]
-        with suppress(IndexError):  # some may withdraw in between
+        with suppress(IndexError):  # calls may be withdrawn in between
             while self._waiting:
                 calls.append(self._waiting.popleft())
         try:
             settle(self._execute, calls)
         finally:
-            # A call that an interrupt has left unsettled is executed by its own thread.
+            # After an interrupt, an unsettled call is executed by its own thread.
             for each in calls[1:]:
                 each.wake()
 
@@ -239,8 +240,8 @@ class ThreadBatches(Generic[A, R]):
         left = deadline - time.monotonic()
         if left <= 0 and self._withdraw(call):
             raise busy(self._name)
-        # Not for long: an interrupted thread may have woken no other. A call that another thread
-        # executes is waited for, however late.
+        # The sleep is short, because an interrupted thread may have woken no other. A call that
+        # another thread executes is waited for even after the deadline.
         call.sleep(min(left, _LONGEST_SLEEP) if left > 0 else _LONGEST_SLEEP)
 
     def _withdraw(self, call: _ThreadCall[A, R]) -> bool:
@@ -257,7 +258,7 @@ class ThreadBatches(Generic[A, R]):
 
 
 def busy(name: str) -> StorageBusyError:
-    """Return the error of a write that has waited long enough."""
+    """Return the error of a write whose timeout has passed."""
     return StorageBusyError(
         f"{name}: timed out waiting for another writer; repeat the call (or the transaction that it"
         " is part of), or allow a longer timeout"
@@ -322,7 +323,7 @@ class LoopBatches(ForkHooks, Generic[A, R]):
         if self._is_closed:
             raise RuntimeError
         if self._workers is None:
-            # At the interpreter's end even this import raises RuntimeError.
+            # While the interpreter ends, even this import raises RuntimeError.
             from concurrent.futures import ThreadPoolExecutor
 
             self._workers = ThreadPoolExecutor(max(1, self._at_once), "usermetadata")

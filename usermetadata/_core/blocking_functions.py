@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class BlockingFunctions:
-    """Each checks its arguments, reads or writes once, and wraps what it got."""
+    """Each function checks its arguments, reads or writes once, and wraps the result."""
 
     def __init__(self, runner: BlockingRunner) -> None:
         self._runner = runner

@@ -1,4 +1,4 @@
-"""What is said of an index that is missing, and of the rows that are in its way."""
+"""Errors of missing indexes, and of rows that prevent building one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from usermetadata.indexes import Index
 
 MOST_ROWS = 10_000
-"""A table with more rows is not indexed by the way."""
+"""Indexes of a table with more rows are only built on request."""
 
 
 def too_many_rows(missing: Sequence[Index]) -> UsageError:
@@ -25,7 +25,7 @@ def too_many_rows(missing: Sequence[Index]) -> UsageError:
 
 
 def cannot_be_built(missing: Sequence[Index], line: str) -> StorageError:
-    """Return the error of a call that would build indexes, with the first row in the way."""
+    """Return the error of a call that cannot build indexes, with the first row that prevents it."""
     return StorageError(
         f"index {missing[0].name!r}: it cannot be built: {line}; `{_command(missing)}` shows all"
         " rows in the way"

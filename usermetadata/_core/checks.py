@@ -1,4 +1,4 @@
-"""What is checked about each write before it is stored: an override's hook, and a model."""
+"""The checks of each write before it is stored: an override's hook, and a model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Checks:
     """The checks of one application.
 
     Args:
-        store: what is locked while they run.
+        store: the store that is locked while they run.
         hook: an override's ``check_change``.
         validate: takes the metadata that would be stored, and raises if it is not valid.
     """
@@ -63,7 +63,7 @@ class Checks:
         checked: list[tuple[str, Change]] = []
         for user_id, change in changes:
             if self.hook is None and isinstance(change, BLIND):
-                # It stays one that repairs a damaged row.
+                # The new change does not read the row either, so it repairs a damaged row.
                 new = change(None)
                 if new is not None:
                     self._validate(user_id, new)
@@ -100,7 +100,7 @@ class Checks:
             if returned is False:
                 raise ValueError("it returned False")
         except Exception as error:
-            # Its text may quote the metadata.
+            # The exception's text may quote the metadata.
             refusal = InvalidInputError(
                 f"metadata of user {user_id!r}: the model refused it with {type(error).__name__},"
                 " which is the cause of this error; pass metadata that the model accepts"
@@ -125,7 +125,7 @@ class _CheckedChange:
 def _refuse_awaitable(returned: object, name: str) -> None:
     if isinstance(returned, Awaitable):
         if isinstance(returned, Coroutine):
-            returned.close()  # else Python warns that it was never awaited
+            returned.close()  # otherwise Python warns that it was never awaited
         refusal = InvalidInputError(
             f"{name}: it returned something to await, and nothing can be awaited inside the"
             " storage's lock; make it a function without `async`"

@@ -1,4 +1,4 @@
-"""The functions that ``init`` has made, for the functions of both facades' modules."""
+"""The functions that ``init`` made; the module-level functions call them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Made(NamedTuple):
     Attributes:
         recipe: the store.
         functions: its functions.
-        arguments: what tells whether another ``init`` would make the same.
+        arguments: the arguments of ``init``, to compare with those of a later call.
     """
 
     recipe: UserMetadataRecipe
@@ -31,7 +31,7 @@ class Default:
     """Stands for the functions of ``init``, which is called after the facades were imported."""
 
     def __init__(self) -> None:
-        # Nothing, or what `init` has made. Each method of a dictionary is one step for all threads.
+        # Empty, or the result of `init`. Each method of a dictionary is atomic for threads.
         self._made: dict[str, Made] = {}
 
     def get(self) -> Made | None:
@@ -39,11 +39,11 @@ class Default:
         return self._made.get(_KEY)
 
     def claim(self, made: Made) -> Made:
-        """Use this if there is nothing yet; return what is used."""
+        """Use ``made`` if there is nothing yet; return the one that is used."""
         return self._made.setdefault(_KEY, made)
 
     def replace(self, made: Made | None) -> Made | None:
-        """Use this in any case; return what was used before."""
+        """Use ``made`` in any case; return the one that was used before."""
         before = self._made.pop(_KEY, None)
         if made is not None:
             self._made[_KEY] = made

@@ -1,4 +1,4 @@
-"""Removing a user: what the storages do, and before that what the runners ask of them."""
+"""Removing a user: the changes for storages, and the requests of the runners."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Erasure:
 
 
 class Removal:
-    """A change that removes the row, and keeps what it held."""
+    """A change that removes the row and keeps its metadata."""
 
     old: Metadata | None = None
 
@@ -53,7 +53,7 @@ class Removal:
         self.old = old
 
     def by_app(self, app_id: str) -> dict[str, Metadata]:
-        """Return what the row held, by app id."""
+        """Return the row's metadata by app id."""
         return {} if self.old is None else {app_id: self.old}
 
 
@@ -63,14 +63,14 @@ class RemovalEverywhere:
 
     Args:
         user_id: the user.
-        check: called with what each row holds and ``None``, before any is removed.
+        check: called with each row's metadata and ``None``, before any row is removed.
     """
 
     user_id: str
     check: Callable[[Metadata | None, Metadata | None], None] | None
 
     def of(self, storage: Storage) -> dict[str, Metadata]:
-        """Remove the rows; return what they held, by app id."""
+        """Remove the rows; return their metadata by app id."""
         if not isinstance(storage, ErasingStorage):
             raise UsageError(
                 f"erase_user: {type(storage).__name__} cannot find a user's apps; erase the user in"

@@ -1,8 +1,8 @@
-"""Keeping ``fork`` from splitting what two processes must not share.
+"""Hooks for ``fork``: what must not be in use while the process forks.
 
-A lock that another thread holds at the moment of a fork stays locked in the child forever, and an
-SQLite connection must not cross a fork at all (https://sqlite.org/howtocorrupt.html, 2.6). Each
-owner registers hooks that run before each fork, and afterwards on both sides.
+A lock that another thread holds during a fork stays locked in the child forever. An SQLite
+connection must not be carried across a fork at all (https://sqlite.org/howtocorrupt.html, 2.6).
+Each owner registers hooks that run before each fork, and afterwards on both sides.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from weakref import WeakSet
 
 
 class ForkHooks:
-    """Base of what must not be in use while the process forks; by default nothing happens."""
+    """Base class of objects that must not be in use during a fork; its hooks do nothing."""
 
     def before_fork(self) -> None:
-        """Wait until nothing is in use, for a limited time, and keep it so."""
+        """Wait, up to a timeout, until nothing is in use; block new use."""
 
     def after_fork_in_parent(self) -> None:
-        """Go on as before, even if ``before_fork`` was interrupted."""
+        """Continue as before, even if ``before_fork`` was interrupted."""
 
     def after_fork_in_child(self) -> None:
-        """Go on in the new process, in which only the forking thread exists."""
+        """Continue in the new process, in which only the forking thread exists."""
 
 
 def watch(owner: ForkHooks) -> None:
@@ -33,11 +33,11 @@ def watch(owner: ForkHooks) -> None:
 
 
 def notice() -> None:
-    """Run the hooks now if the process is another one, or its threads have become greenlets.
+    """Run the hooks now if the process has changed, or its threads became greenlets.
 
-    C code may have forked it without telling Python, as uWSGI does. gevent may have patched it
-    after ``init``, as a worker of gunicorn does with ``--preload``: locks that were made before
-    would let in other greenlets of their thread, or block them all.
+    C code may have forked the process without telling Python, as uWSGI does. gevent may have
+    patched it after ``init``, as a worker of gunicorn does with ``--preload``: locks that were made
+    before would let in other greenlets of their thread, or block them all.
     """
     global _one_fork_at_a_time, _make_lock  # noqa: PLW0603 - a thread of the parent may have held it
     if threading.Lock is not _make_lock:
@@ -55,7 +55,7 @@ def notice() -> None:
 
 
 process = os.getpid()
-"""The number of this process, for all that does not ask the operating system."""
+"""The id of this process, cached."""
 
 _owners: WeakSet[ForkHooks] = WeakSet()
 _owners_lock = threading.RLock()

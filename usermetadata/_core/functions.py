@@ -1,4 +1,4 @@
-"""The functions of one store: blocking, for ``asyncio``, as an override left them."""
+"""The functions of one store: blocking and for ``asyncio``, with an override applied."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 class Store(ForkHooks):
-    """A storage, and what its apps share: the worker threads, and the end.
+    """A storage, and what its apps share: the worker threads and ``close``.
 
     Args:
         storage: where the metadata is stored.
         is_ours: whether ``close`` closes it.
 
     Attributes:
-        is_ours: the same.
-        lock: held while something that is shared is made.
+        is_ours: whether ``close`` closes the storage.
+        lock: held while a shared object is created.
     """
 
     def __init__(self, storage: Storage, *, is_ours: bool) -> None:
@@ -57,7 +57,7 @@ class Store(ForkHooks):
         return copy.copy(self._runner) if app_id is None else self._runner.for_app(app_id)
 
     def add(self, functions: Functions) -> None:
-        """Let the functions be closed with the store."""
+        """Close the functions together with the store."""
         with self.lock:
             if self._is_closed:
                 functions.close()
@@ -81,15 +81,15 @@ class Functions:
     Args:
         store: where they read and write.
         override: replaces or wraps them.
-        model: validates what they would store.
-        app_id: the app; ``None``: that of the store's storage.
+        model: validates metadata before it is stored.
+        app_id: the app; ``None`` means the app of the store's storage.
 
     Attributes:
-        store: the same.
-        storage: that of the app.
-        app_id: likewise.
-        override: the same.
-        model: likewise.
+        store: the store, as passed.
+        storage: the storage for the app.
+        app_id: the id of the app.
+        override: the override, as passed.
+        model: the model, as passed.
         blocking: the functions for blocking code; ``usermetadata.syncio`` calls these.
     """
 
@@ -111,7 +111,7 @@ class Functions:
         self._app_id = app_id
         self._checks: Checks | None = None
         self._asynchronous: RecipeInterface | None = None
-        self._runner: AsyncioRunner | None = None  # that of the functions that are overridden
+        self._runner: AsyncioRunner | None = None  # the runner of the functions that are overridden
         validate = None if model is None else validator_of(model)
         hook = None
         if override is not None and override.functions is not None:
@@ -148,7 +148,7 @@ class Functions:
         return other
 
     def close(self) -> None:
-        """Let a later call raise an error; those under way are completed."""
+        """Complete the running calls; later ones raise an error."""
         self.blocking = cast("BlockingFunctions", _Closed())
         self._asynchronous = cast("RecipeInterface", _Closed())
 
@@ -171,7 +171,7 @@ class _Closed:
 
 
 def _original(runner: AsyncioRunner) -> RecipeInterface:
-    # Here, because blocking code does not need it.
+    # Imported here, because blocking code does not need it.
     from usermetadata._core.asyncio_functions import AsyncioFunctions
 
     return AsyncioFunctions(runner)
@@ -200,7 +200,7 @@ def _overridden(
         )
     overridden = functions(original)
     if isinstance(overridden, Coroutine):
-        overridden.close()  # else Python warns that it was never awaited
+        overridden.close()  # otherwise Python warns that it was never awaited
     if not isinstance(overridden, RecipeInterface):
         raise InvalidInputError(
             f"override: functions returned {type(overridden).__name__}, not a RecipeInterface; make"

@@ -1,4 +1,4 @@
-"""Greenlet libraries, which replace Python's threads and locks by their own."""
+"""Greenlet libraries, which replace Python's threads and locks with greenlets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Call(Protocol):
 
 
 def patched_by() -> str | None:
-    """Name the library that has made the threads of this process greenlets, if one has."""
+    """Return the name of the library that replaced this process's threads with greenlets."""
     gevent = sys.modules.get("gevent.monkey")
     if gevent is not None and gevent.is_module_patched("threading"):
         return "gevent"

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 MAX_HEAD = 2**16
 """How many bytes the request line and the headers may have."""
 
-_SLICE = 2**12  # bytes that the parser gets at once; a head may be larger than its limit by so many
+_SLICE = 2**12  # bytes that the parser gets at once; a head may exceed its limit by this much
 _MOST_BUFFERED = 2**16  # bytes of a body that the application has not asked for
 _MOST_CONNECTIONS = 10_000
 _MOST_RESERVED = 256  # descriptors for the storage, and for what is accepted but not yet counted
@@ -75,8 +75,8 @@ class Server:
     Args:
         app: the application.
         keep_alive_timeout: seconds that a connection waits for its next request.
-        request_timeout: seconds for a request to arrive, from its first byte; for the first
-            request, from the beginning of the connection.
+        request_timeout: seconds from the first byte of a request to its last. For the first request
+            they count from the start of the connection.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class _Request:
         self.scope = scope
         self.keep_alive = False
         self.expects_continue = False
-        self.is_complete = False  # all of it has arrived
+        self.is_complete = False  # the whole request has arrived
         self.is_answered = False
         self.refusal: tuple[int, str] | None = None  # in place of the application's answer
         self.body = bytearray()  # that has arrived, and that the application does not have
@@ -219,12 +219,12 @@ class _Request:
             self._has_arrived.set()
 
     def end(self) -> None:
-        """Nothing of the body is missing."""
+        """Note that the body is complete."""
         self.is_complete = True
         self._has_arrived.set()
 
     def lose(self) -> None:
-        """The rest of the body will not arrive."""
+        """Note that the rest of the body will not arrive."""
         self._is_lost = not self.is_complete
         self._has_arrived.set()
 
@@ -298,7 +298,7 @@ class _Connection(asyncio.Protocol):
         self._is_deaf = False  # what arrives is thrown away
         self._has_ended = False  # nothing arrives any more
 
-    # What asyncio calls.
+    # Called by asyncio.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment] # a server has no other
@@ -318,7 +318,8 @@ class _Connection(asyncio.Protocol):
             try:
                 self._parser.feed_data(part)
             except HttpParserUpgrade as upgrade:
-                # httptools takes what follows for another protocol, so the head is parsed again.
+                # httptools treats the following data as another protocol, so the head is parsed
+                # again.
                 start += upgrade.args[0] - len(part)
                 head = self._head_without_upgrade()
             except HttpParserCallbackError:
@@ -354,7 +355,7 @@ class _Connection(asyncio.Protocol):
         self._is_blocked = False
         self._go_on()
 
-    # What httptools calls.
+    # Called by httptools.
 
     def on_message_begin(self) -> None:
         self._has_begun = True
@@ -417,15 +418,15 @@ class _Connection(asyncio.Protocol):
         self._server.waiting.pop(self, None)  # it waits for something else now
         self._wait()
 
-    # What the server and the requests call.
+    # Called by the server and the requests.
 
     def write(self, data: bytes) -> None:
-        """Send something to the client, if it is still there."""
+        """Send data to the client, if it is still connected."""
         if not self._transport.is_closing():
             self._transport.write(data)
 
     def read_on(self) -> None:
-        """Let more data come, unless requests are waiting."""
+        """Resume reading, unless requests are waiting."""
         if len(self._requests) <= 1:
             self._transport.resume_reading()
 
@@ -499,7 +500,7 @@ class _Connection(asyncio.Protocol):
         self._wait()
 
     def _wait(self) -> None:
-        """Note whether the client has to send or to read something."""
+        """Note whether the server waits for the client to send or to read."""
         if self._is_running and self._requests[0].is_complete:
             self._server.waiting.pop(self, None)
         elif self in self._server.connections and self not in self._server.waiting:

@@ -1,7 +1,7 @@
-"""The caller's connections: the driver's connection inside, and errors of what is around it.
+"""The caller's connections: finding the driver's connection, and errors of unsupported ones.
 
-Connections are recognised by the names of their classes, so that no driver and no framework is
-imported that the application does not use.
+Connections are recognised by the names of their classes, so no driver or framework is imported that
+the application does not use.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _WHAT_WORKS = (
 
 
 class DriversConnection(NamedTuple):
-    """A connection as its driver made it.
+    """A connection of a driver.
 
     Attributes:
         kind: the name of its class.
@@ -44,7 +44,7 @@ class DriversConnection(NamedTuple):
 def recognise(connection: object) -> Callable[[], DriversConnection]:
     """Return a function that finds the driver's connection in one of the caller's.
 
-    It may be another one at each call: a session of SQLAlchemy takes one from a pool for each
+    The result may differ between calls: a session of SQLAlchemy takes one from a pool for each
     transaction. The function begins a transaction where SQLAlchemy's own ``execute`` would.
 
     Args:
@@ -65,7 +65,7 @@ def unsupported(connection: object, advice: str = _WHAT_WORKS) -> InvalidInputEr
 
     Args:
         connection: the connection.
-        advice: what to pass in its place, unless this module knows better.
+        advice: what to pass instead, unless this module has more specific advice.
     """
     kind, names = type(connection), _names(connection)
     advice = next((known for name, known in _ADVICE.items() if name in names), advice)
@@ -87,7 +87,7 @@ def _from_driver(connection: Any, adapter: Any = None) -> DriversConnection:
 
 
 def _from_sqlite_utils(database: Any) -> DriversConnection:
-    # sqlite-utils takes connections of other drivers for SQLite, as long as they are alike.
+    # sqlite-utils also accepts similar connections of other SQLite drivers.
     return DriversConnection("sqlite3.Connection", database.conn)
 
 
@@ -134,7 +134,7 @@ def _sqlalchemys_errors() -> Generator[None, None, None]:
             f"connection: {line}; roll the transaction back, and check its settings"
         ) from error
     except exc.SQLAlchemyError as error:
-        # What follows quotes the statement that failed before, and its parameters.
+        # The rest of the text quotes the failed statement and its parameters.
         text, _, _ = str(error.args[0] if error.args else error).partition(" Original exception")
         raise StorageError(
             f"connection: {text.rstrip('.')}; roll the transaction back and repeat it"

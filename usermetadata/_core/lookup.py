@@ -1,4 +1,4 @@
-"""Users by the values of their indexed properties, in memory."""
+"""The in-memory index: users by the values of their indexed properties."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 
 class Lookup:
-    """The users that have a value, for each index; for one thread at a time.
+    """The users by value, for each index; used by one thread at a time.
 
     New values are added before the rows are stored, and old ones are removed afterwards. So an
-    interrupt in between can leave a user too many, never one too few: a caller compares the row.
+    interrupt in between can leave a surplus user, but never a missing one. Callers therefore
+    compare the row.
 
     Args:
         indexes: the declared indexes.
@@ -30,8 +31,8 @@ class Lookup:
 
     def __init__(self, indexes: tuple[Index, ...]) -> None:
         self.indexes = indexes
-        # By app and property; then by value. One user is there without a set, which would take
-        # more memory than the rest.
+        # By app and property; then by value. A single user is stored without a set, which would
+        # take more memory than the rest.
         self._users: dict[Key, dict[str, str | set[str]]] = {}
 
     def values(self, rows: Mapping[Key, Metadata | None]) -> Values:
@@ -61,11 +62,11 @@ class Lookup:
 
         Args:
             values: the new values of the changed users.
-            changed: those users, also the ones that will have no row.
+            changed: the changed users, including those that will have no row.
             has: tells whether the row of a user has these values.
 
         Raises:
-            NotUniqueError: two will.
+            NotUniqueError: two users will have the same value.
         """
         keys = set(changed)
         for index in self.indexes:
@@ -85,7 +86,7 @@ class Lookup:
                         raise NotUniqueError(index.name, other)
 
     def add(self, values: Values) -> None:
-        """Note the values that users will have."""
+        """Add the values that users will have."""
         for (app_id, user_id), by_name in values.items():
             for name, value in by_name.items():
                 users = self._users.setdefault((app_id, name), {})
@@ -96,7 +97,7 @@ class Lookup:
                     users[_text(value)] = {having, user_id}
 
     def remove(self, old: Values, new: Values) -> None:
-        """Forget the values that users no longer have."""
+        """Remove the values that users no longer have."""
         for (app_id, user_id), by_name in old.items():
             kept = new.get((app_id, user_id), {})
             for name, value in by_name.items():

@@ -20,10 +20,10 @@ def call_outside(function: Callable[..., R], *arguments: object) -> R:
     time. Otherwise Django's ORM would refuse each query, and a storage could run no loop itself.
     """
     asyncio = sys.modules.get("asyncio")
-    # Another thread may be importing it.
+    # Another thread may be importing asyncio.
     running_loop = getattr(asyncio, "_get_running_loop", None)
     loop = None if running_loop is None else running_loop()
-    # Greenlets share the loop of their thread, and it continues while this one waits.
+    # Greenlets share the loop of their thread, which continues while this greenlet waits.
     if asyncio is None or loop is None or patched_by() is not None:
         return function(*arguments)
     task = asyncio.current_task(loop)

@@ -1,4 +1,4 @@
-"""Parse JSON that comes in as text: on the command line, in files, over HTTP, and in SQL."""
+"""Parse incoming JSON text: from the command line, files, HTTP and SQL."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _SHOWN_CHARACTERS = 200
 
 
 def parse_json(text: str | bytes, name: str) -> Any:
-    """Return the value that a JSON text holds, with every number as it is written.
+    """Return the value of a JSON text, with every number exact.
 
     Args:
         text: the text; bytes are UTF-8.
-        name: what the text is, for the error message.
+        name: the name of the text, for the error message.
 
     Returns:
         The value. Text in it may hold lone surrogates, which JSON can escape.

@@ -1,4 +1,4 @@
-"""What the functions that find users ask of a storage."""
+"""The queries of the functions that find users."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ R_co = TypeVar("R_co", covariant=True)
 
 
 class Query(Protocol[R_co]):
-    """A question to a storage."""
+    """A query to a storage."""
 
     def of(self, storage: Storage) -> R_co:
-        """Return the storage's answer."""
+        """Return the result."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The next users, all of them or those with some values.
+    """One page of all users, or of those with given values.
 
     Raises:
         InvalidInputError: ``after`` or ``limit`` is not valid.
@@ -43,7 +43,7 @@ class Page:
         after, limit = check_after(self.after), self.limit
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
             raise InvalidInputError(f"limit: {limit!r} is not 1 or more; pass for example 100")
-        limit = min(limit, sys.maxsize)  # the longest that a database takes
+        limit = min(limit, sys.maxsize)  # the largest that a database accepts
         if self.where is not None:
             indexed = _indexed(storage)
             return indexed.find(check_where(self.where, indexed.indexes), after, limit)
@@ -56,7 +56,7 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """How many users there are, or have some values."""
+    """The number of all users, or of those with given values."""
 
     where: object
 
@@ -70,7 +70,7 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """The user who has a unique value."""
+    """The user who has a given unique value."""
 
     where: object
 

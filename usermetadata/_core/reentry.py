@@ -1,4 +1,4 @@
-"""Calling a caller's function in the storage's lock: what it must not do, and what it raises."""
+"""Calling the caller's functions inside the storage's lock, and detecting reentrant calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 # The stores in whose locks this code runs, each in a list. Tasks and threads that the function
-# starts inherit the lists, and find one empty once its function has returned.
+# starts inherit the lists. A list is emptied when its function has returned.
 inside: ContextVar[tuple[list[object], ...]] = ContextVar("usermetadata_inside", default=())
 
 
@@ -49,7 +49,7 @@ def check_outside(store: object) -> None:
 
 
 class ChangeError(Exception):
-    """Holds what a change, or its function, raised: it must not look like the database's error.
+    """Wraps an exception of a change, so that it is not taken for an error of the database.
 
     Attributes:
         error: the exception, to be raised unchanged.

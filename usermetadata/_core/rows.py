@@ -20,10 +20,10 @@ def text_or_bytes(value: bytes) -> str | bytes:
 
 
 def decode_row(database: str, key: tuple[str, str], text: object) -> Metadata:
-    """Return the metadata that ``text`` holds.
+    """Return the metadata in ``text``.
 
     Args:
-        database: its name, for the error message.
+        database: the name of the database, for the error message.
         key: the app id and the user id of the row.
         text: the content of the column ``user_metadata``.
 

@@ -42,14 +42,14 @@ class BlockingRunner:
     Args:
         storage: where to read and write. It is called as if no event loop were running in the
             thread, unless its ``reads_in_flight`` and ``writes_in_flight`` are 0.
-        store: what ``modify`` locks: the storage, of which ``storage`` may be another app.
+        store: the store that ``modify`` locks; ``storage`` may be for another app of it.
         is_joined: whether the storage is part of the caller's transaction. Its connection may need
             the loop that is running: SQLAlchemy's greenlets switch to it.
 
     Attributes:
-        store: the same.
+        store: the store, as passed.
         app_id: the app of the storage.
-        checks: what is checked before each write.
+        checks: the checks before each write.
     """
 
     def __init__(self, storage: Storage, store: object = None, *, is_joined: bool = False) -> None:
@@ -119,15 +119,15 @@ class AsyncioRunner:
     """Reads and writes in worker threads; concurrent calls share a ``read`` or ``write``.
 
     Args:
-        storage: where to read and write. Its ``reads_in_flight`` and ``writes_in_flight`` say how
-            many batches of each may run at a time: 1 where it does not say; 0 means that it never
-            waits and is called on the event loop.
-        store: as ``BlockingRunner`` has it.
+        storage: where to read and write. Its ``reads_in_flight`` and ``writes_in_flight`` are the
+            numbers of batches of each that may run at the same time, by default 1. 0 means that it
+            never waits and is called on the event loop.
+        store: as for ``BlockingRunner``.
 
     Attributes:
-        store: the same.
-        app_id: likewise.
-        checks: likewise.
+        store: the store, as passed.
+        app_id: the app of the storage.
+        checks: the checks before each write.
     """
 
     def __init__(self, storage: Storage, store: object = None) -> None:
@@ -137,7 +137,7 @@ class AsyncioRunner:
         self.store = store or self
         self.app_id: str = getattr(storage, "app_id", "public")
         self.checks: Checks | None = None
-        self._key: str | None = None  # of batches: the app id, unless it is the storage's own
+        self._key: str | None = None  # of batches: the app id, unless it is the storage's
         self._reads_at_once: int = getattr(storage, "reads_in_flight", 1)
         self._writes_at_once: int = getattr(storage, "writes_in_flight", 1)
         self._reads = LoopBatches(_read_together, self._reads_at_once)
@@ -177,7 +177,7 @@ class AsyncioRunner:
     async def write(
         self, changes: Sequence[tuple[str, Change]], user_context: dict[str, Any]
     ) -> list[Metadata | None]:
-        """Change some users; writes take effect in the order of the calls."""
+        """Change some users; writes happen in the order of the calls."""
         if inside.get():
             check_outside(self.store)
         try:
@@ -214,15 +214,15 @@ class AsyncioRunner:
         raise error
 
     def close(self) -> None:
-        """Wait until the calls under way are executed, and end the worker threads."""
+        """Wait until the running calls are executed, and end the worker threads."""
         self._reads.close()
         self._queries.close()
         self._writes.close()
 
     def _here(self, at_once: int) -> tuple[Storage, Call | None]:
-        """Return the storage, and how to call it in this thread; ``None`` if a batch must do it.
+        """Return the storage and how to call it in this thread; ``None`` if it needs a batch.
 
-        That is so if the running event loop has other work than this call, and the call may wait.
+        A batch is needed if the running event loop has other work, and the call may wait.
 
         Args:
             at_once: how many batches of its kind may run at a time.
@@ -286,7 +286,7 @@ def _write_together(
 
 
 class BlockingOverride:
-    """The functions as an override left them, blocking; each method is that of ``functions``.
+    """The blocking functions with an override; each method calls that of ``functions``.
 
     Args:
         functions: the override's.
@@ -330,10 +330,10 @@ _place: ContextVar[_Place] = ContextVar("usermetadata_place", default=_NOWHERE)
 def _wait_for(
     place: _Place, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
 ) -> T:
-    """Call an ``async`` function and wait for its result, also where an event loop is running.
+    """Call an ``async`` function and wait for its result, even if an event loop is running.
 
     The function runs in a new event loop, with a copy of the caller's context variables. The loop
-    runs in this thread, or in another one if there is an event loop in this one already.
+    runs in this thread, or in another thread if one is already running here.
     """
     import asyncio
 
@@ -359,8 +359,8 @@ def _wait_for(
         # The caller's connection may be bound to this thread, or to a greenlet of its event loop.
         return in_context(partial(_run_without_loop, place, partial(function, *args, **kwargs)))
     if library is not None:
-        # There a thread is a greenlet, and all greenlets share the running loop of their real
-        # thread.
+        # Under gevent a thread is a greenlet, and all greenlets share the running loop of their
+        # real thread.
         return run_in_real_thread(partial(in_context, run))
 
     import threading

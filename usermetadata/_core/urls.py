@@ -40,7 +40,7 @@ def open_storage(
 
     Args:
         storage: one of these.
-        indexes: the properties that users can be found by.
+        indexes: the properties by which users can be found.
 
     Raises:
         InvalidInputError: it is none of these, or has its own indexes.
@@ -73,7 +73,7 @@ def _refuse_indexes(arguments: dict[str, Any]) -> None:
 
 
 def check_storage(storage: object) -> Storage:
-    """Return the storage if it has what a storage must have.
+    """Return the storage if it has the methods of a storage.
 
     Raises:
         InvalidInputError: it is not a storage; or one of its methods is missing or wrong.
@@ -173,7 +173,7 @@ def _call_factory(name: str) -> Storage:
 
 
 def _arguments(kind: str, query: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the parameters that are arguments of the storage, and the others as they are."""
+    """Return the parameters that are arguments of the storage, and the others unchanged."""
     arguments: dict[str, Any] = {}
     others: list[str] = []
     for parameter in filter(None, query.split("&")):

@@ -40,10 +40,10 @@ _where = partial(
 @click.option("--after", default="", help="Skip the users up to this user id.")
 @partial(with_storage, must_exist=True, indexed=True)
 def list_(storage: Storage, pairs: tuple[str, ...], limit: int | None, after: str) -> None:
-    """Show users as JSON Lines: all, or those with values.
+    """Show users as JSON Lines: all, or those with given values.
 
-    The format is that of export. At least one property of --where must have an index. A thousand
-    users at a time are read as of one moment.
+    The format is that of export. At least one property of --where must have an index. Users are
+    read a thousand at a time, each thousand in one consistent snapshot.
     """
     functions, where = functions_of(storage), _parsed(storage, pairs)
     left = limit
@@ -62,7 +62,7 @@ def list_(storage: Storage, pairs: tuple[str, ...], limit: int | None, after: st
 @_where()
 @partial(with_storage, must_exist=True, indexed=True)
 def count(storage: Storage, pairs: tuple[str, ...]) -> None:
-    """Show how many users there are, or have some values."""
+    """Show the number of all users, or of those with given values."""
     click.echo(functions_of(storage).count_user_metadata(_parsed(storage, pairs), {}))
 
 
@@ -70,7 +70,7 @@ def count(storage: Storage, pairs: tuple[str, ...]) -> None:
 @_where(required=True)
 @partial(with_storage, must_exist=True, indexed=True)
 def find(storage: Storage, pairs: tuple[str, ...]) -> None:
-    """Show the user who has a value of a unique index."""
+    """Show the user who has a given value of a unique index."""
     where = _parsed(storage, pairs, unique=True)
     user_id = functions_of(storage).find_user_id(where or {}, {})
     if user_id is None:
@@ -88,8 +88,8 @@ def index(
 ) -> None:
     """Show the indexes; build some, or remove some.
 
-    Programs may go on writing meanwhile. If a user has a value that cannot be indexed, or that is
-    not unique, each of them is named, nothing is built, and the exit code is 1.
+    Programs may continue to write meanwhile. If values cannot be indexed or are not unique, their
+    users are named, nothing is built, and the exit code is 1.
     """
     check_exists(url)
     wanted = [*(Index(name) for name in names), *(Index(name, unique=True) for name in unique)]
@@ -120,8 +120,8 @@ def _parsed(
     """Return the properties of --where; ``None`` without one.
 
     Raises:
-        UsageError: none of them has an index, or one that is unique; it names the command that
-            builds one.
+        UsageError: none of them has an index, or a unique one where that is needed; the message
+            names the command that builds it.
     """
     where = parse_where(pairs)
     indexes = storage.indexes if isinstance(storage, IndexedStorage) else ()

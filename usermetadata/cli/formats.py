@@ -1,6 +1,6 @@
 """The files that ``import`` reads: what ``export`` writes, and the exports of other products.
 
-A format splits a file into records. A record is parsed when it is read, so the records after an
+A format splits a file into records. Each record is parsed separately, so the records after an
 invalid one can still be read. Only a JSON array is read into memory as a whole, as text.
 """
 
@@ -38,9 +38,9 @@ class Record(NamedTuple):
 
     Attributes:
         number: the line on which the record begins; in a JSON array, its place from 1 on.
-        where: the same, for error messages.
-        read: returns the user id and the metadata, ``None`` if the file has none of the user. It
-            raises ``InvalidInputError`` if the record is not one of the format.
+        where: the place of the record, for error messages.
+        read: returns the user id and the metadata; ``None`` if the user has no metadata in the
+            file. It raises ``InvalidInputError`` if the record is not one of the format.
     """
 
     number: int
@@ -50,7 +50,7 @@ class Record(NamedTuple):
 
 @contextmanager
 def unpacked(file: BinaryIO) -> Generator[Source, None, None]:
-    """Yield what is in the file, which gzip may have compressed; do not close it."""
+    """Yield the content of the file, which may be compressed with gzip; do not close the file."""
     source = io.BufferedReader(cast("io.RawIOBase", file))
     try:
         if source.peek(len(_GZIP)).startswith(_GZIP):
@@ -198,7 +198,7 @@ def csv_table(source: Source, json_columns: Iterable[str] = ()) -> Iterator[Reco
 
     Args:
         source: the file; its first line names the columns.
-        json_columns: the columns whose values are JSON; those of the others are text.
+        json_columns: the columns whose values are JSON; values of other columns are text.
     """
     columns, rows = _table(source)
     id_column = _column(columns, "user_id", "userId", "id")
@@ -225,7 +225,7 @@ FORMATS: dict[str, Callable[[Source], Iterator[Record]]] = {
 }
 
 
-# Splitting a file. Each function yields the number of a record, where it is, and its content.
+# Splitting a file. Each function yields the number, the place and the content of each record.
 
 
 def _records(
@@ -371,7 +371,7 @@ def _object_or_none(value: object, name: str) -> Metadata | None:
 
 
 def _by_kind(user: Metadata, kinds: Mapping[str, Iterable[str]], where: str) -> Metadata | None:
-    """Return the kinds of metadata that a user has, each as a property.
+    """Return the user's kinds of metadata, each as a property.
 
     Args:
         user: the user as the product exports it.
@@ -422,5 +422,5 @@ _FIREBASE_COLUMNS = 28
 _BLANKS_AND_BRACE = " \t\r\n}"
 _OPENING = re.compile(r'[\s}]*(?:\{\s*"users"\s*:\s*)?\[')
 _GAP = re.compile(r"[\s,]*")
-# It only finds where a user ends, so it converts no numbers.
+# It only finds the end of each user, so it does not convert numbers.
 _decoder = json.JSONDecoder(parse_int=str, parse_float=str)

@@ -34,11 +34,11 @@ class _Group(click.Group):
     """Shows the library's errors as click shows its own: one line, and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Show the commands in the order in which users need them, not in that of the alphabet."""
+        """Show the commands in the order in which users need them, not sorted by name."""
         return list(self.commands)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Show two commands to begin with, as they can be copied."""
+        """Show two commands to begin with, formatted for copying."""
         formatter.write_paragraph()
         formatter.write_text("To begin, store something about a user, and read it:")
         with formatter.indentation():

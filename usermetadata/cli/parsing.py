@@ -42,7 +42,7 @@ def parse(text: str | bytes, name: str) -> Any:
 
 
 def parse_where(pairs: Sequence[str]) -> dict[str, Any] | None:
-    """Return the properties of ``NAME=VALUE`` pairs; a value that is no JSON is a text.
+    """Return the properties of ``NAME=VALUE`` pairs; a value that is not JSON is a text.
 
     Raises:
         InvalidInputError: one has no equals sign or is there twice, or its value is too long or too
@@ -65,12 +65,12 @@ def parse_where(pairs: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _refuse(constant: str) -> Never:
-    """Refuse NaN and Infinity, which Python would take."""
+    """Refuse NaN and Infinity, which Python would accept."""
     raise json.JSONDecodeError("it is not JSON", constant, 0)
 
 
 def as_it_is(metadata: Metadata) -> Replace:
-    """Return the change that stores the metadata, also a null at its root.
+    """Return the change that stores the metadata with nulls at its root.
 
     Other programs may have stored what the functions refuse, such as half a surrogate pair.
     """
@@ -80,7 +80,7 @@ def as_it_is(metadata: Metadata) -> Replace:
 
 @dataclass(frozen=True, slots=True)
 class _Copy(Replace):
-    """Replace the metadata with that of another storage, where another program wrote it."""
+    """Replace the metadata with a copy from another storage, nulls included."""
 
     def __call__(self, old: Metadata | None) -> Metadata:
         return dict(self.metadata)

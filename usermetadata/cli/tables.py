@@ -18,7 +18,7 @@ def create_table(url: str, *, distributed: bool) -> None:
     """Create the table, and let Citus distribute it.
 
     The first write also creates it. With --distributed, Citus keeps the rows on its workers, by
-    user id. Rows that are there already are moved; writers wait until that is done.
+    user id. Existing rows are moved; writers wait until that is done.
     """
     with closing(open_storage(url)) as storage:
         if distributed:

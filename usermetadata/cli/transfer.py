@@ -59,8 +59,9 @@ class _SkippedError(click.ClickException):
 def export(storage: Storage, file: str, *, skip_damaged: bool) -> None:
     """Write all users as JSON Lines to FILE, or to standard output.
 
-    Each line is {"userId": "...", "metadata": {...}}. A thousand users at a time are read as of one
-    moment. FILE is replaced when all users are written; an error leaves it as it was.
+    Each line is {"userId": "...", "metadata": {...}}. Users are read a thousand at a time, each
+    thousand in one consistent snapshot. FILE is replaced when all users are written; an error
+    leaves it as it was.
     """
     with _reported(skip=skip_damaged) as report, _replaced_at_the_end(file) as output:
         is_shown = output is sys.stdout and sys.stdout.isatty()
@@ -109,10 +110,10 @@ def import_(  # noqa: PLR0913 - they are options
 ) -> None:
     """Store all users of FILE, or of standard input.
 
-    gzip may have compressed it. The metadata of existing users is replaced, so an import can be
-    repeated. A thousand users at a time are stored, all or none; after an error, the message says
-    with which --from-line to continue. With --skip-invalid, an invalid line does not stop it; then
-    the exit code is 3.
+    The file may be compressed with gzip. The metadata of existing users is replaced, so an import
+    can be repeated. Users are stored a thousand at a time, all or none of them; after an error, the
+    message says with which --from-line to continue. With --skip-invalid, invalid lines are left
+    out; then the exit code is 3.
     """
     if json_columns and format_ != "csv":
         raise UsageError("--json: only the columns of --format csv are text; leave it out")
@@ -162,8 +163,8 @@ def import_supertokens(  # noqa: PLR0913 - they are options
 ) -> None:
     """Copy the users of a SuperTokens core, whose PostgreSQL database is at DSN.
 
-    Existing users are overwritten. The core may keep running; later changes to users that were
-    copied already are not copied again.
+    Existing users are overwritten. The core may keep running, but changes to users that were
+    already copied are not copied.
     """
     from usermetadata.storage.postgres import PostgresStorage
 
@@ -173,7 +174,7 @@ def import_supertokens(  # noqa: PLR0913 - they are options
         _reported(skip=skip_damaged) as report,
         _resumable(lambda: f"--after {shlex.quote(after)}" if after else ""),
     ):
-        with suppress(DamagedMetadataError):  # it is one of its users
+        with suppress(DamagedMetadataError):  # the id belongs to a user of the file
             if not source.read_after("", 1):
                 raise UsageError(
                     f"{source!r}: it has no table {table!r}, or no users in it; check --schema,"
@@ -224,7 +225,7 @@ def _check_values(metadata: Metadata, indexes: Sequence[Index], user_id: str, wh
 def _refused(
     storage: Storage, error: NotUniqueError, changes: Sequence[tuple[str, Merge | Replace]]
 ) -> int | None:
-    """Return the place of the change whose value another user has."""
+    """Return the place of the change whose unique value belongs to another user."""
     name, owner = error.name, error.user_id
     values = {
         user_id: (
@@ -272,7 +273,7 @@ def _replaced_at_the_end(file: str) -> Generator[IO[str], None, None]:
 
 @contextmanager
 def _reported(*, skip: bool) -> Generator[Callable[[Exception], None], None, None]:
-    """Yield a function for the error of a row that cannot be read: it shows or raises it.
+    """Yield a function that shows or raises the error of a row that cannot be read.
 
     Raises:
         _SkippedError: at the end, if rows were left out.
@@ -296,7 +297,7 @@ def _users(
 ) -> Iterator[dict[str, Metadata]]:
     """Read all users after ``after`` in batches, in the storage's order.
 
-    Rows that are damaged, or whose user id is not valid, are reported, and left out after that.
+    Rows that are damaged, or whose user id is not valid, are reported and left out.
     """
     if not isinstance(storage, ListingStorage):
         raise UsageError(
@@ -329,7 +330,7 @@ def _users(
 
 
 def _watched(batches: Iterable[Batch], label: str, *, hidden: bool = False) -> Iterator[Batch]:
-    """Show on a terminal how many users are done."""
+    """Show on a terminal the number of users that are done."""
     done = 0
     with click.progressbar(
         batches,

@@ -1,6 +1,6 @@
-"""How rows are read, held, stored and removed: PostgreSQL's way, and one for all engines.
+"""Statements that read, lock, store and remove rows: for PostgreSQL, and for all engines.
 
-The second way is for engines that have PostgreSQL's protocol and not all of its statements.
+The second kind is for engines with PostgreSQL's protocol but not all of its statements.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Rows(ABC):
     """The statements for some rows of an app; each list is sent in one round trip.
 
     Args:
-        transaction: they are for its table.
+        transaction: the transaction, which has the table.
         app_id: the app.
     """
 
@@ -72,7 +72,7 @@ class Rows(ABC):
 
     @abstractmethod
     def erased(self, answers: Sequence[Answer], user_id: str) -> list[tuple[str, str | None]]:
-        """Return the apps and the texts of the rows that were found; ``None`` if one is left."""
+        """Return the apps and the texts of the found rows; ``None`` if one was not removed."""
 
 
 class _OfPostgres(Rows):
@@ -118,7 +118,8 @@ RETURNING user_id, user_metadata
 """
 _ERASE = "DELETE FROM {table} WHERE user_id = %(user_id)s RETURNING app_id, user_metadata"
 _LEFT = "SELECT app_id FROM {table} WHERE user_id = %(user_id)s"
-# A trigger or a policy may drop a row without an error; those behind a view are not seen here.
+# A trigger or a policy may drop a row without an error. This query does not see those of a table
+# behind a view.
 _MAY_DROP = """
 SELECT relrowsecurity, relrowsecurity OR relkind <> 'r' OR EXISTS (
     SELECT FROM pg_trigger WHERE tgrelid = pg_class.oid AND NOT tgisinternal)
@@ -130,8 +131,8 @@ _MOST_ROWS = 30_000  # a statement has at most 65,535 parameters
 class _Portable(Rows):
     """Upserts of a list of rows.
 
-    All writers lock in one order: PostgreSQL in that of the list, Citus shard by shard, and in that
-    of the list within a shard.
+    All writers lock in one order. PostgreSQL locks in the order of the list. Citus locks shard by
+    shard, and within a shard in the order of the list.
     """
 
     def read(self, user_ids: Sequence[str]) -> Statement:
@@ -163,7 +164,7 @@ class _Portable(Rows):
 
     def erased(self, answers: Sequence[Answer], user_id: str) -> list[tuple[str, str | None]]:
         policies, gone, left = answers[-3:]
-        if policies.rows[0][0]:  # it may hide a row
+        if policies.rows[0][0]:  # a policy may hide a row
             raise DataError(NOT_STORED + as_json(user_id))
         return [*gone.rows, *((app_id, None) for (app_id,) in left.rows)]
 
@@ -194,5 +195,5 @@ def rows_in(transaction: Transaction, app_id: str) -> Rows:
 
 
 def rows_of(texts: Iterable[tuple[str, str]]) -> str:
-    """Return rows as a parameter of PostgreSQL's statements for many."""
+    """Return rows as a parameter of PostgreSQL's statements for many rows."""
     return as_json([{"user_id": user_id, "user_metadata": text} for user_id, text in texts])

@@ -53,11 +53,11 @@ class Channel(ABC):
     @property
     @abstractmethod
     def is_closed(self) -> bool:
-        """Whether the connection is closed or known to be lost."""
+        """Whether the connection is closed or known to be broken."""
 
     @abstractmethod
     def enter(self) -> bool:
-        """Make the connection ready; return whether it is one in autocommit mode, and idle."""
+        """Prepare the connection; return whether it is idle and in autocommit mode."""
 
     @abstractmethod
     def exchange(self, statements: Sequence[Statement]) -> list[Answer]:
@@ -99,7 +99,7 @@ class _PsycopgChannel(Channel):
 
     def exchange(self, statements: Sequence[Statement]) -> list[Answer]:
         with pipeline(self.connection):
-            # The caller may use other cursors and rows.
+            # The caller may have set other cursor and row factories.
             cursors = [
                 PlainCursor(self.connection, row_factory=tuple_row).execute(
                     text, parameters, prepare=_prepare(parameters)
@@ -114,7 +114,7 @@ class _PsycopgChannel(Channel):
 
 
 def _prepare(parameters: object) -> bool | None:
-    """Leave room among psycopg's prepared statements: only those with parameters take long."""
+    """Prepare only statements with parameters: psycopg's cache is limited, and others are fast."""
     return None if parameters else False
 
 
@@ -169,7 +169,7 @@ class _AsyncpgChannel(Channel):
 
     @property
     def encoding(self) -> str:
-        return "utf-8"  # asyncpg has no other
+        return "utf-8"  # asyncpg supports no other
 
     @property
     def is_closed(self) -> bool:
@@ -210,7 +210,7 @@ class _AsyncpgChannel(Channel):
         try:
             answers: list[Answer] = self._adapter.run_async(exchange)
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-            raise self._translated(error) from None  # its text quotes rows
+            raise self._translated(error) from None  # the text quotes rows
         return answers
 
     def _translated(self, error: BaseException) -> psycopg.Error:
@@ -240,7 +240,7 @@ class _UniqueViolation(errors.UniqueViolation):
 def _grouped(
     statements: Sequence[Statement],
 ) -> Iterator[tuple[Mapping[str, object] | None, list[bytes]]]:
-    """Put those without parameters together that follow each other."""
+    """Join consecutive statements that have no parameters."""
     simple: list[bytes] = []
     for text, parameters in statements:
         if parameters is None:
@@ -259,7 +259,7 @@ _TYPES = {int: "bigint", list: "text[]"}
 
 @lru_cache
 def _numbered(template: bytes, kinds: tuple[tuple[str, type], ...]) -> tuple[str, list[str]]:
-    """Return a statement with numbered parameters, and their names in this order.
+    """Return a statement with numbered parameters, and the names in the order of the numbers.
 
     Each is cast, so that no codec of the application's for JSON applies to it.
     """
@@ -281,7 +281,7 @@ def open_channel(found: DriversConnection) -> Channel:
     """Return the channel of a connection.
 
     Raises:
-        InvalidInputError: it is of no kind that works.
+        InvalidInputError: the connection is not supported.
     """
     kind, connection, adapter = found
     if kind == "psycopg.Connection":

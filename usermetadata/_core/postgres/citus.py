@@ -26,7 +26,7 @@ WHERE table_name = {name}::regclass AND citus_table_type <> 'local'
 _TRIGGERS = """
 SELECT count(*) FROM pg_trigger WHERE tgrelid = {name}::regclass AND NOT tgisinternal
 """
-# Without any, Citus takes the coordinator.
+# Without workers, Citus uses the coordinator.
 _HAS_SERVERS = "SELECT count(*) = 0 OR bool_or(shouldhaveshards) FROM pg_dist_node"
 _HAS_ROWS = "SELECT count(*) FROM (SELECT FROM {table} LIMIT 1) AS row"
 _DISTRIBUTE = "SELECT create_distributed_table({name}, 'user_id')"
@@ -43,10 +43,10 @@ def distribute(connection: Connection[Any], table: Table) -> list[str]:
     """Create the table if it is missing, and distribute it by user id.
 
     Returns:
-        What was done, a line each.
+        One line for each step that was done.
 
     Raises:
-        UsageError: the database or the table is not made for it.
+        UsageError: the database does not have Citus, or the table cannot be distributed.
     """
     table.describe(connection)
     name = table.full_name

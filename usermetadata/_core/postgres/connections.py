@@ -51,7 +51,7 @@ _ATTEMPTS = 10
 _LONGEST_PAUSE = 0.5  # seconds between two of them
 # A pool without a server retries less and less often, unless it gives up and is asked again.
 _RECONNECT_TIMEOUT, _ASK_AGAIN = 1.0, 2.0  # seconds
-_POOL = "usermetadata"  # its threads have names that begin with it
+_POOL = "usermetadata"  # a prefix of its threads' names
 _TIME_TO_STOP = 5.0  # seconds
 
 
@@ -68,11 +68,11 @@ _ENCODING = {"client_encoding": "utf8"}  # overrides the environment
 
 
 class _Connection(psycopg.Connection[Any]):
-    """A connection that waits for an answer for a limited time.
+    """A connection with a limit for the time to wait for an answer.
 
     Attributes:
-        patience: so many seconds; ``None`` without a limit. The server's own limits do not help
-            if it is stopped.
+        patience: the limit in seconds; ``None`` for no limit. The server's own limits do not help
+            if the server hangs.
     """
 
     patience: float | None = None
@@ -126,7 +126,7 @@ class Connections(ForkHooks):
         watch(self)
 
     def _start(self) -> None:
-        """Begin without a pool: in a new object, or in a new process."""
+        """Start without a pool: in a new object or a new process."""
         self._lock = threading.Lock()
         self._in_use: set[Connection[Any]] = set()
         self._pools: list[ConnectionPool[Any]] = []  # none or one
@@ -134,11 +134,11 @@ class Connections(ForkHooks):
         self._at_end = weakref.finalize(self, _close, self._pools)
 
     def run_first(self, work: Callable[[Connection[Any]], object]) -> None:
-        """Run the first work of all on a connection beside the pool; its error has a cause."""
+        """Run the very first work on a connection outside the pool, so its error has a cause."""
         if self._opened() is self._borrowed or self._has_connected:
             self.run(work, is_write=False)
             return
-        # The pool would retry until the timeout, and not say why.
+        # The pool would retry until the timeout, and not report the reason.
         with self._connect() as connection:
             try:
                 work(connection)
@@ -157,14 +157,14 @@ class Connections(ForkHooks):
         notices: list[str | None] = []
 
         def note(notice: errors.Diagnostic) -> None:
-            notices.append(notice.source_function)  # it cannot be read later
+            notices.append(notice.source_function)  # the attribute cannot be read later
 
         while True:
             try:
                 with self._connection() as connection:
                     notices.clear()
                     if isinstance(connection, _Connection):
-                        # A write waits for locks as long as that, and only then is it done.
+                        # A write may wait for locks that long before it does anything.
                         connection.patience = None if is_write else self._timeout
                     connection.add_notice_handler(note)
                     try:
@@ -200,13 +200,14 @@ class Connections(ForkHooks):
         self._at_end()
 
     def after_fork_in_child(self) -> None:
-        """Leave the connections to the parent; others are opened when they are needed."""
+        """Leave the connections to the parent; new ones are opened when they are needed."""
         # Closing them would end the parent's sessions on the server.
         _of_the_parent_process.extend([self._borrowed] if self._borrowed else self._pools)
         self._at_end.detach()
         with open(os.devnull, "rb") as nothing:
             for connection in self._in_use:
-                # The code that uses it continues in the child, and must not reach the server.
+                # The code that uses such a connection continues in the child, and must not reach
+                # the server.
                 if not connection.closed:
                     os.dup2(nothing.fileno(), connection.fileno())
         self._start()
@@ -241,7 +242,7 @@ class Connections(ForkHooks):
             try:
                 if not was_autocommit and not connection.closed:
                     connection.autocommit = False
-            except psycopg.Error:  # an interrupt has left it in the middle of a statement
+            except psycopg.Error:  # after an interrupt, a statement may still be running
                 connection.close()
             if pool.closed:
                 connection.close()
@@ -307,7 +308,7 @@ class Connections(ForkHooks):
             return self._pools[0]
 
     def _connect(self) -> Connection[Any]:
-        """Open a connection beside the pool, which does not say why it has none."""
+        """Open a connection outside the pool, which does not report why connecting fails."""
         try:
             return psycopg.connect(**self._arguments, autocommit=True)
         except psycopg.Error as error:
@@ -325,7 +326,7 @@ def _is_of_an_old_statement(error: BaseException) -> bool:
 
 
 def _close(pools: list[ConnectionPool[Any]]) -> None:
-    """Close pools, without waiting for connections that a pooler does not let through."""
+    """Close pools; do not wait for connections that a pooler does not accept."""
     for pool in pools:
         stats = pool.get_stats()
         is_connecting = stats["pool_size"] > stats["pool_available"]
@@ -345,7 +346,7 @@ _of_the_parent_process: list[ConnectionPool[Any]] = []
 def _check_greenlets() -> None:
     """Refuse to block all greenlets of the process in each query."""
     library = patched_by()
-    # psycopg chooses how to wait when it is imported; gevent cannot patch what is written in C.
+    # psycopg chooses how to wait when it is imported. gevent cannot patch its C code later.
     if library == "eventlet" or (library and waiting.wait is getattr(waiting, "wait_c", None)):
         raise UsageError(
             "PostgresStorage: psycopg was imported before gevent.monkey.patch_all(), or eventlet is"
@@ -357,7 +358,7 @@ def _check_greenlets() -> None:
 def _configure(connection: Connection[Any]) -> None:
     """Prepare no statements behind a pooler: the next transaction may have another session."""
     [served_by] = connection.execute("SELECT pg_backend_pid()").fetchone() or [None]
-    # A pooler reports a process number that it has made up.
+    # A pooler reports an invented process id.
     if served_by != connection.info.backend_pid:
         connection.prepare_threshold = None
     settle(connection)

@@ -1,8 +1,8 @@
-"""The entries of the PostgreSQL storage's indexes: a table, which triggers of the users' maintain.
+"""The entries of the PostgreSQL storage's indexes: a table that triggers maintain.
 
-Triggers serve every writer: also programs that know nothing of an index, and processes that were
-started before it was built. They run once for each statement, when all its rows are stored. So
-users can swap the values of a unique index, and an update that changes no entry writes none.
+Triggers work for every writer, including programs that know no indexes, and processes that were
+started before the index was built. They run once for each statement, after all its rows are stored.
+So users can swap the values of a unique index, and an update that changes no entry writes none.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ CREATE TABLE {indexes} (
 """,
 )
 
-# The value of a property as an entry has it: its JSON text, in one spelling. NULL: the property is
-# absent, or the row is no JSON. '': it cannot be indexed. The functions of the type json refuse
-# U+0000 and surrogates without a partner anywhere in the text, which become U+FFFF. Before that,
-# the second of two backslashes must not look like the beginning of an escape.
+# The value of a property in an entry: its JSON text, normalised. NULL: the property is absent, or
+# the row is not JSON. '': the value cannot be indexed. The functions of the type json refuse U+0000
+# and surrogates without a partner anywhere in the text, which become U+FFFF. Before that, the
+# second of two backslashes must not look like the beginning of an escape.
 VALUE = r"""
 CREATE OR REPLACE FUNCTION {value}(metadata text, name text) RETURNS text
 LANGUAGE plpgsql IMMUTABLE AS $body$
@@ -107,10 +107,10 @@ BEGIN
     RETURN NULL;
 END
 """
-# Most updates end with the first query. The others go in the order of the values, for each value
-# first who loses it: so two writers do not wait for each other, and a value can go from one user to
-# another. A transaction with an old snapshot may not see entries that were made while an index was
-# built, and could not remove them.
+# Most updates end with the first query. Other updates process entries in the order of the values,
+# and remove a value before adding it. So two writers do not deadlock, and a value can move from one
+# user to another. A transaction with an old snapshot may not see entries that were made while an
+# index was built, and could not remove them.
 _CHANGE = """
 DECLARE
     entry record;
@@ -158,7 +158,7 @@ _UNLESS_CHANGED = """
         RETURN NULL;
     END IF;
 """
-# The function takes twice as long. It is needed for what the type json refuses.
+# The function takes twice as long. It is needed for texts that the type json refuses.
 _COLUMN = """CASE
     WHEN user_metadata IS JSON AND strpos(user_metadata, '\\u') = 0
     THEN (user_metadata::json -> {name})::text
@@ -171,7 +171,7 @@ _OLD_ROWS, _NEW_ROWS = "OLD TABLE AS old_rows", "NEW TABLE AS new_rows"
 
 
 class _Event(NamedTuple):
-    """What a trigger does, from what it sees of a statement."""
+    """What a trigger does for one kind of statement."""
 
     body: LiteralString
     source: LiteralString
@@ -185,7 +185,7 @@ _EVENTS: dict[LiteralString, _Event] = {
     "TRUNCATE": _Event(_TRUNCATE, "", ""),
 }
 # It runs with the rights of the table's owner, so that a role that may write to the table needs no
-# rights on the entries. No other role may make a trigger of it.
+# rights on the entries. No other role may create a trigger with it.
 _FUNCTION = """
 CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql
 SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS {body}
@@ -202,9 +202,9 @@ class Stored(NamedTuple):
 
     Attributes:
         name: the property.
-        is_unique: whether two users of an app may not have the same value.
+        is_unique: whether a value may belong to only one user of an app.
         is_ready: whether all rows have their entries.
-        build: which run of building it made it.
+        build: the id of the run that built it.
     """
 
     name: str
@@ -218,7 +218,7 @@ class Stored(NamedTuple):
 
 
 class Names:
-    """The names of what belongs to the indexes of a table, in its schema.
+    """The names of the objects for the indexes of a table, in its schema.
 
     Args:
         table: the table's name, with a schema or without; percent signs are doubled.
@@ -239,7 +239,7 @@ class Names:
 
     @property
     def parts(self) -> dict[str, Identifier | Literal | Composed]:
-        """What the templates of this module name."""
+        """The names for the templates of this module."""
         indexes = self("indexes")
         return {
             "entries": self("index_entries"),

@@ -61,9 +61,9 @@ class Taken(NamedTuple):
     """A value of a unique index that another user has.
 
     Attributes:
-        app_id: of which app.
+        app_id: the app.
         name: the index.
-        value: the value, as an entry has it.
+        value: the value, as in an entry.
     """
 
     app_id: str
@@ -72,7 +72,7 @@ class Taken(NamedTuple):
 
 
 class Search:
-    """Finds and counts the users of an app who have some values.
+    """Finds and counts the users of an app who have given values.
 
     Args:
         app_id: the app.
@@ -102,7 +102,7 @@ class Search:
         return [(user_id, text) for _, user_id, text in found if user_id is not None]
 
     def number(self, transaction: Transaction) -> int:
-        """Return how many there are."""
+        """Return the number of users."""
         template = _COUNT_AMONG if self._has_others else _COUNT
         [(_, number)] = self._ask(transaction, template, {})
         return int(number)
@@ -123,7 +123,7 @@ class Search:
 
 
 def taken_in(error: errors.UniqueViolation, app_id: str) -> Taken:
-    """Return the value that a write was refused for; raise the error if it is about another key."""
+    """Return the value that a unique index refused; raise the error if another key did."""
     detail = getattr(error, "detail", None) or error.diag.message_detail or ""
     # The server does not translate this part of its text.
     _, is_ours, found = detail.partition(f"(app_id, name, value)=({app_id}, ")
@@ -139,7 +139,7 @@ def taken_in(error: errors.UniqueViolation, app_id: str) -> Taken:
 
 
 def owner_of(transaction: Transaction, taken: Taken) -> str | None:
-    """Return the user who has a value, if this role can see that."""
+    """Return the user who has a value, if this role can see the row."""
     parameters = {"wanted": as_json([taken._asdict()])}
     [answer] = transaction.at_once([Statement(transaction.table[OWNERS], parameters)])
     owner: str | None = answer.rows[0][-1]
@@ -147,7 +147,7 @@ def owner_of(transaction: Transaction, taken: Taken) -> str | None:
 
 
 def _text_of(value: Value) -> str:
-    """Return the value as an entry has it."""
+    """Return the value as in an entry."""
     text = as_json(value)
     if isinstance(value, int) and len(text) > _LONGEST_DIGITS:
         return f"sha256:{sha256(text.encode()).hexdigest()}"

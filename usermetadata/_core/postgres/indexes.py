@@ -1,4 +1,4 @@
-"""Which indexes the PostgreSQL storage has; building and dropping them."""
+"""Finding, building and dropping the PostgreSQL storage's indexes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _FINISH = """
 UPDATE {indexes} SET is_ready = true WHERE build = %(build)s RETURNING name
 """
 _EMPTY = "WITH emptied AS (DELETE FROM {indexes}) DELETE FROM {entries}"
-# Each divides by zero if what is remembered is not true any more.
+# Each divides by zero if the remembered state is out of date.
 _CHECKS: tuple[LiteralString, ...] = (
     "SELECT 1 / coalesce(to_regclass({indexes_name}) = {oid}::regclass, false)::integer",
     """SELECT 1 / (count(*) = {number})::integer FROM {indexes}
@@ -111,7 +111,7 @@ LEFT JOIN {entries} AS entry
 
 
 class _State(NamedTuple):
-    """What the database has: the table that lists the indexes, and those that are maintained."""
+    """The state of the database: the table that lists the indexes, and the maintained indexes."""
 
     oid: str | None
     has_policies: bool
@@ -124,19 +124,19 @@ class _State(NamedTuple):
 
     @property
     def declarable(self) -> frozenset[Index]:
-        """What need not be built; an index that is unique stands for one that is not."""
+        """The indexes that need not be built; a unique index also serves as one that is not."""
         return frozenset(
             index for each in self.ready for index in (Index(each.name), each.declaration)
         )
 
 
 class _Page(NamedTuple):
-    """Some rows whose entries were made.
+    """A page of rows whose entries were made.
 
     Attributes:
-        faults: a line for each row that is in the way.
-        number: how many rows it has.
-        end: where the next one begins; ``None`` after the last.
+        faults: a line for each row that cannot be indexed.
+        number: the number of its rows.
+        end: where the next page begins; ``None`` after the last.
     """
 
     faults: list[str]
@@ -149,7 +149,7 @@ def ready(transaction: Transaction, declared: Sequence[Index]) -> None:
 
     Raises:
         UsageError: the table is large, or cannot have indexes.
-        StorageError: a row is in the way.
+        StorageError: a row cannot be indexed.
     """
     table = transaction.table
     if table.indexes.issuperset(declared):
@@ -168,7 +168,7 @@ def ready(transaction: Transaction, declared: Sequence[Index]) -> None:
 
 
 def build_at_once(transaction: Transaction, declared: Sequence[Index]) -> list[str]:
-    """Build the indexes that are missing in one transaction, for which all writers wait.
+    """Build the missing indexes in one transaction, for which all writers wait.
 
     Returns:
         A line for each row that is in the way.
@@ -193,15 +193,15 @@ def build_in_pages(
     declared: Sequence[Index],
     progress: Callable[[int, int], None] | None,
 ) -> list[str]:
-    """Build the indexes that are missing while others write.
+    """Build the missing indexes while others write.
 
     Args:
-        connections: each page is a transaction.
+        connections: the connections; each page is a transaction.
         declared: the indexes.
-        progress: called with how many rows are done, and of how many.
+        progress: called with the number of rows that are done, and of all rows.
 
     Returns:
-        A line for each row that is in the way; then nothing is built.
+        A line for each row that cannot be indexed. If there are any, nothing is built.
     """
     build = uuid.uuid4().hex
 
@@ -267,7 +267,7 @@ def _drop(is_meant: Callable[[Stored], bool], transaction: Transaction) -> tuple
     if kept:
         remove = Statement(table[_REMOVE_INDEXES], of_these)
         transaction.end([remove, *table.names.maintenance(kept, has_is_json=state.has_is_json)])
-        # Writers need not wait for this: they make no such entries any more.
+        # Writers need not wait for this, because they no longer make such entries.
         transaction.at_once([Statement(table[_REMOVE_ENTRIES], of_these)])
     else:
         # The empty tables stay: other processes may be about to look there.
@@ -278,7 +278,7 @@ def _drop(is_meant: Callable[[Stored], bool], transaction: Transaction) -> tuple
 
 
 def _count_rows(transaction: Transaction) -> int:
-    """Return how many rows the table has, of all apps."""
+    """Return the number of rows in the table, of all apps."""
     [answer] = transaction.at_once([Statement(transaction.table[_COUNT_ROWS], {})])
     number: int = answer.rows[0][0]
     return number
@@ -377,7 +377,7 @@ def _register(transaction: Transaction, declared: Sequence[Index], build: str) -
     if state.oid is None:
         statements += [Statement(table[template], {}) for template in CREATION]
     elif not state.stored:
-        # Nothing has maintained what may be left there.
+        # Entries that may be left there were not maintained.
         statements.append(Statement(table[_EMPTY], {}))
     names = [index.name for index in missing]
     of_these = {"names": as_json(names), "indexes": _rows(missing), "build": build}
@@ -418,7 +418,7 @@ def _fill(transaction: Transaction, missing: Sequence[Index], position: Position
         if wanted:
             statement = Statement(table[OWNERS], {"wanted": as_json(wanted)})
             owners = transaction.go_on([statement])[0].rows
-        # A value that its owner has lost meanwhile is free: the page is filled again.
+        # A value may have become free meanwhile, so the page is filled again.
         if all(owner is not None for *_, owner in owners):
             break
     faults += [

@@ -1,4 +1,4 @@
-"""The caller's PostgreSQL connection, for as long as a block of ``within`` lasts."""
+"""The caller's PostgreSQL connection, during a block of ``within``."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ Tables = WeakKeyDictionary[Any, Table]
 class JoinedTransaction(Transaction):
     """A savepoint of the caller's transaction; in autocommit mode, a transaction.
 
-    Each begins with a check that the table is still the one that was described: that needs no
-    further round trip.
+    Each begins with a check that the table is still the described one. The check needs no extra
+    round trip.
     """
 
     def __init__(self, table: Table, channel: Channel, *, is_own: bool) -> None:
@@ -79,8 +79,8 @@ class JoinedTransaction(Transaction):
         """Roll back to the savepoint, which leaves the caller's transaction usable."""
         if self._is_open and not self._channel.is_closed:
             self._is_open = False
-            # The error of a pipeline may have left psycopg with statements that it believes to be
-            # prepared. It forgets all of them after a ROLLBACK, if it has not seen its text before.
+            # After an error in a pipeline, psycopg may take statements as prepared that are not. It
+            # forgets all prepared statements after a ROLLBACK whose text is new to it.
             number = next(_numbers)
             statements = [Statement(b"ROLLBACK /* %d */" % number)]
             if not self._is_own:
@@ -111,9 +111,9 @@ class JoinedConnection:
     """Reads and writes through the caller's connection.
 
     Args:
-        find: returns that connection.
+        find: returns the caller's connection.
         tables: the tables that were described before.
-        name: the table's name, as the storage was given it.
+        name: the table's name, as passed to the storage.
         is_portable: whether portable statements were asked for.
 
     Raises:
@@ -142,7 +142,7 @@ class JoinedConnection:
     def run(
         self, work: Callable[[Transaction], T], absent: T | None = None, *, is_write: bool = False
     ) -> T:
-        """Return what ``work`` returns, once; what it has done is undone if it fails.
+        """Return the result of ``work``, called once; undo its changes if it fails.
 
         Args:
             work: the work.
@@ -231,14 +231,14 @@ def _create(transaction: JoinedTransaction, channel: Channel) -> None:
     table = transaction.table
     try:
         *_, described = transaction.at_once([*table.creation, table.description])
-    except errors.UniqueViolation:  # another program has created it at once, under another lock
+    except errors.UniqueViolation:  # another program has created it under another lock
         transaction.undo()
         [described] = transaction.at_once([table.description])
     table.learn(described.rows, channel.encoding)
 
 
 def _is_stale(error: psycopg.Error, table: Table) -> bool:
-    """Tell whether an error may come from what was remembered of a table."""
+    """Tell whether an error may come from an outdated description of the table."""
     if isinstance(error, errors.FeatureNotSupported):
         # A statement was prepared before the table was changed, or Citus has refused PostgreSQL's.
         return (

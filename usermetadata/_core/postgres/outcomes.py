@@ -38,11 +38,11 @@ class NoAnswerError(psycopg.OperationalError):
 
 
 class UnsettledError(psycopg.OperationalError):
-    """The work was answered without an error, and yet it may not have been committed."""
+    """The answer had no error, but the work may not have been committed."""
 
 
-# With one of these as the answer to a statement, the server says that it has undone the transaction
-# and that another attempt may succeed. So repeating it loses nothing and does nothing twice.
+# These answers to a statement mean that the server has undone the transaction and that another
+# attempt may succeed. So the work can be repeated without losing anything or doing it twice.
 UNDONE = (
     UncommittedError,
     errors.SerializationFailure,
@@ -123,7 +123,7 @@ def check_committed(status: str | None) -> None:
 
 
 def settle(connection: Connection[Any]) -> None:
-    """Return when no transaction is open: only then are the changes committed.
+    """Return when no transaction is open, and so the changes are committed.
 
     A statement or a pipeline without BEGIN is a transaction by itself. A pooler may send a BEGIN
     that the client did not ask for: pgpool-II does so to look up a table, and leaves the end of the
@@ -141,10 +141,10 @@ def settle(connection: Connection[Any]) -> None:
 
 
 def check_replicated(notices: Collection[str | None]) -> None:
-    """Check that a commit did not stop to wait for its synchronous standby, which is no error.
+    """Check that the wait of a commit for its synchronous standby was not cancelled.
 
     Args:
-        notices: the names of the server's functions that noted something; their texts may be
+        notices: the names of the server's functions that sent notices, whose texts may be
             translated.
     """
     if "SyncRepWaitForLSN" in notices:
@@ -197,7 +197,7 @@ def translate(error: psycopg.Error, name: str, *, is_write: bool) -> Exception:
             f"{text}; the write was done whole or not at all; read to find out"
         )
     if isinstance(error, errors.AdminShutdown) or is_lost(error):
-        # Citus says itself which worker cannot be reached.
+        # Citus reports which worker cannot be reached.
         is_worker = isinstance(error.__cause__, errors.ConnectionFailure)
         if (isinstance(error, UncommittedError) and not is_worker) or (
             "statement pooling mode" in text
@@ -226,17 +226,17 @@ def translate_joined(error: psycopg.Error, name: str) -> Exception:
     return translated
 
 
-# For one socket poll is faster than epoll.
+# For a single socket, poll is faster than epoll.
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
 def is_gone(connection: Connection[Any]) -> bool:
-    """Tell whether the server has closed a connection; it costs no round trip."""
+    """Tell whether the server has closed a connection, without a round trip."""
     if connection.closed:
         return True
     with _Selector() as selector:
         selector.register(connection.fileno(), selectors.EVENT_READ)
-        # No question was sent, so anything to read can only be the server's farewell.
+        # No statement was sent. So data to read means that the server is closing the connection.
         return bool(selector.select(0))
 
 

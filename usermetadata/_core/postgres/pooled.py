@@ -1,4 +1,4 @@
-"""The storage's pool and its table: described once, and created before the first write."""
+"""The storage's pool and table; the table is described once, and created before a write."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PooledConnections:
         timeout: seconds that a write waits for row locks.
 
     Attributes:
-        table: the same.
+        table: the table, as passed.
     """
 
     def __init__(self, connections: Connections, table: Table, timeout: float) -> None:
@@ -43,7 +43,7 @@ class PooledConnections:
     def run(
         self, work: Callable[[Transaction], T], absent: T | None = None, *, is_write: bool = False
     ) -> T:
-        """Return what ``work`` returns; it may be called again where that is safe.
+        """Return the result of ``work``, which may be called again where that is safe.
 
         Args:
             work: the work.
@@ -69,7 +69,7 @@ class PooledConnections:
             length = self._prepare(create=False)
             if not self.table.is_portable:
                 raise
-        # The table was distributed meanwhile, and Citus has refused PostgreSQL's statement.
+        # Citus refused PostgreSQL's statement, because the table was distributed meanwhile.
         return self.connections.run(work_with, is_write=is_write)
 
     def check_open(self) -> None:
@@ -88,7 +88,7 @@ class PooledConnections:
             self.connections.run_first(self.table.describe)
             length = self.table.user_id_length
         while create and not length:
-            # Its creation is committed before it is described.
+            # The table's creation is committed before the table is described.
             self.connections.run(self.table.create)
             self.connections.run(self.table.describe)
             length = self.table.user_id_length

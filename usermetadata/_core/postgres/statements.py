@@ -1,7 +1,7 @@
 """The PostgreSQL storage's table and its statements: each is one, for any number of users.
 
-A list is one parameter, a JSON text. The driver converts that faster than an array, and one
-statement text, which the server prepares once, serves every length.
+A list is one parameter, a JSON text. The driver converts that faster than an array. The same
+prepared statement works for every length.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _CREATE = _COLUMNS_OF_CREATE + "(app_id, user_id))"
 # YugabyteDB distributes rows by the key's first column; on a Citus server, an erasure looks the
 # user up in one index.
 CREATE_BY_USER = _COLUMNS_OF_CREATE + "(user_id, app_id))"
-# Where the table is, or would be created, and what it is like. It is a core's if app_id refers to
-# the core's apps. The search_path of a session that several clients share may be another client's.
-# Citus has a trigger on each table that it distributes or manages.
+# Where the table is, or would be created, and its properties. It belongs to a core if app_id refers
+# to the core's apps. The search_path of a session that several clients share may be another
+# client's. Citus has a trigger on each table that it distributes or manages.
 _DESCRIBE = """/*NO LOAD BALANCE*/
 SELECT
     coalesce((SELECT nspname FROM pg_namespace WHERE oid = relnamespace), current_schema()),
@@ -84,10 +84,10 @@ FROM to_regclass(%(table)s) AS found (oid) LEFT JOIN pg_class ON pg_class.oid = 
 # Divides by zero if the name does not mean that table.
 _CHECK = "SELECT 1 / coalesce(to_regclass({name}) = {oid}::regclass, false)::integer"
 _TABLES = ("r", "p")  # partitioned or not; a view has the key of the table behind it
-# Type, whether it tells any two texts apart, length, whether it must be given.
+# Type, whether it distinguishes all texts, length, whether a value is required.
 _Column = tuple[str, bool, int, bool]
 
-# Two sessions that create a table at once fail, even with IF NOT EXISTS.
+# Concurrent CREATE TABLE IF NOT EXISTS statements can fail.
 _LOCK_CREATION = "SELECT pg_advisory_xact_lock(hashtext('usermetadata'))"
 
 # The comment keeps pgpool-II from sending a query to a standby, which may not have the last update.
@@ -108,7 +108,7 @@ SELECT user_id, user_metadata FROM {table}
 WHERE app_id = %(app_id)s AND user_id > %(user_id)s ORDER BY user_id LIMIT %(limit)s
 """
 
-# A trigger or a row-level policy may swallow a row without an error. Then the statement raises one,
+# A trigger or a row-level policy may drop a row without an error. Then the statement raises one,
 # which undoes the whole transaction.
 _RAISE = f"('{NOT_STORED}' || to_json({{user_id}}::text))::integer::text"
 
@@ -117,7 +117,7 @@ _RAISE = f"('{NOT_STORED}' || to_json({{user_id}}::text))::integer::text"
 _TIMEOUT = SQL(
     "set_config('lock_timeout', coalesce(%(timeout)s, current_setting('lock_timeout')), true)"
 )
-# All writers lock users in one order, so that they do not deadlock.
+# All writers lock users in one order, so they do not deadlock.
 _UPSERT = """
 INSERT INTO {table} AS stored (app_id, user_id, user_metadata)
 SELECT %(app_id)s, user_id, user_metadata
@@ -181,12 +181,11 @@ RETURNING
 
 MERGE, MERGE_ONE = _each(_MERGE), _one(_MERGE)
 STORE, STORE_ONE = _each(_STORE), _one(_STORE)
-# Replaces each row by itself, which locks it; inserts a placeholder where there is none.
+# Replaces each row with itself, which locks it. Inserts a placeholder where there is no row.
 HOLD = _each(_UPSERT + "coalesce(stored.user_metadata, current_user)")
-# A join with the ids may read the whole table; an array is looked up in the key.
-# The last query sees the rows as they were before. One that another transaction has removed
-# in between counts as not removed; with the rows held, that cannot happen. A row-level policy may
-# hide a row.
+# A join with the ids may read the whole table; an array of ids is looked up in the key. The last
+# query sees the rows as they were before. One that another transaction has removed in between
+# counts as not removed; with the rows held, that cannot happen. A row-level policy may hide a row.
 REMOVE = (
     """
 WITH sent AS (
@@ -209,9 +208,9 @@ WHERE user_id NOT IN (SELECT user_id FROM gone) AND (
 """
 )
 
-# Finds the apps as `_APPS_WITHOUT_INDEX` of SQLite does. What is in `found` and not removed was
-# removed by another transaction meanwhile, or a trigger has kept it. A role that a row-level policy
-# holds for may not see all rows.
+# Finds the apps as `_APPS_WITHOUT_INDEX` of SQLite does. If a row is in `found` and was not
+# removed, another transaction has removed it meanwhile, or a trigger has kept it. A role to which a
+# row-level policy applies may not see all rows.
 ERASE = (
     """
 WITH RECURSIVE users (have_index) AS (
@@ -244,7 +243,7 @@ SELECT """
 """
 )
 
-# A SuperTokens core reads, merges and writes under this lock and no other.
+# A SuperTokens core reads, merges and writes under this lock only.
 _CORES_LOCK = ", pg_advisory_xact_lock(hashtext(%(app_id)s || '~' || user_id))"
 _CORES_LOCK_OF_APP = ", pg_advisory_xact_lock(hashtext(app_id || '~' || %(user_id)s))"
 
@@ -260,20 +259,20 @@ class Table:
     """A table of metadata: its description, and the statements on it.
 
     Args:
-        name: its name, with a schema or without.
+        name: the table's name, with a schema or without.
         is_session_ours: whether only the caller may have set the search_path of a session.
         is_portable: whether only statements are used that all engines execute.
 
     Attributes:
-        user_id_length: how many characters a user id may have; 0 while that is unknown.
+        user_id_length: the largest length of a user id; 0 while it is unknown.
         check: a statement that fails if the table's name now means another table, or none.
-        is_shared: whether it is a SuperTokens core's.
+        is_shared: whether it belongs to a SuperTokens core.
         is_plain: whether it is a table, partitioned or not.
         engine: the engine that executes only portable statements on it; ``None`` if it is
             PostgreSQL.
         is_portable: whether only portable statements are used.
-        indexes: those that are known to exist.
-        index_checks: statements that fail if one of these exists no more.
+        indexes: the indexes that are known to exist.
+        index_checks: statements that fail if one of these no longer exists.
     """
 
     def __init__(self, *name: str, is_session_ours: bool, is_portable: bool) -> None:
@@ -352,7 +351,7 @@ class Table:
         return [Statement(_LOCK_CREATION.encode()), Statement(self[_CREATE], {})]
 
     def limits(self, timeout: str | None) -> list[Statement]:
-        """Return what limits the waits of a transaction; other statements do it themselves."""
+        """Return the statements that limit the waits of a transaction, if others do not."""
         if timeout is None or not self.is_portable:
             return []
         # On Citus the rows, and so the locks, are on other servers.
@@ -372,7 +371,7 @@ class Table:
 
     def create(self, connection: Connection) -> None:
         """Create the table if it is missing."""
-        # Another program, for example a core, may create it at once under another lock.
+        # Another program, for example a core, may create it at the same time, under another lock.
         with suppress(errors.UniqueViolation), connection.transaction():
             for statement in self.creation:
                 connection.execute(*statement)
@@ -417,7 +416,7 @@ class Table:
 
 
 def _faults(columns: dict[str, _Column]) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong with the columns, and the action of ALTER TABLE that repairs it."""
+    """Yield each fault of the columns, and the action of ALTER TABLE that repairs it."""
     for column, (type_, is_exact, length, is_required) in columns.items():
         wanted = _COLUMNS.get(column)
         if wanted is None and is_required:

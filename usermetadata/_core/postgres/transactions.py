@@ -1,4 +1,4 @@
-"""What one read or write does in a transaction: of its own in the pool, or inside the caller's."""
+"""The transaction of one read or write: a separate one in the pool, or the caller's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ADAPTERS = AdaptersMap(psycopg.adapters)
 
 
 class PlainCursor(Cursor[Any]):
-    """A cursor that converts as psycopg does, whatever the application has set."""
+    """A cursor with psycopg's default conversions, regardless of the application's."""
 
     @property
     def adapters(self) -> AdaptersMap:
@@ -83,7 +83,7 @@ def as_json(value: object) -> str:
 
 
 class Answer(NamedTuple):
-    """The answer to a statement: its rows, how many it has stored, and PostgreSQL's word for it."""
+    """The answer to a statement: its rows, the number of stored rows, and the command tag."""
 
     rows: list[tuple[Any, ...]]
     affected: int
@@ -97,9 +97,10 @@ class Transaction(ABC):
         table: the table that the statements are for.
 
     Attributes:
-        table: the same.
-        timeout: milliseconds that a statement waits for a lock; ``None`` as the session has it.
-        user_id_length: how many characters a user id may have in the table.
+        table: the table, as passed.
+        timeout: milliseconds that a statement waits for a lock; ``None`` means the session's
+            setting.
+        user_id_length: the largest length of a user id in the table.
     """
 
     timeout: str | None = None
@@ -126,7 +127,7 @@ class Transaction(ABC):
 
     @abstractmethod
     def undo(self) -> None:
-        """Undo what an error has left open, so that the work can be done in another way."""
+        """Undo the failed transaction, so that the work can be done in another way."""
 
 
 class PooledTransaction(Transaction):
@@ -189,7 +190,7 @@ class PooledTransaction(Transaction):
             self._connection.rollback()
 
     def _execute(self, statements: Sequence[Statement]) -> list[Cursor[tuple[Any, ...]]]:
-        # A borrowed pool may make other cursors and rows.
+        # Ignore a borrowed pool's cursor and row factories.
         return [
             PlainCursor(self._connection, row_factory=tuple_row).execute(*statement)
             for statement in statements

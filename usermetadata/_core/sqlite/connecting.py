@@ -1,4 +1,4 @@
-"""Opening and closing SQLite connections, and what both ways of having them share."""
+"""Opening and closing SQLite connections; the base class of both kinds of owners."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Connections(ForkHooks, ABC):
     Args:
         name: the name of the database.
         timeout: seconds that a write waits for other threads.
-        indexes: those that were declared.
+        indexes: the declared indexes.
 
     Attributes:
         batches: the calls that write, one batch at a time.
@@ -49,7 +49,7 @@ class Connections(ForkHooks, ABC):
 
     @abstractmethod
     def fetch(self, query: str, parameters: Sequence[object], sift: Sift = list) -> list[Row]:
-        """Return the rows of a query that ``sift`` chooses."""
+        """Return those rows of a query that ``sift`` selects."""
 
     @abstractmethod
     def administer(self, work: Callable[[Any], T]) -> T:
@@ -61,14 +61,14 @@ class Connections(ForkHooks, ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Close the connections that are not the caller's; calls under way are completed."""
+        """Close the connections that are not the caller's; running calls are completed."""
 
     @abstractmethod
     def _write_together(self, calls: Sequence[Call]) -> list[Results]:
         """Execute the changes of some calls in one transaction."""
 
     def _start(self, *opened: list[sqlite3.Connection]) -> None:
-        """Begin without calls that wait: in a new object, or in a new process."""
+        """Start without waiting calls: in a new object or a new process."""
         self.batches: ThreadBatches[Call, Results] = ThreadBatches(
             self._write_together, self.timeout, self.name
         )
@@ -76,8 +76,8 @@ class Connections(ForkHooks, ABC):
         self._at_end = close_at_end(self, self.batches.turn, *opened)
 
     def before_fork(self) -> None:
-        """Wait for the write under way, for as long as the timeout."""
-        # A fork inside a change, or while a change outlasts the timeout, still happens.
+        """Wait for the running write, up to the timeout."""
+        # A fork inside a change, or during a change longer than the timeout, still happens.
         if not self.batches.is_executing_here():
             self._has_turn_for_fork = acquire(self.batches.turn, self.timeout)
 
@@ -88,7 +88,7 @@ class Connections(ForkHooks, ABC):
             self.batches.turn.release()
 
     def after_fork_in_child(self) -> None:
-        """A thread of the parent may have had its turn."""
+        """Start anew: a thread of the parent may have been writing."""
         self._at_end.detach()
         self._start()
 
@@ -103,13 +103,13 @@ class Connection(sqlite3.Connection):
     indexed_schema: int | None = None
 
     def __del__(self) -> None:
-        """Close what was opened while the interpreter ended."""
+        """Close a connection that was opened while the interpreter ended."""
         with suppress(sqlite3.Error):  # it could not be opened
             self.close()
 
 
 def connect(uri: str, timeout: float) -> sqlite3.Connection:
-    """Open a connection for one thread at a time, with transactions only where they are begun."""
+    """Open a connection for one thread at a time, without implicit transactions."""
     return sqlite3.connect(
         uri,
         timeout=timeout,
@@ -123,7 +123,7 @@ def connect(uri: str, timeout: float) -> sqlite3.Connection:
 def close_all(*groups: list[sqlite3.Connection]) -> None:
     """Close the connections and empty the lists."""
     for group in groups:
-        with suppress(IndexError):  # other threads may take some in between
+        with suppress(IndexError):  # other threads may take connections in between
             while True:
                 group.pop().close()
 
@@ -134,7 +134,7 @@ def close_at_end(
     """Close what is open when ``owner`` is dropped, and at the interpreter's exit."""
 
     def close() -> None:
-        # At the exit a daemon thread may be using a connection. If it does so for longer, the
+        # At the exit a daemon thread may be using a connection. If it does not finish in time, the
         # operating system closes the file. Later calls, by exit handlers, open the file again.
         if any(groups) and acquire(turn, _EXIT_TIMEOUT):
             close_all(*groups)

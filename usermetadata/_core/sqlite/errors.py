@@ -53,7 +53,7 @@ def translate(error: Exception, name: str) -> StorageError:
             f"{name}: {message}, because this process has too many open files; close some, or"
             " raise the limit (ulimit -n)"
         )
-    directory = os.path.dirname(name)  # none if it is the caller's connection
+    directory = os.path.dirname(name)  # empty for the caller's connection
     if "unable to open" in message and directory:
         if not os.path.isdir(directory):
             return StorageError(f"{name}: the directory {directory} does not exist; create it")
@@ -85,8 +85,8 @@ def after_commit(error: Exception, name: str) -> None:
     """Raise the library's error if the driver's, at ``COMMIT``, is one of the file system.
 
     A transaction is committed by the last page that is written (https://sqlite.org/walformat.html).
-    If a write has failed, that page is missing. After any other error it may be in the write-ahead
-    log, and be found there after a crash.
+    If a write has failed, that page is missing. After any other error the page may be in the
+    write-ahead log, and be found there after a crash.
 
     Args:
         error: the driver's error.
@@ -111,7 +111,7 @@ def _refused(error: Exception, name: str) -> StorageError:
 
 
 def not_stored(name: str, key: tuple[str, str]) -> StorageError:
-    """Return the error of a row that is not as it was written, without an error of SQLite's."""
+    """Return the error of a row that differs from what was written, without an SQLite error."""
     app_id, user_id = key
     return StorageError(
         f"{name}: the database did not store the change of user {user_id!r} in app {app_id!r},"

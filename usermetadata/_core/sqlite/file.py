@@ -57,12 +57,12 @@ class FileConnections(Connections):
     def _start(self, *opened: list[sqlite3.Connection]) -> None:
         self._writers: list[sqlite3.Connection] = []  # none or one
         self._reopen = False
-        self._generation = 0  # of the readers: they are as old as the writer
+        self._generation = 0  # of the readers, which are opened and closed with the writer
         self._idle_readers: list[sqlite3.Connection] = []
         self._readers: WeakSet[sqlite3.Connection] = WeakSet()  # idle or in use
-        # Reentrant: a signal handler that reads may interrupt its own thread in there.
+        # Reentrant: a signal handler that reads may interrupt a thread that has the lock.
         self._opening = threading.RLock()
-        self._is_forking = False  # and has the lock above
+        self._is_forking = False  # a fork is running, and has the lock above
         super()._start(self._writers, self._idle_readers)
 
     def file(self) -> str:
@@ -70,7 +70,7 @@ class FileConnections(Connections):
         return self.name
 
     def fetch(self, query: str, parameters: Sequence[object], sift: Sift = list) -> list[Row]:
-        """Return the rows of a query that ``sift`` chooses, without waiting for the writer."""
+        """Return those rows of a query that ``sift`` selects, without waiting for the writer."""
         notice()
         if (self._reopen or not self._writers) and not self._open_for_reading():
             with self._reading_only() as only_reader:
@@ -130,9 +130,9 @@ class FileConnections(Connections):
 
     @contextmanager
     def _reading_only(self) -> Generator[sqlite3.Connection, None, None]:
-        """Open a file that this process may not write, or whose directory it may not write.
+        """Open a file that this process may not write, or whose directory is not writable.
 
-        It is closed after one query: another process may begin to write.
+        The connection is closed after one query, because another process may begin to write.
         """
         with ExitStack() as opened:
             try:
@@ -140,11 +140,11 @@ class FileConnections(Connections):
                 try:
                     reader.execute("PRAGMA schema_version")
                 except sqlite3.OperationalError as error:
-                    # SQLite wants to create a log, or to undo a transaction that was cut off.
+                    # SQLite needs to create a log, or to undo an interrupted transaction.
                     cut_off = error.sqlite_errorcode == sqlite3.SQLITE_READONLY_ROLLBACK
                     if cut_off or not is_read_only(error) or os.path.exists(f"{self.name}-wal"):
                         raise
-                    # Without a log nothing writes.
+                    # Without a log no process is writing.
                     reader = opened.enter_context(closing(self._connect("ro&immutable=1")))
                 yield reader
             except sqlite3.Error as error:
@@ -175,7 +175,7 @@ class FileConnections(Connections):
             raise failure from error
 
     def close(self) -> None:
-        """Close all connections; a write or read under way is completed."""
+        """Close all connections; a running write or read is completed."""
         with self.batches.exclusive():
             with self._opening:
                 self.is_closed = True
@@ -183,12 +183,12 @@ class FileConnections(Connections):
             close_all(self._writers)
 
     def before_fork(self) -> None:
-        """Close all connections, after waiting for those in use for as long as the timeout."""
+        """Close all connections; wait for those in use, up to the timeout."""
         deadline = time.monotonic() + self.timeout
         super().before_fork()
         if self._has_turn_for_fork:
             close_all(self._writers)
-        # From now on a reader that is given back is closed, and opening one waits for the fork.
+        # From now on a returned reader is closed, and opening one waits for the fork.
         self._is_forking = self._opening.acquire(timeout=max(0, deadline - time.monotonic()))
         self._close_idle_readers()
         while self._readers and time.monotonic() < deadline:
@@ -206,8 +206,8 @@ class FileConnections(Connections):
         if self._writers or self._readers:
             _of_the_parent_process.add(self.name)
             self._inherited = [*self._writers, *self._readers]
-            # Closing them would release the parent's locks. Python closes a connection with the
-            # last reference to it, at its exit at the latest: so a reference is leaked.
+            # Closing them would release the parent's locks. Python would close a connection with
+            # its last reference, at its exit at the latest. So a reference is leaked.
             import ctypes
 
             for connection in self._inherited:
@@ -226,7 +226,7 @@ class FileConnections(Connections):
             self._use_wal(writer)
             writer.execute(f"PRAGMA synchronous = {self._synchronous}")
             if self._synchronous == "FULL":
-                # Without it macOS leaves the data in the drive's cache; elsewhere it has no effect.
+                # Without this, macOS leaves the data in the drive's cache. Other systems ignore it.
                 writer.execute("PRAGMA fullfsync = ON")
             database = Database(writer, execute_plugins=False)
             prepare = None
@@ -252,7 +252,8 @@ class FileConnections(Connections):
     def _check_file(self) -> None:
         """Check that the path still names the file that is open.
 
-        SQLite does not, with a write-ahead log: it would go on in a file without a name.
+        With a write-ahead log SQLite does not check this, and would continue in a file without a
+        name.
         """
         self._look_again = 0.0
         with suppress(PermissionError):
@@ -303,7 +304,7 @@ class FileConnections(Connections):
         self._readers.discard(reader)
 
     def _close_idle_readers(self) -> None:
-        with suppress(IndexError):  # other threads may take some in between
+        with suppress(IndexError):  # other threads may take connections in between
             while True:
                 self._close_reader(self._idle_readers.pop())
 

@@ -1,4 +1,4 @@
-"""Indexes of metadata in SQLite: expression indexes, which SQLite keeps for every writer."""
+"""Indexes of metadata in SQLite: expression indexes, which SQLite maintains for all writers."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ class Search:
 
     Attributes:
         names: the properties that have an index.
-        is_complete: whether all properties have one; otherwise the rest is for the caller.
-        find: the query for the next users; its parameters are ``texts``, the last user before, and
-            how many users at most.
+        is_complete: whether all properties have one; otherwise the caller checks the rest.
+        find: the query for a page of users; its parameters are ``texts``, the last user of the
+            previous page, and the largest number of users.
         count: the query that counts them.
     """
 
@@ -117,7 +117,7 @@ def search_by(properties: tuple[str, ...], indexes: tuple[Index, ...]) -> Search
     # only for its own expression, to the letter.
     hint = f" INDEXED BY {_sqls_name(names[0])}" if names else ""
     values = [f"{_value(name)} = ?" for name in names]
-    # SQLite would prepare to sort the one user of a unique value.
+    # SQLite would prepare to sort the only user of a unique value.
     order = "" if chosen and chosen[0].unique else "ORDER BY user_id "
     rows = " AND ".join([f"FROM user_metadata{hint} WHERE app_id = ?", *values])
     return Search(
@@ -149,9 +149,9 @@ def stored_indexes(connection: sqlite3.Connection) -> tuple[Index, ...]:
 
 
 def missing_indexes(connection: sqlite3.Connection, indexes: Sequence[Index]) -> list[Index]:
-    """Return the declared indexes that do not exist; one that is unique stands for one that is not.
+    """Return the missing declared indexes; a unique index also serves as one that is not.
 
-    An index of the same name that was made otherwise, for example not unique, counts as missing.
+    An index with the same name but another definition, for example not unique, is missing.
     """
     if not indexes:
         return []
@@ -167,10 +167,10 @@ def ensure_indexes(connection: sqlite3.Connection, name: str, indexes: Sequence[
     """Build the declared indexes that are missing, in the transaction that is open.
 
     Raises:
-        UsageError: there are too many rows to do that unasked.
-        StorageError: a row is in the way.
+        UsageError: there are too many rows to build them automatically.
+        StorageError: a row cannot be indexed.
     """
-    # Only a connection of ours has no changes of the schema that the caller may undo.
+    # On a connection of the storage's, the caller cannot undo changes of the schema.
     ours = connection if isinstance(connection, Connection) else None
     version = _schema_version(connection) if ours else 0
     if ours and ours.indexed_schema == version:
@@ -192,7 +192,7 @@ def ensure_indexes(connection: sqlite3.Connection, name: str, indexes: Sequence[
 
 
 def check_few_rows(connection: sqlite3.Connection, missing: Sequence[Index]) -> None:
-    """Check that the table is so small that its indexes are built unasked.
+    """Check that the table is small enough to build its indexes automatically.
 
     Raises:
         UsageError: it is not.
@@ -209,19 +209,19 @@ def build_indexes(
     progress: Callable[[int, int], None] | None,
     transact: Callable[[Callable[[], None]], object],
 ) -> list[str]:
-    """Build the declared indexes that are missing, all or none; return the rows in the way.
+    """Build the missing declared indexes, all or none; return the rows that prevent it.
 
     Args:
         connection: a connection without another user.
         name: the name of the database.
-        indexes: what is declared.
-        progress: called with how many rows were read, and of how many.
+        indexes: the declared indexes.
+        progress: called with the number of rows that were read, and of all rows.
         transact: calls a function in a transaction that has the write lock.
     """
     missing = missing_indexes(connection, indexes)
     if not missing or not has_table(connection):
         return []
-    # Other processes may write while the rows are read. If one did, they are read once more under
+    # Other processes may write while the rows are read. If one did, the rows are read again under
     # the lock.
     version = _data_version(connection)
     lines = _rows_in_the_way(connection, name, missing, progress)
@@ -268,7 +268,7 @@ def not_unique(
         cursor: in the transaction.
         conflict: what the index has reported.
         key: the app and the user.
-        text: what the user's metadata would be.
+        text: the user's new metadata.
     """
     app_id, user_id = key
     value = _value(conflict.name)
@@ -325,7 +325,7 @@ def _data_version(connection: sqlite3.Connection) -> int:
 
 
 def _schema_version(connection: sqlite3.Connection) -> int:
-    """Return the number by which SQLite itself knows that another connection changed the schema."""
+    """Return the number by which SQLite detects that another connection changed the schema."""
     [(version,)] = connection.execute("PRAGMA schema_version").fetchall()
     return int(version)
 
@@ -338,8 +338,8 @@ def _rows_in_the_way(
 ) -> list[str]:
     """Return a line for each row with a value that cannot be indexed.
 
-    If there are such rows, then also one for each that has the value of another: otherwise SQLite
-    looks for these itself.
+    If there are such rows, also a line for each repeated value. Otherwise SQLite finds repeated
+    values itself.
     """
     [(total,)] = connection.execute("SELECT count(*) FROM user_metadata").fetchall()
     lines: list[str] = []
@@ -373,7 +373,7 @@ def _faults(name: str, key: Sequence[Any], text: object, indexes: Sequence[Index
 
 
 def _repeats(connection: sqlite3.Connection, indexes: Sequence[Index]) -> list[str]:
-    """Return a line for each row but the first that has a unique value of an earlier one."""
+    """Return a line for each row that repeats the unique value of an earlier row."""
     lines: list[str] = []
     for index in indexes:
         if index.unique:

@@ -1,4 +1,4 @@
-"""The caller's SQLite connection, for as long as a block of ``within`` lasts."""
+"""The caller's SQLite connection, during a block of ``within``."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ _WHAT_WORKS = (
 class JoinedConnection(Connections):
     """Writes in savepoints of the caller's transaction.
 
-    If none is open, a write begins one as the driver would for an ``INSERT``: for the caller to
-    commit, or, on a connection in autocommit mode, for itself.
+    If no transaction is open, a write begins one, as the driver would for an ``INSERT``. The caller
+    commits it; on a connection in autocommit mode, the write does.
 
     Args:
         find: returns the caller's connection.
         storages: the connections of the storage that joins.
 
     Raises:
-        InvalidInputError: the connection is not one to the storage's database.
+        InvalidInputError: the connection is not to the storage's database.
         UsageError: the storage is closed.
     """
 
@@ -67,7 +67,7 @@ class JoinedConnection(Connections):
         return self._run(main_file)
 
     def fetch(self, query: str, parameters: Sequence[object], sift: Sift = list) -> list[Row]:
-        """Return the rows of a query that ``sift`` chooses; none if there is no table."""
+        """Return those rows of a query that ``sift`` selects; none if there is no table."""
 
         def fetch_if_table(connection: Any) -> list[Row]:
             if not self._has_table(connection):
@@ -76,7 +76,7 @@ class JoinedConnection(Connections):
             if without_hint(query) != query:
                 missing = missing_indexes(connection, self.indexes)
                 if missing:
-                    # A read does not build them: it must not take the caller's write lock.
+                    # A read does not build indexes: it must not take the write lock for the caller.
                     check_few_rows(connection, missing)
                     query = without_hint(query)
             return fetch(connection, query, parameters, sift)
@@ -114,7 +114,7 @@ class JoinedConnection(Connections):
         """Lock the database for this writer, and create the table if it is missing."""
         if joins:
             # This waits for other writers, as BEGIN IMMEDIATE does. If the transaction read first,
-            # it could not write any more once another had written.
+            # it could no longer write after another process had written.
             try:
                 connection.execute(_LOCK)
             except connection.OperationalError as error:
@@ -144,8 +144,8 @@ class JoinedConnection(Connections):
             return self._work(connection, work)
         if kind != "aiosqlite.core.Connection":
             raise unsupported(connection, _WHAT_WORKS)
-        # In the connection's thread at once: statement by statement, each would change threads, and
-        # other tasks' statements could come in between.
+        # All statements run together in the connection's thread. Separately, each would change
+        # threads, and statements of other tasks could run in between.
         context = copy_context()
         done: T = adapter.run_async(
             lambda own: own._execute(context.run, self._work, own._conn, work)

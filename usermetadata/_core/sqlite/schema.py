@@ -27,7 +27,7 @@ SELECT seq, col.name, col.coll
 FROM pragma_index_list('user_metadata') AS idx, pragma_index_xinfo(idx.name) AS col
 WHERE "unique" AND NOT partial AND key
 """
-# A column's collation decides which of these are the same.
+# A column's collation decides which of these texts are equal.
 _COUNT_DISTINCT = """
 SELECT count(*) FROM (
     SELECT {column} FROM user_metadata WHERE 0
@@ -58,7 +58,7 @@ def check_table(connection: sqlite3.Connection, name: str) -> None:
     """Check that the table can hold metadata.
 
     Raises:
-        StorageError: it cannot as it is; the message says what to change.
+        StorageError: it cannot; the message says what to change.
     """
     cursor = connection.cursor()
     columns = {column[0]: column[1:] for column in cursor.execute(_DESCRIBE)}

@@ -37,7 +37,7 @@ class SingleConnection(Connections):
     Args:
         borrowed: the caller's database; without it, one in memory is opened.
         timeout: seconds that a write waits for other threads.
-        indexes: those that were declared.
+        indexes: the declared indexes.
     """
 
     shares_batches = False
@@ -54,7 +54,7 @@ class SingleConnection(Connections):
         super().__init__("the borrowed database" if borrowed else ":memory:", timeout, indexes)
 
     def fetch(self, query: str, parameters: Sequence[object], sift: Sift = list) -> list[Row]:
-        """Return the rows of a query that ``sift`` chooses."""
+        """Return those rows of a query that ``sift`` selects."""
         with self.batches.turn:
             is_writable = True
             try:
@@ -94,7 +94,7 @@ class SingleConnection(Connections):
                 results = write_together(
                     self._connection, calls, self.name, indexes=self.indexes, prepare=prepare
                 )
-            # The caller may yet roll back a transaction in which the table was created.
+            # The caller may still roll back the transaction in which the table was created.
             self._is_prepared = not self._connection.in_transaction
             return results
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     Row = tuple[str, object]
     Sift = Callable[[Iterable[Row]], list[Row]]
-    """Chooses some of a query's rows."""
+    """Selects some of a query's rows."""
     Key = tuple[str, str]
     """The ids of an app and of a user."""
     Changes = Sequence[tuple[Key, Change]]
@@ -84,7 +84,7 @@ def fetch(
     """
     try:
         return sift(source.execute(query, parameters))
-    except Exception as error:  # the driver may be another
+    except Exception as error:  # the driver may not be the standard library's
         if not str(error).startswith("Could not decode to UTF-8"):
             raise
     connection: Any = getattr(source, "connection", source)
@@ -100,7 +100,7 @@ def fetch_if_table(
 ) -> list[Row]:
     """Return the rows of a query on a connection that cannot create the table.
 
-    There are none before the first write, by another process, has created it.
+    There are no rows until another process's first write has created the table.
     """
     try:
         return fetch(connection, query, parameters, sift)
@@ -143,7 +143,7 @@ def write_together(  # noqa: C901, PLR0913 - one transaction, step by step
         connection: a connection without another user, whose rows are tuples of ``str``.
         calls: the changes of each call, in order, or an erasure.
         name: the name of the database, for error messages.
-        indexes: those that were declared; missing ones are built.
+        indexes: the declared indexes; missing ones are built.
         prepare: called first in the transaction; it creates the table if that is missing.
         leave_open: whether the caller commits a transaction that is begun here.
 
@@ -153,7 +153,7 @@ def write_together(  # noqa: C901, PLR0913 - one transaction, step by step
     Raises:
         ChangeError: a change has raised an exception, or a row that it reads is damaged.
         StorageError: the database did not store what it was given, or it was not committed.
-        UsageError: a missing index cannot be built unasked.
+        UsageError: a missing index cannot be built automatically.
         sqlite3.Error: a statement failed.
     """
     process = forking.process
@@ -232,8 +232,8 @@ def _write(
     except Exception as error:
         raise ChangeError(error) from error
     gone = {key for key, _ in changes} - texts.keys() if None in results else None
-    # A trigger can swallow a row without an error, so the rows are counted. The values of removed
-    # rows may be stored in others.
+    # A trigger can drop a row without an error, so the rows are counted. Rows are removed first,
+    # because others may get their values.
     if gone:
         cursor.executemany(_REMOVE, gone)
         if cursor.rowcount != len(gone):
