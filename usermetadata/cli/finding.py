@@ -36,7 +36,7 @@ _where = partial(
 
 @click.command("list")
 @_where()
-@click.option("--limit", type=click.IntRange(1), help="Show so many users at most.")
+@click.option("--limit", type=click.IntRange(1), help="The largest number of users to show.")
 @click.option("--after", default="", help="Skip the users up to this user id.")
 @partial(with_storage, must_exist=True, indexed=True)
 def list_(storage: Storage, pairs: tuple[str, ...], limit: int | None, after: str) -> None:
@@ -80,7 +80,7 @@ def find(storage: Storage, pairs: tuple[str, ...]) -> None:
 
 @click.command()
 @click.option("--index", "names", multiple=True, metavar="NAME", help="Build this index.")
-@click.option("--unique", "unique", multiple=True, metavar="NAME", help="Build it as a unique one.")
+@click.option("--unique", "unique", multiple=True, metavar="NAME", help="Build this unique index.")
 @click.option("--drop", "dropped", multiple=True, metavar="NAME", help="Remove this index.")
 @storage_option
 def index(

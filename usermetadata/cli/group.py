@@ -131,7 +131,7 @@ def with_storage(
     """
 
     @storage_option
-    @click.option("--app-id", help="The app of the users.  [default: that of the URL, or public]")
+    @click.option("--app-id", help="The app of the users.  [default: from the URL, or public]")
     @functools.wraps(command)
     def command_with_storage(url: str, app_id: str | None, **arguments: object) -> None:
         if must_exist:

@@ -79,7 +79,7 @@ def export(storage: Storage, file: str, *, skip_damaged: bool) -> None:
     type=click.Choice(list(FORMATS)),
     default="usermetadata",
     show_default=True,
-    help="Whose export it is; usermetadata is what export writes.",
+    help="The product that exported it; usermetadata is the format of export.",
 )
 @click.option("--merge", is_flag=True, help="Merge, as update does, instead of replacing.")
 @click.option("--skip-invalid", is_flag=True, help="Name invalid lines, and leave them out.")
@@ -95,7 +95,7 @@ def export(storage: Storage, file: str, *, skip_damaged: bool) -> None:
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Skip the lines before it; in a JSON array, the users before it.",
+    help="Skip the lines before this one; in a JSON array, the users before it.",
 )
 @partial(with_storage, indexed=True)
 def import_(  # noqa: PLR0913 - they are options

@@ -34,7 +34,8 @@ _CLOSING = (
     " error of this library."
 )
 
-# Those of a change's own code, and those that a storage expects from its driver or its decoder.
+# Exceptions of a change's own code, and exceptions that a storage expects from its driver or
+# decoder.
 _ERRORS = [
     LookupError("no such property"),
     ValueError("no such value"),
@@ -45,7 +46,7 @@ _ERRORS = [
 
 
 class AtomicityConformance(Suite):
-    """What threads see of one storage."""
+    """The behaviour of one storage under threads."""
 
     # One write.
 
@@ -78,7 +79,7 @@ class AtomicityConformance(Suite):
             self.in_thread(lambda: storage.write([("alice", Merge({"m": 1}))]))
         assert storage.read(["alice"]) == {"alice": {"n": 1, "m": 1}}
 
-    # Writes that meet.
+    # Concurrent writes.
 
     @ROW_OR_NOT
     def test_no_write_comes_between(self, storage: Storage, *, row: bool) -> None:
@@ -87,15 +88,15 @@ class AtomicityConformance(Suite):
 
     @WHICH_USER
     def test_every_user_of_a_write_is_locked(self, storage: Storage, which: str) -> None:
-        """A write is not lost that starts while a write of several users runs."""
+        """A write that starts while a write of several users runs is not lost."""
         check_every_user_is_locked(self, storage, storage, which)
 
     def test_a_change_that_is_called_again_starts_anew(self, storage: Storage) -> None:
-        """A storage that repeats a write begins with what is stored, so nothing counts twice."""
+        """A storage that repeats a write reads the rows again, so nothing counts twice."""
         check_nothing_counts_twice(self, storage, storage)
 
     def test_a_reader_sees_all_of_a_write_or_nothing(self, storage: Storage) -> None:
-        """``read`` in the middle of a ``write`` returns the users as they were, or waits."""
+        """A ``read`` during a ``write`` returns the old metadata, or waits."""
         check_a_reader_sees_all_or_nothing(self, storage, storage)
 
     def test_functions_in_opposite_order_do_not_deadlock(self, storage: Storage) -> None:
@@ -106,7 +107,7 @@ class AtomicityConformance(Suite):
     def test_writes_in_opposite_order_do_not_deadlock(
         self, storage: Storage, change: Change
     ) -> None:
-        """The same holds for many users, written by threads again and again."""
+        """The same applies to many users that threads write again and again."""
         check_orders_do_not_deadlock(self, storage, storage, change)
 
     # Threads.
@@ -136,23 +137,23 @@ class AtomicityConformance(Suite):
                 assert stored == {user: row for user, row in answered.items() if row is not None}
 
     def test_concurrent_writes_are_all_kept(self, storage: Storage) -> None:
-        """Eight threads that count in one row, and merge into another, lose nothing."""
+        """If eight threads count in one row and merge into another, no write is lost."""
         check_all_are_kept(self, [storage] * 8, 25)
 
     def test_two_first_merges_both_survive(self, storage: Storage) -> None:
-        """Two threads that merge at once into a user without a row lose nothing."""
+        """If two threads merge into a user without a row at once, no write is lost."""
         check_first_merges_survive(self, storage, storage)
 
     def test_a_read_is_of_one_moment(self, storage: Storage) -> None:
-        """A reader never sees only one change of two users that are always written together."""
+        """If two users are always written together, a reader sees both changes or neither."""
         check_reads_are_of_one_moment(self, storage, storage, 0)
 
     def test_a_read_of_many_users_is_of_one_moment(self, storage: Storage) -> None:
-        """The same holds if thousands of others are read with them, in several queries or not."""
+        """The same applies if thousands of others are read with them, even in several queries."""
         check_reads_are_of_one_moment(self, storage, storage, 3000)
 
     def test_closing_leaks_no_other_error(self, storage: Storage) -> None:
-        """Calls that are under way when another thread closes the storage end, or say so.
+        """Calls that run while another thread closes the storage complete, or raise an error.
 
         They raise ``UsageError``, or another error of this library, and never a driver's.
         """
@@ -182,7 +183,7 @@ class AtomicityConformance(Suite):
             storage.read(["alice"])
 
     def test_closing_in_the_middle_of_a_write(self, storage: Storage) -> None:
-        """A write whose storage is closed while its change runs ends, or says so."""
+        """A write whose storage is closed while its change runs completes, or raises an error."""
         meanwhile = self.meanwhile(storage.close)
 
         def change(metadata: Metadata) -> Metadata:
@@ -203,7 +204,7 @@ class AtomicityConformance(Suite):
 def check_nothing_comes_between(
     suite: Suite, storage: Storage, other: Storage, *, row: bool
 ) -> None:
-    """Change a user, who gets other properties in the middle of it."""
+    """Change a user, and write other properties of the user while the change runs."""
     if row:
         storage.write([("alice", Merge({"old": 1}))])
 
@@ -226,7 +227,7 @@ def check_nothing_comes_between(
 
 
 def check_every_user_is_locked(suite: Suite, storage: Storage, other: Storage, which: str) -> None:
-    """Change two users; another write changes the second one in the middle of it."""
+    """Change two users, and write the second one while the first change runs."""
     storage.write([(user, Merge({"old": 1})) for user in ("alice", "bob")])
     meanwhile = suite.meanwhile(lambda: other.write([("bob", Merge({"other": 1}))]))
 
@@ -247,7 +248,7 @@ def check_every_user_is_locked(suite: Suite, storage: Storage, other: Storage, w
 
 
 def check_nothing_counts_twice(suite: Suite, storage: Storage, other: Storage) -> None:
-    """Count in a write that another one meets, which a storage without locks has to repeat."""
+    """Count in a write that collides with another, so a storage without locks repeats it."""
 
     def add_ten(metadata: Metadata) -> Metadata:
         return {"n": metadata.get("n", 0) + 10}
@@ -274,7 +275,7 @@ def check_nothing_counts_twice(suite: Suite, storage: Storage, other: Storage) -
 
 
 def check_a_reader_sees_all_or_nothing(suite: Suite, storage: Storage, other: Storage) -> None:
-    """Read two users in the middle of a write."""
+    """Read two users during a write."""
     users = ["alice", "bob"]
     storage.write([(user_id, Merge({"n": 1})) for user_id in users])
     seen: list[dict[str, Metadata]] = []
@@ -296,7 +297,7 @@ def check_functions_do_not_deadlock(suite: Suite, storage: Storage, other: Stora
     def meeting(mine: str, theirs: str) -> Modify:
         def change(metadata: Metadata) -> Metadata:
             arrived[mine].set()
-            # It is not set if the storage makes the other write wait.
+            # The event is not set if the storage makes the other write wait.
             arrived[theirs].wait(suite.moment)
             return {"n": metadata.get("n", 0) + 1}
 
@@ -334,7 +335,7 @@ def check_orders_do_not_deadlock(
 
 
 def check_all_are_kept(suite: Suite, storages: list[Storage], number: int) -> None:
-    """Count in one row, and merge into another, in one thread for each of the storages."""
+    """Count in one row and merge into another, with one thread for each of the storages."""
 
     def write(thread: int, storage: Storage) -> None:
         for each in range(number):
@@ -383,7 +384,7 @@ def check_reads_are_of_one_moment(
 def call_while_writing(
     suite: Suite, write: Callable[[int], object], call: Callable[[], object], times: int
 ) -> None:
-    """Call so often while another thread writes, and until enough calls have met a write."""
+    """Call repeatedly while another thread writes, until enough calls overlap with a write."""
     stop = threading.Event()
     written: list[int] = []
 
@@ -395,7 +396,7 @@ def call_while_writing(
     writer = suite.start(write_until_stopped)
     called = met = 0
     try:
-        # Each thread may run alone for a while: what counts is that they take turns.
+        # Each thread may run alone for a while; the threads have to take turns.
         while (called < times or met < _TURNS) and writer.is_alive:
             before = len(written)
             call()

@@ -28,16 +28,16 @@ _ATTEMPTS = 10
 
 
 class ConnectionConformance(Suite):
-    """A write whose connection breaks is never done twice, and never half."""
+    """A write whose connection breaks is never done twice and never in part."""
 
     @_PHASE
     def test_a_broken_connection_does_nothing_twice(
         self, storage: Storage, break_connection: BreakConnection, phase: Phase
     ) -> None:
-        """What was acknowledged is done, once. What was refused is not.
+        """Acknowledged writes are done once; refused writes are not done.
 
-        ``OutcomeUnknownError`` is the error of what may have been done. A storage may repeat what
-        was not done.
+        ``OutcomeUnknownError`` is the error of a write that may have been done. A storage may
+        repeat a write that was not done.
         """
         count = Modify(lambda metadata: {"n": metadata.get("n", 0) + 1})
         changes: dict[str, tuple[Change, Callable[[int], Metadata]]] = {
@@ -67,7 +67,7 @@ class ConnectionConformance(Suite):
         phase: Phase,
         change: type[Merge | Replace],
     ) -> None:
-        """The same holds for changes that a storage does natively, of one user and of several."""
+        """The same applies to changes that a storage does natively, of one or several users."""
         new: Metadata = {"n": 1}
         for number in range(_ROUND_TRIPS):
             for count in (1, 2):
@@ -110,7 +110,7 @@ class ConnectionConformance(Suite):
     def test_a_read_survives_a_broken_connection(
         self, storage: Storage, break_connection: BreakConnection, phase: Phase
     ) -> None:
-        """It returns what is stored, or raises ``StorageError``; later calls work again."""
+        """The read returns the stored rows, or raises ``StorageError``; later calls work again."""
         storage.write([("alice", Merge({"n": 1}))])
         for number in range(2):
             found: list[dict[str, Metadata]] = []
@@ -121,9 +121,9 @@ class ConnectionConformance(Suite):
     def test_threads_count_what_was_done(
         self, storage: Storage, break_connection: BreakConnection
     ) -> None:
-        """Connections break under several threads: acknowledged <= stored, and no more than those.
+        """Connections of several threads break; acknowledged writes are stored, refused ones not.
 
-        A write with an unknown outcome counts or does not.
+        A write with an unknown outcome may be stored.
         """
         storage.write([("alice", Merge({}))])
         outcomes: list[str] = []
@@ -142,7 +142,7 @@ class ConnectionConformance(Suite):
         )
 
 
-# What a call told its caller, and how often it may have been done then.
+# The outcome of a call, and how often the write may then have been done.
 _SAID = {
     "done": "the write was acknowledged",
     "unknown": "the write raised OutcomeUnknownError",
@@ -158,7 +158,7 @@ def _break(
     call: Callable[[], object],
     meanwhile: Callable[[], object] = lambda: None,
 ) -> str:
-    """Call while the connection breaks; return what the call told its caller."""
+    """Call while the connection breaks; return the outcome of the call."""
     with break_connection(phase, number, meanwhile):
         return _outcome(f"{phase}, round trip {number}", call)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _accept(metadata: Metadata) -> None:
-    """Let each row be removed."""
+    """Accept each row."""
 
 
 class ErasureConformance(Suite):
@@ -36,7 +36,7 @@ class ErasureConformance(Suite):
         assert erasing.erase("alice", _accept) == {}
 
     def test_only_that_user_is_erased(self, storage: Storage) -> None:
-        """Ids are compared character by character, and apart from the app id."""
+        """User ids are compared character by character, and separately from app ids."""
         erasing = _erasing(storage)
         others = [
             "Alice",
@@ -61,7 +61,7 @@ class ErasureConformance(Suite):
             assert erasing.erase(wildcard, _accept) == {"public": {"id": wildcard}}
 
     def test_an_erasure_that_is_refused_removes_nothing(self, storage: Storage) -> None:
-        """What ``check`` raises propagates unchanged, and the user keeps the rows of all apps."""
+        """An exception of ``check`` propagates unchanged; the user keeps the rows of all apps."""
         erasing = _erasing(storage)
         shop = storage.for_app("shop")
         for app in (storage, shop):
@@ -83,17 +83,17 @@ class ErasureConformance(Suite):
         assert storage.write([("alice", Merge({"n": 2}))]) == [{"n": 2}]
 
     def test_no_write_comes_between_an_erasure(self, storage: Storage) -> None:
-        """A write that starts while a row is checked is erased and returned, or it comes later."""
+        """A write that starts while a row is checked is erased and returned, or happens later."""
         check_no_write_comes_between(self, storage, storage)
 
     def test_no_write_of_a_second_storage_comes_between_an_erasure(
         self, storage: Storage, second_storage: Storage
     ) -> None:
-        """The same holds for the write of another process."""
+        """The same applies to a write of another process."""
         check_no_write_comes_between(self, storage, second_storage)
 
     def test_what_was_erased_is_the_callers(self, storage: Storage) -> None:
-        """Two apps' rows that are equal come back as two objects."""
+        """Equal rows of two apps come back as two objects."""
         erasing = _erasing(storage)
         for app in (storage, storage.for_app("shop")):
             app.write([("alice", Merge({"list": [1], "object": {"n": 1}}))])
@@ -111,7 +111,7 @@ class ErasureConformance(Suite):
 
 
 def check_no_write_comes_between(suite: Suite, storage: Storage, other: Storage) -> None:
-    """Erase a user, who is written in the middle of it."""
+    """Erase a user, and write the user while the erasure runs."""
     erasing = _erasing(storage)
     storage.write([("alice", Merge({"old": 1}))])
     meanwhile = suite.meanwhile(lambda: other.write([("alice", Merge({"new": 1}))]))

@@ -46,16 +46,16 @@ _WRITES: list[type[Merge | Replace]] = [Merge, Replace]
 
 
 class FindingConformance(Suite):
-    """``find`` and ``count``, and values that belong to one user.
+    """``find``, ``count`` and unique values.
 
-    The storage declares ``indexes`` of the suite.
+    The storage declares the suite's ``indexes``.
     """
 
     # Values.
 
     @pytest.mark.parametrize("name", ["plan", "customer"])
     def test_values_differ_in_type_and_text(self, storage: Storage, name: str) -> None:
-        """``1``, ``True`` and ``"1"`` differ, and texts that look alike, with either index."""
+        """``1``, ``True`` and ``"1"`` differ, as do similar texts, with both kinds of index."""
         indexed = self._indexed(storage)
         rows = {f"user {at:02}": {name: value} for at, value in enumerate(_VALUES)}
         storage.write([(user, Replace(metadata)) for user, metadata in rows.items()])
@@ -68,7 +68,7 @@ class FindingConformance(Suite):
 
     @pytest.mark.parametrize("value", _NOT_INDEXED, ids=["float", "list", "dict", "long", "U+0000"])
     def test_what_cannot_be_indexed_is_refused(self, storage: Storage, value: Any) -> None:
-        """The error says so, and nothing of the whole ``write`` is stored."""
+        """The write raises ``InvalidInputError``, and the whole ``write`` stores nothing."""
         self._indexed(storage)
         for name in ("plan", "customer"):
             for change in (
@@ -127,7 +127,7 @@ class FindingConformance(Suite):
                 ), f"users with plan {each!r} after {change}; stored is {plan!r}"
 
     def test_users_are_counted(self, storage: Storage) -> None:
-        """Without properties, ``count`` tells how many users the app has."""
+        """Without properties, ``count`` returns the number of users of the app."""
         indexed = self._indexed(storage)
         assert (indexed.count(None), indexed.count({"plan": "pro"})) == (0, 0)
         storage.write([(f"{at}", Merge({"plan": "pro"} if at % 2 else {})) for at in range(10)])
@@ -137,7 +137,7 @@ class FindingConformance(Suite):
     # Pages, moments and apps.
 
     def test_pages_of_found_users_follow_the_listing(self, storage: Storage) -> None:
-        """They come in the order of ``read_after``, each user once."""
+        """Pages are in the order of ``read_after`` and have each user once."""
         indexed = self._indexed(storage)
         ids = ["a", "B", "\u00e9", "z", "\uffff", "\U0001f600", "10", "9", "a b", "'"]
         storage.write([(user, Merge({"plan": "pro"})) for user in ids])
@@ -147,14 +147,14 @@ class FindingConformance(Suite):
         assert ascii(found) == ascii([*indexed.read_after("", 100)])
 
     def test_finding_misses_no_user_while_others_write(self, storage: Storage) -> None:
-        """Users who match all the time are on exactly one page, though others come and go."""
+        """Users who match all the time are on exactly one page while others change."""
         indexed = self._indexed(storage)
         check_pages_while_others_write(
             storage, lambda after: indexed.find({"plan": "pro"}, after, 7)
         )
 
     def test_what_is_found_is_of_one_moment(self, storage: Storage) -> None:
-        """Two users who change together are never seen half changed."""
+        """If two users always change together, a page has both changes or neither."""
         indexed = self._indexed(storage)
         users = ["alice", "bob"]
         storage.write([(user, Merge({"plan": "pro"})) for user in users])
@@ -181,7 +181,7 @@ class FindingConformance(Suite):
         assert (indexed.count(None), shop.count(None), shop.count({"plan": "pro"})) == (1, 2, 1)
 
     def test_what_was_found_is_the_callers(self, storage: Storage) -> None:
-        """Changing it, however deep, changes nothing stored."""
+        """Changing results at any depth does not change what is stored."""
         indexed = self._indexed(storage)
         metadata = {"plan": "pro", "list": [1], "object": {"n": 1}}
         storage.write([("alice", Merge(metadata))])
@@ -191,7 +191,7 @@ class FindingConformance(Suite):
     # Uniqueness.
 
     def test_a_value_belongs_to_one_user(self, storage: Storage) -> None:
-        """A second user is refused it; the error names the property; nothing is stored."""
+        """Giving it to a second user is an error that names the property; nothing is stored."""
         indexed = self._indexed(storage)
         storage.write([("alice", Merge({"customer": 1})), ("bob", Merge({"customer": 2}))])
         changes: list[Change] = [
@@ -241,18 +241,18 @@ class FindingConformance(Suite):
                 }
 
     def test_threads_race_for_a_value(self, storage: Storage) -> None:
-        """Of threads that claim the same value at a time, exactly one gets it."""
+        """If several threads claim the same value at once, exactly one gets it."""
         self._race([self._indexed(storage)] * 4)
 
     def test_two_storages_race_for_a_value(self, storage: Storage, second_storage: Storage) -> None:
-        """The same holds for two processes."""
+        """The same applies to two processes."""
         self._indexed(storage)
         self._race([storage, second_storage] * 2)
 
     def test_a_second_storage_finds_what_was_acknowledged(
         self, storage: Storage, second_storage: Storage
     ) -> None:
-        """A user is found by what is stored at the call, whatever was found before."""
+        """A user is found by the currently stored values, regardless of earlier results."""
         indexed, second = self._indexed(storage), self._indexed(second_storage)
         for number in range(3):
             for writer, reader in ((indexed, second), (second, indexed)):

@@ -41,7 +41,7 @@ class ListingConformance(Suite):
         assert listing.read_after([*everybody][-1], 10) == {}
 
     def test_a_page_may_begin_after_a_user_who_is_gone(self, storage: Storage) -> None:
-        """The id that begins a page needs no row, so a page can follow one whose users are gone."""
+        """The id before a page needs no row, so its user may have been removed."""
         listing = _listing(storage)
         storage.write([(user_id, Merge({})) for user_id in _USER_IDS])
         everybody = [*listing.read_after("", 1000)]
@@ -63,12 +63,12 @@ class ListingConformance(Suite):
         assert listing.read_after("alice", 1) == {"carol": {"n": 2}}
 
     def test_listing_misses_no_user_while_others_write(self, storage: Storage) -> None:
-        """Users who have a row all the time are on exactly one page, though others come and go."""
+        """Users who always have a row are on exactly one page while others come and go."""
         listing = _listing(storage)
         check_pages_while_others_write(storage, lambda after: listing.read_after(after, 7))
 
     def test_what_was_listed_is_the_callers(self, storage: Storage) -> None:
-        """Changing it, however deep, changes nothing stored."""
+        """Changing results at any depth does not change what is stored."""
         listing = _listing(storage)
         metadata = {"list": [1], "object": {"n": 1}}
         storage.write([("alice", Merge(metadata))])
@@ -78,7 +78,7 @@ class ListingConformance(Suite):
     def test_a_second_storage_lists_what_was_acknowledged(
         self, storage: Storage, second_storage: Storage
     ) -> None:
-        """The list is that of the rows at the call, whatever was listed before."""
+        """The list has the current rows, regardless of earlier lists."""
         first, second = _listing(storage), _listing(second_storage)
         for number in range(3):
             for writer, reader in ((first, second), (second, first)):
@@ -98,7 +98,7 @@ class ListingConformance(Suite):
 
 
 def pages_of(read: Callable[[str], dict[str, Metadata]]) -> list[dict[str, Metadata]]:
-    """Return all pages; ``read`` returns the one after a user."""
+    """Return all pages; ``read`` returns the page after a user."""
     pages = [read("")]
     while pages[-1]:
         after = [*pages[-1]][-1]

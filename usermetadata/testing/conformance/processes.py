@@ -1,4 +1,4 @@
-"""Two storages over the same rows, as two processes have them."""
+"""Two storages with the same rows, as in two processes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 
 class ProcessConformance(Suite):
-    """What a second storage over the same rows sees and keeps."""
+    """The behaviour of two storages with the same rows."""
 
     def test_a_second_storage_reads_what_was_acknowledged(
         self, storage: Storage, second_storage: Storage
     ) -> None:
-        """Each reads what the other has written, however often it has read before."""
+        """Each storage reads the other's writes, regardless of its earlier reads."""
         changes: list[Change] = [
             Merge({"n": 1}),
             Merge({"m": 2}),
@@ -65,7 +65,7 @@ class ProcessConformance(Suite):
     def test_a_second_storage_has_the_same_apps(
         self, storage: Storage, second_storage: Storage
     ) -> None:
-        """The rows of an app are those of that app in the other storage."""
+        """An app has the same rows in both storages."""
         storage.for_app("shop").write([("alice", Merge({"n": 1}))])
         assert second_storage.read(["alice"]) == {}
         assert second_storage.for_app("shop").read(["alice"]) == {"alice": {"n": 1}}
@@ -73,7 +73,7 @@ class ProcessConformance(Suite):
     def test_each_change_is_given_what_the_other_storage_wrote(
         self, storage: Storage, second_storage: Storage
     ) -> None:
-        """Storages that count in turn count each write, whatever they have read before."""
+        """Storages that count in turn lose no write, regardless of their earlier reads."""
         for _ in range(5):
             for each in (storage, second_storage):
                 each.read(["alice"])
@@ -84,26 +84,26 @@ class ProcessConformance(Suite):
     def test_no_write_of_a_second_storage_comes_between(
         self, storage: Storage, second_storage: Storage, *, row: bool
     ) -> None:
-        """Its write that starts while a change runs is not lost, row or no row."""
+        """A write of the second storage during a change is not lost, with a row or without."""
         check_nothing_comes_between(self, storage, second_storage, row=row)
 
     @WHICH_USER
     def test_every_user_is_locked_for_a_second_storage(
         self, storage: Storage, second_storage: Storage, which: str
     ) -> None:
-        """Its write is not lost that starts while a write of several users runs."""
+        """A write of the second storage during a write of several users is not lost."""
         check_every_user_is_locked(self, storage, second_storage, which)
 
     def test_a_change_that_meets_a_second_storage_starts_anew(
         self, storage: Storage, second_storage: Storage
     ) -> None:
-        """A write that is repeated begins with what is stored, so nothing counts twice."""
+        """A repeated write reads the rows again, so nothing counts twice."""
         check_nothing_counts_twice(self, storage, second_storage)
 
     def test_a_second_storage_sees_all_of_a_write_or_nothing(
         self, storage: Storage, second_storage: Storage
     ) -> None:
-        """Its ``read`` in the middle of a ``write`` returns the users as they were, or waits."""
+        """A ``read`` of the second storage during a ``write`` returns old metadata, or waits."""
         check_a_reader_sees_all_or_nothing(self, storage, second_storage)
 
     def test_two_storages_do_not_deadlock(self, storage: Storage, second_storage: Storage) -> None:
@@ -114,7 +114,7 @@ class ProcessConformance(Suite):
     def test_two_storages_do_not_deadlock_with_many_users(
         self, storage: Storage, second_storage: Storage, change: Change
     ) -> None:
-        """The same holds for many users, written again and again."""
+        """The same applies to many users that are written again and again."""
         check_orders_do_not_deadlock(self, storage, second_storage, change)
 
     def test_writes_of_two_storages_are_all_kept(
@@ -126,20 +126,20 @@ class ProcessConformance(Suite):
     def test_first_merges_of_two_storages_both_survive(
         self, storage: Storage, second_storage: Storage
     ) -> None:
-        """Two that merge at once into a user without a row lose nothing."""
+        """If both merge into a user without a row at once, no write is lost."""
         check_first_merges_survive(self, storage, second_storage)
 
     @pytest.mark.parametrize("between", [0, 3000])
     def test_a_read_is_of_one_moment_of_a_second_storage(
         self, storage: Storage, second_storage: Storage, between: int
     ) -> None:
-        """A reader never sees half of its writes, also if thousands of users are read."""
+        """A reader never sees half of a write of the second storage, even among many users."""
         check_reads_are_of_one_moment(self, storage, second_storage, between)
 
     def test_a_failed_write_leaves_nothing_locked_for_a_second_storage(
         self, storage: Storage, second_storage: Storage
     ) -> None:
-        """A change that raised leaves no lock that only its own storage would pass."""
+        """A change that raised leaves nothing locked for other storages."""
 
         def fail(metadata: Metadata | None) -> Metadata:
             raise LookupError
@@ -154,7 +154,7 @@ class ProcessConformance(Suite):
     def test_closing_one_storage_leaves_the_second_open(
         self, storage: Storage, second_storage: Storage
     ) -> None:
-        """What a closed storage has written is stored, and the second one reads and writes on."""
+        """Writes of the closed storage are stored, and the second one continues to work."""
         second_storage.read(["alice"])
         storage.write([("alice", Merge({"n": 1}))])
         storage.close()

@@ -1,4 +1,4 @@
-"""Absence, reading and writing, whose objects are whose, and closing."""
+"""Absence, reading and writing, ownership of objects, and closing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class RowConformance(Suite):
-    """What one thread sees of one storage."""
+    """The behaviour of one storage in one thread."""
 
     # Absence.
 
@@ -50,7 +50,7 @@ class RowConformance(Suite):
     # Reading and writing.
 
     def test_read_takes_any_number_of_users(self, storage: Storage) -> None:
-        """Zero ids, one, one twice, thousands and 100,000 of them are read alike."""
+        """``read`` takes no ids, one, the same id twice, thousands, and 100,000 ids."""
         user_ids = [f"user {number}" for number in range(2000)]
         storage.write([(user_id, Merge({"id": user_id})) for user_id in user_ids[::2]])
         assert storage.read([]) == {}
@@ -80,7 +80,7 @@ class RowConformance(Suite):
         assert storage.read(["alice"]) == {"alice": expected}
 
     def test_replace_forgets_what_was_there(self, storage: Storage) -> None:
-        """``Replace`` stores its own properties only, root-level nulls left out."""
+        """``Replace`` stores only its own properties, without root-level nulls."""
         storage.write([("alice", Merge({"a": 1}))])
         assert storage.write([("alice", Replace({"b": 2, "c": None}))]) == [{"b": 2}]
         assert storage.read(["alice"]) == {"alice": {"b": 2}}
@@ -118,7 +118,7 @@ class RowConformance(Suite):
     # Ownership.
 
     def test_what_appears_twice_is_two(self, storage: Storage) -> None:
-        """One list in two places comes back as two lists, as JSON has it."""
+        """One list in two places comes back as two lists, as in JSON."""
         tags = ["a"]
         storage.write([("alice", Replace({"old": tags, "new": tags}))])
         found = storage.read(["alice"])["alice"]
@@ -126,13 +126,13 @@ class RowConformance(Suite):
         assert found == {"old": ["a"], "new": ["a", "b"]}
 
     def test_what_read_returns_is_the_callers(self, storage: Storage) -> None:
-        """Changing them, however deep, changes nothing stored."""
+        """Changing results at any depth does not change what is stored."""
         storage.write([("alice", Merge({"list": [1], "object": {"n": 1}}))])
         spoil(storage.read(["alice"])["alice"])
         assert storage.read(["alice"]) == {"alice": {"list": [1], "object": {"n": 1}}}
 
     def test_what_write_returns_is_the_callers(self, storage: Storage) -> None:
-        """Changing them, however deep, changes nothing stored."""
+        """Changing results at any depth does not change what is stored."""
         storage.write([("alice", Merge({"list": [1]}))])
         for change in (Merge({"object": {"n": 1}}), Modify(lambda metadata: metadata)):
             [written] = storage.write([("alice", change)])
@@ -141,7 +141,7 @@ class RowConformance(Suite):
         assert storage.read(["alice"]) == {"alice": {"list": [1], "object": {"n": 1}}}
 
     def test_results_share_nothing(self, storage: Storage) -> None:
-        """Changing one result of a write, however deep, changes no other."""
+        """Changing one result of a write at any depth does not change another result."""
         first, second = storage.write(
             [("alice", Merge({"list": [1], "object": {"n": 1}})), ("alice", Merge({"m": 1}))]
         )
@@ -150,7 +150,7 @@ class RowConformance(Suite):
         assert second == {"list": [1], "object": {"n": 1}, "m": 1}
 
     def test_what_a_change_returned_is_its_own(self, storage: Storage) -> None:
-        """Changing an update or a change's result after ``write`` changes nothing stored."""
+        """Changing an update or a change's result after ``write`` does not change the row."""
         update: Metadata = {"list": [1], "object": {"n": 1}}
         storage.write(
             [("alice", Merge(update)), ("bob", Replace(update)), ("carol", lambda _: update)]
@@ -164,7 +164,7 @@ class RowConformance(Suite):
         }
 
     def test_what_a_change_is_given_is_its_own(self, storage: Storage) -> None:
-        """A change may alter its argument and fail, and nothing is stored."""
+        """If a change alters its argument and then fails, nothing is stored."""
         storage.write([("alice", Merge({"list": [1], "object": {"n": 1}}))])
 
         def spoil_and_fail(old: Metadata | None) -> Metadata:
@@ -193,7 +193,7 @@ class RowConformance(Suite):
                 closed.write([("alice", Merge({"n": 2}))])
 
     def test_a_storage_may_be_closed_before_its_first_call(self, storage: Storage) -> None:
-        """It is closed then like any other, and opens nothing any more."""
+        """It is then closed like any other, and no longer opens anything."""
         storage.close()
         with pytest.raises(UsageError):
             storage.read(["alice"])
@@ -203,7 +203,7 @@ class RowConformance(Suite):
     # Waiting.
 
     def test_a_storage_that_never_waits_does_not_block(self, storage: Storage) -> None:
-        """What ``reads_in_flight`` or ``writes_in_flight`` of 0 promises: no call gives way."""
+        """If ``reads_in_flight`` or ``writes_in_flight`` is 0, no such call waits."""
         calls: list[Callable[[], object]] = []
         if getattr(storage, "reads_in_flight", 1) == 0:
             calls.append(lambda: storage.read(["alice"]))
@@ -213,7 +213,8 @@ class RowConformance(Suite):
             pytest.skip("the storage may wait")
         storage.write([("alice", Merge({"n": 0}))])
         for call in calls:
-            # The system may interrupt any thread, and a short wait may be over before it begins.
+            # The system may interrupt any thread, and a short wait may end before the thread
+            # sleeps.
             waits = statistics.median(_waits(call) for _ in range(21))
             assert waits == 0, "it waits, on the event loop"
 
@@ -223,7 +224,7 @@ def _count_if_there(old: Metadata | None) -> Metadata | None:
 
 
 def _waits(call: Callable[[], object]) -> int:
-    """Return how often a call gave up the processor, as for a disk, a network or another thread."""
+    """Return how often a call waited, for example for a disk, a network or another thread."""
     try:
         import resource
 

@@ -48,7 +48,7 @@ _SEPARATORS = [
     "\\",
     "::",
 ]
-# In each line, texts that one collation or another takes for the same.
+# Each line has texts that are equal in some collation.
 _ALIKE = [
     *(
         "alice",
@@ -75,7 +75,7 @@ _USER_IDS = [
     *(f"app{separator}user" for separator in _SEPARATORS),
 ]
 
-# Names that a path, a pattern or a collation would take for something else.
+# Names with a special meaning in paths, patterns or collations.
 _NAMES = [
     *(
         "n",
@@ -96,7 +96,7 @@ _NAMES = [
 
 
 class ValueConformance(Suite):
-    """Values and ids come back exactly; apps are apart."""
+    """Values and ids come back exactly; apps are separate."""
 
     # Exactness.
 
@@ -104,7 +104,7 @@ class ValueConformance(Suite):
     def test_values_come_back_exactly(self, storage: Storage, values: list[Any]) -> None:
         """Integers of any size, floats bit for bit and all of Unicode survive each kind of change.
 
-        They survive also when another property of the user is merged afterwards.
+        They also survive a later merge of another property of the user.
         """
         metadata: Metadata = {f"value {at}": value for at, value in enumerate(values)}
         expected = {name: value for name, value in metadata.items() if value is not None}
@@ -135,7 +135,7 @@ class ValueConformance(Suite):
         check(storage.write(others), "merges of another property for several users")
 
     def test_property_names_are_told_apart(self, storage: Storage) -> None:
-        """A merge sets or removes the property that it names, and no other, whatever the name."""
+        """A merge sets or removes only the property that it names, regardless of the name."""
         expected: Metadata = {name: at for at, name in enumerate(_NAMES)}
         storage.write([("alice", Replace(expected))])
         new: list[Any] = ["new", None]
@@ -164,7 +164,7 @@ class ValueConformance(Suite):
         assert storage.read(["wide", "deep"]) == {"wide": wide, "deep": deep}
 
     def test_user_ids_are_told_apart(self, storage: Storage) -> None:
-        """Case, blanks, wildcards, Unicode normalisation and the last character count."""
+        """Case, blanks, wildcards, normalisation and the last character distinguish ids."""
         storage.write([(user_id, Merge({"id": user_id})) for user_id in _USER_IDS])
         expected = {user_id: {"id": user_id} for user_id in _USER_IDS}
         found = storage.read(_USER_IDS)
@@ -194,7 +194,7 @@ class ValueConformance(Suite):
         assert other.read(["alice"]) == {"alice": {"n": 1}}
 
     def test_apps_are_told_apart(self, storage: Storage) -> None:
-        """App ids are compared character by character, and apart from the user id."""
+        """App ids are compared character by character, and separately from user ids."""
         rows = [
             *(
                 ("a", "bc"),
@@ -217,7 +217,7 @@ class ValueConformance(Suite):
             assert _row(found, user_id) == expected, f"in app {app_id!a}, {_other_row(user_id)}"
 
     def test_apps_are_apart_in_calls_for_many_users(self, storage: Storage) -> None:
-        """Neither a read nor a write of several users finds those of another app."""
+        """A read or a write of several users does not use rows of another app."""
         everybody = ["alice", "bob", "carol"]
         shop = storage.for_app("shop")
         storage.write([(user, Replace({"public": user})) for user in ("alice", "bob")])
@@ -237,7 +237,7 @@ class ValueConformance(Suite):
         assert storage.read(everybody) == of_public
 
     def test_apps_do_not_share_a_write(self, storage: Storage) -> None:
-        """Threads that write the same users of two apps at the same time keep them apart."""
+        """Threads that write the same user ids in two apps do not mix them."""
         users = ["alice", "bob", "carol"]
         apps = {app_id: storage.for_app(app_id) for app_id in ("left", "right")}
 
@@ -249,7 +249,7 @@ class ValueConformance(Suite):
         self.in_rounds([partial(write, app_id) for app_id in apps], 20)
 
     def test_an_app_is_found_again(self, storage: Storage) -> None:
-        """``for_app`` of the same id is the same rows; a storage starts as ``"public"``."""
+        """``for_app`` with the same id has the same rows; a storage starts with ``"public"``."""
         storage.write([("alice", Merge({"app": "public"}))])
         other = storage.for_app("other")
         other.write([("alice", Merge({"app": "other"}))])
@@ -268,7 +268,7 @@ def _other_row(user_id: str) -> str:
 
 
 def _row(found: dict[str, Metadata], user_id: str) -> str:
-    """Return the row as a text in which all characters can be told apart."""
+    """Return the row as a text in which all characters are distinguishable."""
     row = found.get(user_id)
     return ascii(row if row is None else dict(sorted(row.items())))
 
