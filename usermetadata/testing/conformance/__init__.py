@@ -30,11 +30,13 @@ class StorageConformance(
 
     These fixtures are optional. If one is missing, the tests that need it are skipped:
 
-    ``second_storage`` yields a second storage with the same rows as ``storage``, as another process
-    would open it, and closes it. The fixture ``usermetadata_process`` opens one in another process.
+    ``second_storage``
+        yields a second storage with the same rows as ``storage``, as another process would open it,
+        and closes it. The fixture ``usermetadata_process`` opens one in another process.
 
-    ``break_connection`` returns a function that breaks the connection of ``storage``:
-    :meth:`usermetadata.testing.BreakingProxy.break_connection`, or one with the same arguments.
+    ``break_connection``
+        returns a function that breaks the connection of ``storage``:
+        :meth:`usermetadata.testing.BreakingProxy.break_connection`, or one with the same arguments.
 
     Attributes:
         timeout: seconds after which a test, including its fixtures, counts as hanging and fails
