@@ -1,7 +1,7 @@
 """pytest fixtures: in-memory stores, a server over one, and another process."""
 
-# pyright: reportPrivateUsage=false The fixture replaces the recipe's only instance, which no other
-# code should do.
+# pyright: reportPrivateUsage=false
+# The fixture replaces the recipe's only instance, which no other code should do.
 
 from __future__ import annotations
 
