@@ -161,6 +161,25 @@ def test_a_damaged_row_that_is_found_is_reported(
     other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
+def test_an_error_that_is_kept_ends_the_search(
+    storage: SQLiteStorage, other: sqlite3.Connection
+) -> None:
+    """Later reads see later writes, and the log can be emptied; a table of the caller's is free."""
+    borrowed = SQLiteStorage(Database(other), indexes=INDEXES)
+    for user_id in ("alice", "bob", "carol"):
+        insert(other, user_id, '{"plan": "pro", "n": 1e999}')
+    kept = []
+    for each in (storage, borrowed):
+        with pytest.raises(DamagedMetadataError) as caught:
+            each.find({"plan": "pro", "n": 1}, "", 5)
+        kept.append(caught)
+    storage.write([("bob", Replace({"n": 2}))])
+    assert storage.read(["bob"]) == borrowed.read(["bob"]) == {"bob": {"n": 2}}
+    assert other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone() == (0, 0, 0)
+    other.execute("DROP TABLE user_metadata")
+    assert len(kept) == 2
+
+
 def test_another_programs_writes_are_found(
     storage: SQLiteStorage, other: sqlite3.Connection
 ) -> None:

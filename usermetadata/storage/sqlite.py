@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import re
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
@@ -243,7 +243,7 @@ class SQLiteStorage(OfOneApp):
         self._connections.close()
 
     def _matching(
-        self, where: Mapping[str, Value], limit: int | None, rows: Iterable[Row]
+        self, where: Mapping[str, Value], limit: int | None, rows: sqlite3.Cursor
     ) -> list[Row]:
         name, app_id = self._connections.name, self._app_id
         found = (
@@ -251,7 +251,10 @@ class SQLiteStorage(OfOneApp):
             for user_id, text in rows
             if matches(decode_row(name, (app_id, user_id), text), where)
         )
-        return list(islice(found, limit))
+        # Some rows may be left. The traceback of an error would keep the cursor, and with it the
+        # state of the file that the connection sees: later reads would miss later writes.
+        with closing(rows):
+            return list(islice(found, limit))
 
     def _read(
         self, query: str, parameters: Sequence[object], sift: Sift = list

@@ -25,15 +25,15 @@ from usermetadata.indexes import values_of
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Callable, Generator, Iterable, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from usermetadata.changes import Change
     from usermetadata.codec import Metadata
     from usermetadata.indexes import Index
 
     Row = tuple[str, object]
-    Sift = Callable[[Iterable[Row]], list[Row]]
-    """Selects some of a query's rows."""
+    Sift = Callable[[sqlite3.Cursor], list[Row]]
+    """Selects some of a query's rows; it closes the cursor if it may leave some."""
     Key = tuple[str, str]
     """The ids of an app and of a user."""
     Changes = Sequence[tuple[Key, Change]]
