@@ -535,6 +535,27 @@ def test_writes_of_many_kinds_do_not_deadlock(
     assert direct.execute(deadlocks).fetchone() == (before,)
 
 
+@pytest.mark.parametrize("change", [Clear(), Merge({}), Replace({}), Modify(lambda old: old)])
+def test_rows_are_locked_in_the_order_of_the_ids(
+    open_storage: Callable[..., PostgresStorage],
+    direct: psycopg.Connection[Any],
+    change: Change,
+) -> None:
+    """A write that waits for a user has no lock of a later one, wherever their rows are stored."""
+    storage = open_storage()
+    for user_id in ("bob", "alice"):
+        storage.write([(user_id, Merge({}))])
+    direct.execute("ANALYZE user_metadata")  # a small table is read as a whole
+    lock = "SELECT FROM user_metadata WHERE user_id = %s FOR UPDATE NOWAIT"
+    with ThreadPoolExecutor(1) as executor:
+        with direct.transaction():
+            direct.execute(lock, ["alice"])
+            written = executor.submit(storage.write, [("bob", change), ("alice", change)])
+            waiting_for_locks(1)
+            direct.execute(lock, ["bob"])
+        written.result()
+
+
 def test_a_failed_write_leaves_the_connection_usable(
     open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
 ) -> None:

@@ -183,6 +183,8 @@ MERGE, MERGE_ONE = _each(_MERGE), _one(_MERGE)
 STORE, STORE_ONE = _each(_STORE), _one(_STORE)
 # Replaces each row with itself, which locks it. Inserts a placeholder where there is no row.
 HOLD = _each(_UPSERT + "coalesce(stored.user_metadata, current_user)")
+# The rows are locked one by one in the order of the ids, because DELETE locks them in the order of
+# the plan.
 # A join with the ids may read the whole table; an array of ids is looked up in the key. The last
 # query sees the rows as they were before. One that another transaction has removed in between
 # counts as not removed; with the rows held, that cannot happen. A row-level policy may hide a row.
@@ -192,10 +194,14 @@ WITH sent AS (
     SELECT user_id FROM json_array_elements_text(%(user_ids)s::json) AS user_id
 ), gone AS (
     DELETE FROM {table} WHERE app_id = %(app_id)s AND user_id = ANY (ARRAY(
-        SELECT user_id FROM (
+        SELECT held.user_id
+        FROM (
             SELECT user_id{lock}
             FROM sent, {timeout}
-            ORDER BY user_id) AS rows))
+            ORDER BY user_id) AS rows,
+            LATERAL (
+                SELECT user_id FROM {table}
+                WHERE app_id = %(app_id)s AND user_id = rows.user_id FOR UPDATE) AS held))
     RETURNING user_id
 )
 SELECT """
