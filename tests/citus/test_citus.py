@@ -456,8 +456,9 @@ def test_indexes_are_refused(storage: PostgresStorage, distributed: str, *, uniq
         [("alice", Replace({"n": 2})), ("bob", Replace({"n": 2}))],
         [("alice", Modify(dict))],
         [("alice", Clear())],
+        [("alice", Clear()), ("bob", Clear())],
     ],
-    ids=["merge", "replace", "replace 2", "modify", "clear"],
+    ids=["merge", "replace", "replace 2", "modify", "clear", "clear 2"],
 )
 @pytest.mark.parametrize("how", ["pool", "transaction"])
 def test_a_table_may_be_distributed_while_it_is_used(
