@@ -28,6 +28,7 @@ from usermetadata._core.postgres.outcomes import (
     first_line,
     is_gone,
     is_lost,
+    is_of_an_old_statement,
     settle,
     translate,
 )
@@ -230,7 +231,7 @@ class Connections(ForkHooks):
             connection.close()
             raise
         except BaseException as error:
-            if _is_of_an_old_statement(error):
+            if is_of_an_old_statement(error):
                 connection.close()
                 raise UncommittedError(*error.args) from error
             # If the rollback fails, the first error matters more.
@@ -315,14 +316,6 @@ class Connections(ForkHooks):
             raise StorageUnavailableError(
                 f"{self.name}: {first_line(error)}; check the URL, the server and the role's rights"
             ) from error
-
-
-def _is_of_an_old_statement(error: BaseException) -> bool:
-    """Tell whether a statement was prepared before the table was changed."""
-    return (
-        isinstance(error, errors.FeatureNotSupported)
-        and error.diag.source_function == "RevalidateCachedQuery"
-    )
 
 
 def _close(pools: list[ConnectionPool[Any]]) -> None:

@@ -15,6 +15,7 @@ from usermetadata._core.postgres.channels import open_channel
 from usermetadata._core.postgres.outcomes import (
     before_commit,
     check_committed,
+    is_of_an_old_statement,
     translate,
     translate_joined,
 )
@@ -243,7 +244,7 @@ def _is_stale(error: psycopg.Error, table: Table) -> bool:
         # A statement was prepared before the table was changed, or Citus has refused PostgreSQL's.
         return (
             not table.is_portable
-            or error.diag.source_function == "RevalidateCachedQuery"
+            or is_of_an_old_statement(error)
             or "cached statement" in str(error)
         )
     return isinstance(error, errors.DivisionByZero)

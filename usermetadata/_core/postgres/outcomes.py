@@ -244,3 +244,11 @@ def first_line(error: psycopg.Error) -> str:
     """Return the first line of the driver's text, without the value that it may quote."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return line.partition('"')[0].rstrip(": ") if isinstance(error, psycopg.DataError) else line
+
+
+def is_of_an_old_statement(error: BaseException) -> bool:
+    """Tell whether a statement was prepared before the table was changed."""
+    return (
+        isinstance(error, errors.FeatureNotSupported)
+        and error.diag.source_function == "RevalidateCachedQuery"
+    )
