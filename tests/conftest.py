@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import sqlite3
 import sys
 from importlib.metadata import version
@@ -63,6 +64,17 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_unconfigure() -> None:
     """Stop the database server."""
     stop_servers()
+
+
+@contextlib.contextmanager
+def small_files(size: int) -> Generator[None, None, None]:
+    """Let no file of this process grow beyond a size."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 STORAGES = [

@@ -293,7 +293,7 @@ class WrapsErrors(InMemoryStorage):
 
 
 class TakesAChangesErrorForItsOwn(InMemoryStorage):
-    """Translates the driver's errors around the changes, too."""
+    """Translates the driver's errors and also those of the changes."""
 
     finds = "StorageError: the connection was lost"
 

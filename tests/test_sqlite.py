@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import shlex
 import shutil
 import signal
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner
+from conftest import small_files
 from sqlite_utils import Database
 from sqlite_utils.cli import cli
 
@@ -522,15 +522,11 @@ def test_too_few_files(storage: SQLiteStorage, database: Path) -> None:
 def test_a_full_disk(storage: SQLiteStorage, tmp_path: Path) -> None:
     """A write to a full disk changes nothing; once there is space it works."""
     storage.write([("alice", Merge({"n": 1}))])
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-    try:
+    with small_files(200_000):
         with pytest.raises(StorageError, match="so nothing was written") as caught:
             storage.write([("alice", Merge({"n": 2})), ("bob", Merge({"text": "x" * 1_000_000}))])
         assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
         assert storage.read(["alice", "bob"]) == {"alice": {"n": 1}}
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert after_a_crash(tmp_path) == {"alice": {"n": 1}}
     storage.write([("bob", Merge({"text": "x" * 1_000_000}))])
     works(storage)
@@ -544,16 +540,12 @@ def test_an_error_of_the_disk(
     storage.write([("alice", Merge({"old": True}))])
 
     def fail_and_replace() -> None:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         # A part of the write is in the log.
         size = (tmp_path / "users.db-wal").stat().st_size
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20_000, hard))
-        try:
+        with small_files(size + 20_000):
             with pytest.raises(StorageError, match="so nothing was written") as caught:
                 storage.write([("alice", Merge({"text": "x" * 200_000}))])
             assert not isinstance(caught.value, OutcomeUnknownError)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         files = list(tmp_path.glob("users.db*"))
         for path in files:
             path.rename(tmp_path / f"old {path.name}")
@@ -600,17 +592,13 @@ def test_a_file_system_that_refuses_the_commit(
     storage.write([("alice", Merge({"n": 1}))])
     for file in files:
         (tmp_path / file).write_text("primary.internal\n")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
+    with small_files(4096):
         for change in (Merge({"n": 2}), Modify(lambda _: {"n": 2}), Clear()):
             with pytest.raises(StorageError, match=f"nothing was written; {advice}") as caught:
                 storage.write([("alice", change), ("bob", Merge({"n": 2}))])
             assert not isinstance(caught.value, OutcomeUnknownError)
             assert caught.value.__cause__.sqlite_errorname == "SQLITE_IOERR_WRITE"  # type: ignore[union-attr]
             assert storage.read(["alice", "bob"]) == {"alice": {"n": 1}}
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert after_a_crash(tmp_path) == {"alice": {"n": 1}}
     works(storage)
 
@@ -1119,14 +1107,10 @@ def test_an_error_of_the_disk_under_a_borrowed_database(borrowed: Database) -> N
     borrowed.enable_wal()
     storage = SQLiteStorage(borrowed)
     storage.write([("alice", Merge({"n": 1}))])
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
+    with small_files(20_000):
         with pytest.raises(StorageError, match="so nothing was written") as caught:
             storage.write([("alice", Merge({"text": "x" * 200_000}))])
         assert not isinstance(caught.value, OutcomeUnknownError)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert storage.read(["alice"]) == {"alice": {"n": 1}}
     works(storage)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import signal
 import sqlite3
 import sys
@@ -14,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from conftest import small_files
 
 from usermetadata import (
     DamagedMetadataError,
@@ -214,14 +214,10 @@ def test_a_commit_that_the_disk_refuses_is_taken_apart(contended: Contended) -> 
     shared = contended.write_at_once(
         [(f"user {n}", Merge({"x": "x" * size})) for n, size in enumerate(sizes)]
     )
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
-    try:
+    with small_files(150_000):
         contended.go_on()
         assert first.result(60) == [{"n": 1}]
         errors = [future.exception(60) for future in shared]
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [type(error) for error in errors] == [type(None), type(None), StorageError, type(None)]
     stored = contended.storage.read([f"user {n}" for n in range(4)])
     assert stored == {f"user {n}": {"x": "x"} for n in (0, 1, 3)}

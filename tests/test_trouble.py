@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import re
-import resource
 import signal
 import sqlite3
 import subprocess
@@ -23,6 +22,7 @@ import psycopg
 import pytest
 import trio
 from asgi_server import serve
+from conftest import small_files
 from postgres_proxy import Proxy
 from postgres_server import OwnServer, server_url, with_parameters
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -155,17 +155,6 @@ def show(function, *arguments):
     command = [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     return finished.stdout.strip()
-
-
-@contextlib.contextmanager
-def small_files(size: int) -> Generator[None, None, None]:
-    """Let no file of this process grow beyond a size."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # Configuration
