@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -319,6 +320,20 @@ def test_set_and_clear_repair_a_damaged_row(database: Database) -> None:
                 assert caught.value.user_id == "alice"
             storage.write([("alice", repair)])
             assert storage.read(["alice", "bob"]) == stored
+
+
+def test_a_file_that_another_program_locks_is_waited_for(tmp_path: Path) -> None:
+    """A storage that begins the write-ahead log of an SQLite file waits for its lock."""
+    path = tmp_path / "users.db"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE orders (id)")
+    other.execute("BEGIN IMMEDIATE")
+    release = threading.Timer(0.3, other.rollback)
+    with contextlib.closing(SQLAlchemyStorage(f"sqlite:///{path}")) as storage:
+        release.start()
+        assert storage.write([("alice", Merge({"n": 1}))]) == [{"n": 1}]
+    release.join()
+    other.close()
 
 
 @pytest.mark.parametrize("database", ALL, indirect=True)

@@ -3,6 +3,7 @@
 import copy
 import os
 import random
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -33,7 +34,7 @@ NEW = "new"  # the text of a user who has no row yet and is locked
 CREATING = {"23505", "42710", "42P07"}  # PostgreSQL: another process creates the table
 UNDONE = {"40001", "40P01", 1213, *CREATING}  # the others: a deadlock
 SETTINGS = {
-    "sqlite": ["PRAGMA busy_timeout = 30000", "PRAGMA journal_mode = WAL"],
+    "sqlite": ["PRAGMA busy_timeout = 30000"],
     "postgresql": ["SET lock_timeout = '30s'"],
     "mysql": ["SET SESSION innodb_lock_wait_timeout = 30, sql_mode = 'STRICT_ALL_TABLES'"],
 }
@@ -228,6 +229,21 @@ class SQLAlchemyStorage:
             for setting in SETTINGS[self._backend]:
                 cursor.execute(setting)
         connection.commit()
+        if self._backend == "sqlite":
+            use_wal(connection)
+
+
+def use_wal(connection: sqlite3.Connection) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL").close()
+            return
+        except sqlite3.OperationalError as error:
+            # Here SQLite does not wait for other connections, regardless of busy_timeout.
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def rows(connection: sa.Connection, query: sa.Select[Any, Any]) -> dict[str, str]:
