@@ -432,7 +432,7 @@ def test_an_erasure_waits_as_long_as_the_timeout(
     postgres: PostgresStorage, direct: psycopg.Connection[Any], schema: str
 ) -> None:
     """A lock that another transaction keeps raises ``StorageBusyError``; nothing is removed."""
-    impatient = PostgresStorage(server_url(), schema=schema, timeout=0.1)
+    impatient = PostgresStorage(server_url(), schema=schema, timeout=1)
     with contextlib.closing(impatient):
         with direct.transaction():
             direct.execute(f"SELECT FROM {IN_PUBLIC} FOR UPDATE".encode())

@@ -152,7 +152,7 @@ def test_a_failed_write_leaves_nothing_behind(
 ) -> None:
     """A failed write writes nothing, and later calls do not inherit its transaction."""
     with (
-        contextlib.closing(PostgresStorage(pooler.url, schema=schema, timeout=0.05)) as hasty,
+        contextlib.closing(PostgresStorage(pooler.url, schema=schema, timeout=1)) as hasty,
         direct.transaction(),
     ):
         direct.execute("SELECT FROM user_metadata FOR UPDATE")

@@ -120,7 +120,7 @@ def test_a_locked_row_is_waited_for_until_the_timeout(
     open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
 ) -> None:
     """After the timeout a write raises ``StorageBusyError``; readers never wait."""
-    storage = open_storage(options="-c statement_timeout=20s", timeout=0.1)
+    storage = open_storage(options="-c statement_timeout=20s", timeout=1)
     storage.write([("alice", Merge({"n": 0}))])
     changes: list[list[tuple[str, Change]]] = [
         [("bob", Merge({})), ("alice", Merge({"n": 1}))],
@@ -141,7 +141,7 @@ def test_the_servers_own_limits_are_kept(
     open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
 ) -> None:
     """A ``statement_timeout`` of the URL, the role or the database raises ``StorageBusyError``."""
-    storage = open_storage(options="-c statement_timeout=100ms")
+    storage = open_storage(options="-c statement_timeout=1s")
     storage.write([("alice", Merge({"n": 0}))])
     with locked_row(direct), pytest.raises(StorageBusyError, match="due to statement timeout"):
         storage.write([("alice", Modify(count))])
@@ -150,7 +150,7 @@ def test_the_servers_own_limits_are_kept(
 
 def test_a_pool_may_be_exhausted(open_storage: Callable[..., PostgresStorage]) -> None:
     """If no connection is free within the timeout, the error says what to do."""
-    storage = open_storage(max_connections=1, timeout=0.1)
+    storage = open_storage(max_connections=1, timeout=1)
     storage.read([])
     with ThreadPoolExecutor(1) as executor:
 
@@ -308,7 +308,7 @@ def test_a_server_that_went_away_is_named(
     open_storage: Callable[..., PostgresStorage], proxy: Proxy
 ) -> None:
     """The call raises after the timeout, because the server may come back."""
-    storage = open_storage(proxy.url, timeout=0.2)
+    storage = open_storage(proxy.url, timeout=1)
     storage.write([("alice", Merge({}))])
     proxy.close()
     with pytest.raises(StorageUnavailableError, match="refused"):
@@ -560,7 +560,7 @@ def test_a_failed_write_leaves_the_connection_usable(
     open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
 ) -> None:
     """Calls work after a failed batch in which the driver had prepared a statement."""
-    storage = open_storage(max_connections=1, timeout=0.05)
+    storage = open_storage(max_connections=1, timeout=1)
     changes: list[tuple[str, Change]] = [("alice", Merge({"n": 1})), ("bob", Clear())]
     for _ in range(5):  # with the next the driver prepares
         storage.write(changes)
@@ -764,7 +764,7 @@ def run(program: str, *arguments: str) -> str:
 def test_a_borrowed_pool_may_be_exhausted(schema: str) -> None:
     """The storage's timeout and the pool's own limit both apply to a borrowed pool."""
     with ConnectionPool(server_url(), min_size=1, max_size=1, max_waiting=1) as pool:
-        storage = PostgresStorage(pool, schema=schema, timeout=0.05)
+        storage = PostgresStorage(pool, schema=schema, timeout=1)
         with pool.connection(), pytest.raises(StorageBusyError, match="no connection was free"):
             storage.read(["alice"])
         patient = PostgresStorage(pool, schema=schema)

@@ -230,7 +230,7 @@ def test_a_locked_row_is_waited_for_until_the_timeout(
     change: Change,
 ) -> None:
     """Then the call raises ``StorageBusyError``, and nothing is written."""
-    impatient = portable(timeout=0.05)
+    impatient = portable(timeout=1)
     with direct.transaction():
         direct.execute("SELECT FROM user_metadata WHERE user_id = 'bob' FOR UPDATE")
         with pytest.raises(StorageBusyError):

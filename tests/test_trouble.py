@@ -520,7 +520,7 @@ def too_many_connections(place: Place) -> None:
 
 @provokes
 def full_pool(place: Place) -> None:
-    users = place.with_alice(max_connections=1, timeout=0.2).syncio
+    users = place.with_alice(max_connections=1, timeout=1).syncio
     begun, ended = threading.Event(), threading.Event()
 
     def wait(metadata: Metadata) -> Metadata:
@@ -538,7 +538,7 @@ def full_pool(place: Place) -> None:
 
 @provokes
 def locked_row(place: Place) -> None:
-    users = place.with_alice(timeout=0.1)
+    users = place.with_alice(timeout=1)
     with place.direct.transaction():
         place.direct.execute("SELECT FROM user_metadata FOR UPDATE")
         users.syncio.update_user_metadata("alice", {"plan": None})
@@ -546,7 +546,7 @@ def locked_row(place: Place) -> None:
 
 @provokes
 def servers_own_limit(place: Place) -> None:
-    users = place.with_alice(make_conninfo(server_url(), options="-c statement_timeout=100"))
+    users = place.with_alice(make_conninfo(server_url(), options="-c statement_timeout=1000"))
     with place.direct.transaction():
         place.direct.execute("LOCK TABLE user_metadata")
         users.syncio.update_user_metadata("alice", {"plan": None})
@@ -815,24 +815,24 @@ def outcome(call: Callable[[], object]) -> str:
 @pytest.mark.parametrize(("kind", "others"), [("sqlite", "busy"), ("with_alice", "works")])
 def test_a_hung_callback_looks_as_the_page_says(place: Place, kind: str, others: str) -> None:
     """Reads work, writes end with the timeout; those behind it in ``asyncio`` never end."""
-    users = getattr(place, kind)(timeout=0.1)
+    users = getattr(place, kind)(timeout=0.5)
     update = users.syncio.update_user_metadata
 
-    async def call(user_id: str) -> None:
-        async with asyncio.timeout(2):  # twenty times as long as the storage's
+    async def call(user_id: str, patience: float) -> None:
+        async with asyncio.timeout(patience):
             await users.asyncio.update_user_metadata(user_id, {})
 
     with hung_callback(users, of_asyncio=False):
         assert outcome(lambda: users.syncio.get_user_metadata("alice")) == "works"
         assert outcome(lambda: update("alice", {})) == "busy"
         assert outcome(lambda: update("bob", {})) == others
-        assert outcome(lambda: asyncio.run(call("bob"))) == others
+        assert outcome(lambda: asyncio.run(call("bob", 60))) == others
     with hung_callback(users, of_asyncio=True):
         assert outcome(lambda: update("alice", {})) == "busy"
         assert outcome(lambda: update("bob", {})) == others
         for user_id in ("alice", "bob"):
             with pytest.raises(TimeoutError) as caught:
-                asyncio.run(call(user_id))
+                asyncio.run(call(user_id, 2))
             assert not isinstance(caught.value, usermetadata.StorageBusyError)
 
 
@@ -864,7 +864,7 @@ def test_the_query_of_the_page_finds_the_writer(place: Place) -> None:
 
 def test_a_lock_of_the_table_is_waited_for_without_the_timeout(place: Place) -> None:
     """The role's own ``lock_timeout`` limits it."""
-    users = place.with_alice(timeout=0.1)
+    users = place.with_alice(timeout=1)
     update = users.syncio.update_user_metadata
     limited = place.postgres(make_conninfo(server_url(), options="-c lock_timeout=100"))
     limited.syncio.update_user_metadata("alice", {})
