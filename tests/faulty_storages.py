@@ -263,7 +263,7 @@ class LetsWritersMeet(Unlocked):
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         def meet(change: Change, old: Metadata | None) -> Metadata | None:
             with contextlib.suppress(threading.BrokenBarrierError):
-                self._meeting.wait(timeout=0.2)
+                self._meeting.wait(timeout=1)
             return change(old)
 
         return super().write([(user_id, partial(meet, change)) for user_id, change in changes])
@@ -503,7 +503,7 @@ class MergesByItself(InMemoryStorage):
 
     def _meet(self) -> None:
         with contextlib.suppress(threading.BrokenBarrierError):
-            self._meeting.wait(timeout=0.2)
+            self._meeting.wait(timeout=1)
 
 
 class ClosesItsOwnAppOnly(InMemoryStorage):
@@ -732,7 +732,7 @@ class Meeting:
     def wait(self) -> None:
         """Wait until the other one is here, but only for a moment and once."""
         with contextlib.suppress(threading.BrokenBarrierError):
-            self._barrier.wait(timeout=0.2)
+            self._barrier.wait(timeout=1)
 
 
 class Twice(InMemoryStorage):

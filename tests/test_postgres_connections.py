@@ -876,7 +876,7 @@ def test_a_function_that_is_too_slow_for_the_server(
     open_storage: Callable[..., PostgresStorage], direct: psycopg.Connection[Any]
 ) -> None:
     """The error names the server's limit, and the function is called once."""
-    storage = open_storage(options="-c transaction_timeout=200")
+    storage = open_storage(options="-c transaction_timeout=2000")
     storage.write([("alice", Merge({"n": 1}))])
     calls: list[Metadata] = []
     before = sessions(direct)

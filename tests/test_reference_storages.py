@@ -418,7 +418,7 @@ def test_redis_without_an_answer_leaves_the_outcome_unknown(
     on_redis: Database, redis_server: RedisServer
 ) -> None:
     """The write was sent. It is not repeated, although it may have been done."""
-    with contextlib.closing(on_redis.make(timeout=0.2)) as storage:
+    with contextlib.closing(on_redis.make(timeout=1)) as storage:
         storage.write([("alice", Merge({"n": 1}))])
 
         def pause(metadata: dict[str, Any]) -> dict[str, Any]:
