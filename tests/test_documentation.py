@@ -385,7 +385,7 @@ def test_the_pages_have_links() -> None:
     links = [link for page in PAGES for link in links_of(page)]
     assert len([link for link in links if "#" in link and ":" not in link]) > 50
     assert len([link for link in links if ":" in link]) > 30
-    assert "with-asyncio" in anchors_of(ROOT / "docs/concurrency.md")
+    assert "with-asyncio" in anchors_of(ROOT / "docs/asyncio-and-threads.md")
 
 
 def test_pages_that_the_code_names_exist() -> None:

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
     from usermetadata.codec import Metadata
 
-PAGE = Path(__file__).parent.parent / "docs/trouble.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE, SYMPTOMS = DOCS / "trouble.md", DOCS / "slow-or-hanging.md"
 FILE, DATABASE = "/srv/app/users.db", "db.internal/shop"
 """The names on the page."""
 
@@ -840,7 +841,7 @@ def test_a_hung_callback_looks_as_the_page_says(place: Place, kind: str, others:
 def test_the_command_of_the_page_finds_the_writer(place: Place) -> None:
     """It prints one line with the process that has SQLite's lock for writing."""
     [command] = re.findall(
-        r"```console\n(grep .*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL
+        r"```console\n(grep .*?)```", SYMPTOMS.read_text(encoding="utf-8"), re.DOTALL
     )
     users = place.sqlite()
     with hung_callback(users, of_asyncio=False):
@@ -850,7 +851,7 @@ def test_the_command_of_the_page_finds_the_writer(place: Place) -> None:
 
 def test_the_query_of_the_page_finds_the_writer(place: Place) -> None:
     """It returns who waits for a row, and whose transaction has it."""
-    [query] = re.findall(r"```sql\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    [query] = re.findall(r"```sql\n(.*?)```", SYMPTOMS.read_text(encoding="utf-8"), re.DOTALL)
     users = place.with_alice(timeout=20)
     waiting = threading.Thread(target=users.syncio.update_user_metadata, args=("alice", {}))
     with hung_callback(users, of_asyncio=False):
