@@ -17,7 +17,6 @@ from django.db import connection, models, transaction
 from django.http import HttpRequest, JsonResponse
 from django.urls import path
 from django.views.decorators.http import require_POST
-from psycopg.conninfo import conninfo_to_dict
 
 import usermetadata
 
@@ -28,6 +27,8 @@ def database() -> dict[str, object]:
     if DATABASE_URL.startswith("sqlite:///"):
         path = DATABASE_URL.removeprefix("sqlite:///")
         return {"ENGINE": "django.db.backends.sqlite3", "NAME": path}
+    from psycopg.conninfo import conninfo_to_dict
+
     options = conninfo_to_dict(DATABASE_URL)
     name = options.pop("dbname")
     return {"ENGINE": "django.db.backends.postgresql", "NAME": name, "OPTIONS": options}
@@ -45,6 +46,7 @@ class Shop(AppConfig):
 settings.configure(
     ALLOWED_HOSTS=["localhost"],
     DATABASES={"default": database()},
+    DEFAULT_AUTO_FIELD="django.db.models.BigAutoField",
     INSTALLED_APPS=[f"{__name__}.Shop"],
     ROOT_URLCONF=__name__,
 )
