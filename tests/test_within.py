@@ -524,6 +524,8 @@ def test_after_the_block_the_storage_says_so(databases: Databases) -> None:
                 ended.read(["alice"])
             with pytest.raises(UsageError, match=r"the block of within\(\) has ended"):
                 ended.write([("alice", Merge({}))])
+            with pytest.raises(UsageError, match=r"the block of within\(\) has ended"):
+                ended.write([])  # as an empty update of many users
         application.order()
         application.commit()
 

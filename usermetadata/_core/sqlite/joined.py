@@ -103,7 +103,9 @@ class JoinedConnection(Connections):
                     ) from error
                 raise
 
-        return self._run(write) if any(calls) else [[] for _ in calls]
+        if not any(calls):
+            return self._run(lambda _: [[] for _ in calls])
+        return self._run(write)
 
     def administer(self, work: Callable[[Any], T]) -> T:
         """Call a function with the caller's connection."""
