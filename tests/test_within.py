@@ -1144,6 +1144,32 @@ def test_a_lost_connection_has_stored_nothing_of_a_transaction(
         assert databases.storage.read(["alice"]) == expected
 
 
+@pytest.mark.parametrize("kind", [kind for kind in TRANSACTIONAL if "postgres: " in kind])
+def test_a_transaction_on_a_lost_connection_can_be_repeated(
+    request: pytest.FixtureRequest, database: Path, proxy: Proxy, kind: str
+) -> None:
+    """The application's rollback raises no error, which would hide that of the lost connection."""
+    with open_databases(kind, request, database) as databases:
+        databases.storage.write([("bob", Merge({}))])
+        databases.connect_through(proxy)
+
+        def body(application: Application) -> None:
+            application.order()
+            with databases.storage.within(application.connection) as joined:
+                proxy.replies_to_lose = 1
+                with pytest.raises(StorageUnavailableError):
+                    joined.write([("alice", Merge({"n": 1}))])
+            application.rollback()
+            application.order()
+            with databases.storage.within(application.connection) as joined:
+                joined.write([("alice", Merge({"n": 2}))])
+            application.commit()
+
+        databases.run(body)
+        assert databases.storage.read(["alice"]) == {"alice": {"n": 2}}
+        assert databases.orders() == 1
+
+
 @pytest.mark.parametrize("kind", LOST)
 def test_no_value_is_in_an_error(request: pytest.FixtureRequest, database: Path, kind: str) -> None:
     """Not in its text, nor in the traceback with its causes."""

@@ -34,11 +34,14 @@ class DriversConnection(NamedTuple):
         connection: the connection.
         adapter: SQLAlchemy's adapter of a connection for asyncio; its ``run_async`` runs a
             coroutine function with the connection and waits for the end. Otherwise ``None``.
+        invalidate: SQLAlchemy's method for a connection that was lost. Without this call,
+            SQLAlchemy's ``rollback`` would raise an error, and hide that of the lost connection.
     """
 
     kind: str
     connection: Any
     adapter: Any = None
+    invalidate: Callable[[], object] = lambda: None
 
 
 def recognise(connection: object) -> Callable[[], DriversConnection]:
@@ -101,10 +104,16 @@ def _from_sqlalchemy(connection: Any) -> DriversConnection:
     with _sqlalchemys_errors():
         if not connection.in_transaction():
             connection.begin()
+        elif connection.invalidated:
+            raise StorageUnavailableError(
+                "connection: it was lost; roll the transaction back and repeat it"
+            )
         pooled = connection.connection
         if connection.dialect.is_async:
-            return _from_driver(pooled.driver_connection, pooled.dbapi_connection)
-        return _from_driver(pooled.dbapi_connection)
+            found = _from_driver(pooled.driver_connection, pooled.dbapi_connection)
+        else:
+            found = _from_driver(pooled.dbapi_connection)
+        return found._replace(invalidate=connection.invalidate)
 
 
 @contextmanager

@@ -283,7 +283,7 @@ def open_channel(found: DriversConnection) -> Channel:
     Raises:
         InvalidInputError: the connection is not supported.
     """
-    kind, connection, adapter = found
+    kind, connection, adapter, _ = found
     if kind == "psycopg.Connection":
         return _PsycopgChannel(connection)
     if kind == "psycopg.AsyncConnection":

@@ -150,8 +150,7 @@ class JoinedConnection:
             absent: what to return if there is no table; without it, the table is created.
             is_write: whether the work writes.
         """
-        with self._exclusive():
-            channel = open_channel(self._find())
+        with self._exclusive(), self._channel() as channel:
             if channel.is_closed:
                 raise StorageUnavailableError(
                     f"{self.name}: it is closed, or was lost; repeat the transaction on another one"
@@ -190,6 +189,16 @@ class JoinedConnection:
     def close(self) -> None:
         """End the block; the connection stays open."""
         self._is_closed = True
+
+    @contextmanager
+    def _channel(self) -> Generator[Channel, None, None]:
+        found = self._find()
+        channel = open_channel(found)
+        try:
+            yield channel
+        finally:
+            if channel.is_closed:
+                found.invalidate()
 
     @contextmanager
     def _exclusive(self) -> Generator[None, None, None]:

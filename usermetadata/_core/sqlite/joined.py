@@ -141,7 +141,7 @@ class JoinedConnection(Connections):
         """Call a function with the caller's connection, in the thread of the connection."""
         if self.is_closed:
             raise ended(self.name)
-        kind, connection, adapter = self._find()
+        kind, connection, adapter, _ = self._find()
         if kind == "sqlite3.Connection":
             return self._work(connection, work)
         if kind != "aiosqlite.core.Connection":
