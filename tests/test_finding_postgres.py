@@ -584,6 +584,28 @@ def test_an_index_can_become_unique(schema: str) -> None:
         assert storage.stored_indexes() == (KEY,)
 
 
+def test_rows_in_the_way_of_uniqueness_change_nothing(
+    schema: str, direct: psycopg.Connection[Any]
+) -> None:
+    """An index that should become unique, and cannot, stays as it was and still finds users."""
+    with opened(schema) as unaware, opened(schema, Index("key"), PLAN) as storage:
+        values = {"alice": "x", "bob": "x", "carol": "y"}
+        storage.write([(user, Merge({"key": value})) for user, value in values.items()])
+        unaware.write([("dave", Merge({"key": 1.5})), ("erin", Merge({"n": 1.5}))])
+        with opened(schema, KEY, Index("n")) as other:
+            faults = other.build_indexes()
+        assert [line.partition(": property")[0] for line in faults] == [
+            f"app 'public': user '{user}'" for user in ("bob", "dave", "erin")
+        ]
+        assert "has the same value as that of user 'alice'" in faults[0]
+        assert set(storage.stored_indexes()) == {Index("key"), PLAN}
+        assert [*storage.find({"key": "x"}, "", 10)] == ["alice", "bob"]
+        unaware.write([(user, Clear()) for user in ("bob", "dave", "erin")])
+        with opened(schema, KEY, Index("n")) as other:
+            assert other.build_indexes() == []
+        assert is_consistent(direct, "key")
+
+
 def test_an_index_stays_unique(storage: PostgresStorage, schema: str) -> None:
     """A program that declares a unique index as one that is not does not take uniqueness away."""
     storage.write([("alice", Merge({"key": 1}))])

@@ -100,6 +100,19 @@ UNION ALL (
     SELECT app_id, user_id, NULL, (SELECT count(*) FROM page)::text FROM page
     ORDER BY app_id DESC, user_id DESC LIMIT 1)
 """
+_FAULTS = """
+SELECT app_id, user_id, name, value, owner
+FROM (
+    SELECT app_id, user_id, name, value, is_unique,
+        first_value(user_id) OVER (PARTITION BY app_id, name, value ORDER BY user_id) AS owner
+    FROM (
+        SELECT app_id, user_id, name, {value}(user_metadata, name) AS value, is_unique
+        FROM {table}, json_to_recordset(%(indexes)s::json) AS index (name text, is_unique boolean)
+    ) AS found
+    WHERE value IS NOT NULL) AS owned
+WHERE value = '' OR (is_unique AND user_id <> owner)
+ORDER BY app_id, user_id
+"""
 OWNERS = """
 SELECT wanted.app_id, wanted.user_id, wanted.name, entry.user_id
 FROM json_to_recordset(%(wanted)s::json)
@@ -203,6 +216,9 @@ def build_in_pages(
     Returns:
         A line for each row that cannot be indexed. If there are any, nothing is built.
     """
+    in_the_way = connections.run(partial(_faults_of_a_change, declared), [])
+    if in_the_way:
+        return in_the_way
     build = uuid.uuid4().hex
 
     def register(transaction: Transaction) -> list[Index]:
@@ -237,6 +253,24 @@ def build_in_pages(
     if faults:
         connections.run(undo, is_write=True)
     return faults
+
+
+def _faults_of_a_change(declared: Sequence[Index], transaction: Transaction) -> list[str]:
+    """Return a line for each row in the way of the missing indexes, if one would replace an index.
+
+    Building removes the index that is replaced, so this is found out before.
+    """
+    table = transaction.table
+    _refuse(table)
+    state = _read(transaction.at_once, table)
+    missing = _missing(state, declared)
+    if not {index.name for index in missing} & {each.name for each in state.ready}:
+        return []
+    [answer] = transaction.at_once([Statement(table[_FAULTS], {"indexes": _rows(missing)})])
+    return [
+        repeated(app_id, user_id, name, owner) if value else unfindable(app_id, user_id, name)
+        for app_id, user_id, name, value, owner in answer.rows
+    ]
 
 
 def _fill_page(missing: Sequence[Index], position: Position, transaction: Transaction) -> _Page:
