@@ -1170,6 +1170,31 @@ def test_a_transaction_on_a_lost_connection_can_be_repeated(
         assert databases.orders() == 1
 
 
+@pytest.mark.parametrize("health_checks", [True, False])
+def test_django_replaces_a_lost_connection_between_requests(
+    request: pytest.FixtureRequest, database: Path, *, health_checks: bool
+) -> None:
+    """A persistent one is replaced before the request if Django checks it, otherwise after it."""
+    with open_databases("postgres: Django", request, database) as databases:
+        databases.storage.write([("alice", Merge({"n": 1}))])
+
+        def body(application: Application) -> None:
+            connection = application.connection
+            connection.settings_dict["CONN_MAX_AGE"] = None
+            connection.settings_dict["CONN_HEALTH_CHECKS"] = health_checks
+            [(process,)] = application.execute("SELECT pg_backend_pid()")
+            databases.others(f"SELECT pg_terminate_backend({process}, 10000)")
+            connection.close_if_unusable_or_obsolete()  # as Django does around each request
+            with databases.storage.within(connection) as joined:
+                if not health_checks:
+                    with pytest.raises(StorageUnavailableError):
+                        joined.read(["alice"])
+                    connection.close_if_unusable_or_obsolete()
+                assert joined.read(["alice"]) == {"alice": {"n": 1}}
+
+        databases.run(body)
+
+
 @pytest.mark.parametrize("kind", LOST)
 def test_no_value_is_in_an_error(request: pytest.FixtureRequest, database: Path, kind: str) -> None:
     """Not in its text, nor in the traceback with its causes."""

@@ -7,6 +7,7 @@ the application does not use.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from usermetadata.exceptions import (
@@ -34,8 +35,9 @@ class DriversConnection(NamedTuple):
         connection: the connection.
         adapter: SQLAlchemy's adapter of a connection for asyncio; its ``run_async`` runs a
             coroutine function with the connection and waits for the end. Otherwise ``None``.
-        invalidate: SQLAlchemy's method for a connection that was lost. Without this call,
-            SQLAlchemy's ``rollback`` would raise an error, and hide that of the lost connection.
+        invalidate: tells SQLAlchemy or Django that the connection was lost. Without this call,
+            SQLAlchemy's ``rollback`` would raise an error, and hide that of the lost connection;
+            Django would keep a persistent connection for the next request.
     """
 
     kind: str
@@ -158,6 +160,7 @@ def _from_django(connection: Any) -> DriversConnection:
 
     try:
         connection.validate_thread_sharing()
+        connection.close_if_health_check_failed()
         connection.ensure_connection()
         connection.validate_no_broken_transaction()
     except Error as error:
@@ -166,7 +169,9 @@ def _from_django(connection: Any) -> DriversConnection:
         raise what(
             f"connection: {line.rstrip('.')}; check the database, and repeat the transaction"
         ) from error
-    return _from_driver(connection.connection)
+    # At the end of a request, Django closes a lost connection only if it knows of an error.
+    note = partial(setattr, connection, "errors_occurred", True)  # noqa: FBT003 - the value
+    return _from_driver(connection.connection)._replace(invalidate=note)
 
 
 _BLOCKING = ("sqlite3.Connection", "psycopg.Connection")
