@@ -299,6 +299,16 @@ def test_erasing_returns_what_was_there(facade: Any, storage: Any) -> None:
         facade.erase_user("", all_apps=True)
 
 
+@pytest.mark.parametrize("all_apps", ["false", "", 1, 0, None])
+def test_only_a_bool_says_where_to_erase(facade: Any, all_apps: object) -> None:
+    """A user is never erased from other apps than meant, for example because of ``"false"``."""
+    usermetadata.init("memory://")
+    facade.update_user_metadata("alice", {"n": 1})
+    with pytest.raises(InvalidInputError, match=r"all_apps: \w+ is not a bool"):
+        facade.erase_user("alice", all_apps=all_apps)
+    assert facade.get_user_metadata("alice").metadata == {"n": 1}
+
+
 def test_erasing_keeps_the_order_of_the_calls(database: Path) -> None:
     """With ``asyncio``, an erasure takes effect after the updates that were begun before it."""
 

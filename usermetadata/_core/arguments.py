@@ -28,6 +28,19 @@ def user_ids_of(user_ids: Iterable[str], name: str = "user_ids") -> list[str]:
     return [check_user_id(user_id, f"{name}[{number}]") for number, user_id in enumerate(iterator)]
 
 
+def check_all_apps(all_apps: object) -> bool:
+    """Return whether a user is to be erased from all apps.
+
+    Raises:
+        InvalidInputError: it is not a ``bool``; the text ``"false"`` would count as true.
+    """
+    if not isinstance(all_apps, bool):
+        raise InvalidInputError(
+            f"all_apps: {type(all_apps).__name__} is not a bool; pass True or False"
+        )
+    return all_apps
+
+
 def merges_of(metadata_updates: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Merge]]:
     """Return the checked user ids, each with its checked update."""
     if not isinstance(metadata_updates, Mapping):

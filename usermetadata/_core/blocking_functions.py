@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from usermetadata._core.arguments import merges_of, modify_with, user_ids_of
+from usermetadata._core.arguments import check_all_apps, merges_of, modify_with, user_ids_of
 from usermetadata._core.queries import Count, Owner, Page
 from usermetadata.changes import Clear, Merge, Replace
 from usermetadata.interfaces import (
@@ -89,7 +89,8 @@ class BlockingFunctions:
         user_context: dict[str, Any],
     ) -> EraseUserResult[Any]:
         user_id = check_user_id(user_id)
-        erased = self._runner.erase(user_id, user_context, all_apps=all_apps)
+        everywhere = check_all_apps(all_apps)
+        erased = self._runner.erase(user_id, user_context, all_apps=everywhere)
         return EraseUserResult(erased.get(self._runner.app_id, {}), erased)
 
     def list_user_metadata(

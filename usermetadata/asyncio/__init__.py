@@ -301,7 +301,7 @@ class AsyncioUserMetadata(Generic[M, U]):
             if there was nothing.
 
         Raises:
-            InvalidInputError: the user id is not valid.
+            InvalidInputError: the user id is not valid, or ``all_apps`` is not a ``bool``.
             UsageError: ``usermetadata.init`` was not called, or the storage cannot find the
                 user's other apps.
             StorageError: the storage failed and nothing was removed; ``__cause__`` is its driver's

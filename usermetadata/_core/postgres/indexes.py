@@ -216,9 +216,10 @@ def build_in_pages(
     Returns:
         A line for each row that cannot be indexed. If there are any, nothing is built.
     """
-    in_the_way = connections.run(partial(_faults_of_a_change, declared), [])
-    if in_the_way:
-        return in_the_way
+    faults: list[str] = []
+    faults = connections.run(partial(_faults_of_a_change, declared), faults)
+    if faults:
+        return faults
     build = uuid.uuid4().hex
 
     def register(transaction: Transaction) -> list[Index]:
@@ -232,7 +233,6 @@ def build_in_pages(
         return []
     # Another process may have begun to build the same.
     undo = partial(_drop, lambda each: each.build == build)
-    faults: list[str] = []
     done = 0
     position: Position | None = _BEGINNING
     try:
