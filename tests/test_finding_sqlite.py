@@ -203,6 +203,19 @@ def test_uniqueness_binds_every_writer(storage: SQLiteStorage, other: sqlite3.Co
     assert (caught.value.name, caught.value.user_id) == ("customer", "bob")
 
 
+def test_a_value_that_cannot_be_found_prevents_no_other_update(
+    storage: SQLiteStorage, other: sqlite3.Connection
+) -> None:
+    """Another program may have stored it; only changes that store it again are refused."""
+    insert(other, "alice", '{"plan": 1.5, "n": 1}')
+    assert storage.write([("alice", Merge({"n": 2}))]) == [{"plan": 1.5, "n": 2}]
+    for change in (Merge({"plan": 1.5}), Replace({"plan": 1.5}), Modify(lambda old: {**old})):
+        with pytest.raises(InvalidInputError, match="property 'plan' has an index"):
+            storage.write([("alice", change)])
+    assert storage.write([("alice", Merge({"plan": "pro"}))]) == [{"plan": "pro", "n": 2}]
+    assert storage.find({"plan": "pro"}, "", 5).keys() == {"alice"}
+
+
 def test_another_index_that_refuses_a_row_is_reported_as_before(
     storage: SQLiteStorage, other: sqlite3.Connection
 ) -> None:

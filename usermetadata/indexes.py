@@ -108,7 +108,9 @@ def check_where(where: object, indexes: Iterable[Index]) -> dict[str, Value]:
     )
 
 
-def values_of(metadata: Metadata, indexes: Iterable[Index], user_id: str) -> dict[str, Value]:
+def values_of(
+    metadata: Mapping[str, Any], indexes: Iterable[Index], user_id: str
+) -> dict[str, Value]:
     """Return the values by which a user with this metadata is found, by the index's name.
 
     Args:

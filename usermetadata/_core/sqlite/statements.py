@@ -18,7 +18,7 @@ from usermetadata._core.sqlite.errors import (
     still_open,
 )
 from usermetadata._core.sqlite.indexes import conflict_of, ensure_indexes, not_unique
-from usermetadata.changes import BLIND, apply_in_order
+from usermetadata.changes import BLIND, Merge, apply_in_order
 from usermetadata.codec import encode_metadata
 from usermetadata.exceptions import DamagedMetadataError
 from usermetadata.indexes import values_of
@@ -226,9 +226,9 @@ def _write(
         results = apply_in_order(
             changes, texts, decode=partial(decode_row, name), encode=encode_metadata
         )
-        for ((_, user_id), _), new in zip(changes, results, strict=True) if indexes else ():
-            if new is not None:
-                values_of(new, indexes, user_id)
+        for ((_, user_id), change), new in zip(changes, results, strict=True) if indexes else ():
+            # A merge may leave a value as it is that a program without the index has stored.
+            values_of(change.update if isinstance(change, Merge) else new or {}, indexes, user_id)
     except Exception as error:
         raise ChangeError(error) from error
     gone = {key for key, _ in changes} - texts.keys() if None in results else None
