@@ -696,6 +696,17 @@ def test_a_time_is_a_number_of_seconds(option: str, seconds: str) -> None:
     assert f"'{option}': {seconds} is not a number of seconds." in done.output
 
 
+@pytest.mark.parametrize("keys", ["", " ", "a key,"])
+def test_an_empty_variable_does_not_open_the_server(keys: str) -> None:
+    """``USERMETADATA_API_KEYS="$(cat missing.key)"`` is refused: a key was to be required."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # so that no server starts
+        port = str(taken.getsockname()[1])
+        arguments = ["serve", "--storage", "memory://", "--port", port]
+        done = CliRunner().invoke(main, arguments, env={"USERMETADATA_API_KEYS": keys})
+    assert done.exit_code == 2
+    assert "empty" in done.output
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 def test_it_says_in_one_line_why_it_cannot_listen(host: str) -> None:
     """The reason is the system's, and the line says what to change."""

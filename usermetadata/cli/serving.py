@@ -98,6 +98,10 @@ def serve(  # noqa: PLR0913, PLR0917 - they are options
     from usermetadata._core.http import Server
     from usermetadata.server import create_app, is_loopback
 
+    if not api_keys and "USERMETADATA_API_KEYS" in os.environ:
+        raise click.UsageError(
+            "USERMETADATA_API_KEYS: is empty; set a key, or unset the variable to serve without one"
+        )
     if not api_keys and not is_loopback(host):
         raise click.UsageError(
             f"--host {host!r} can be reached from elsewhere: set USERMETADATA_API_KEYS, or listen"
