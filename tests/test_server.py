@@ -434,11 +434,24 @@ def test_a_wrong_key_opens_nothing(closed: Client, headers: dict[str, str]) -> N
     assert answer.error == (401, "Invalid API key")
 
 
-@pytest.mark.parametrize("api_keys", ["a key", [""], ["a key", " "]])
+@pytest.mark.parametrize("api_keys", [[""], ["a key", " "], [b"a key"], [None]])
 def test_an_empty_key_is_no_key(api_keys: Any) -> None:
     """An empty environment variable must not open the server."""
     with pytest.raises(InvalidInputError, match="api_keys: an empty key"):
         create_app(InMemoryStorage(), api_keys=api_keys)
+
+
+@pytest.mark.parametrize("api_keys", ["a key", b"a key", "", b"", None, iter(["a key"])])
+def test_keys_are_a_collection(api_keys: Any) -> None:
+    """An iterator, a text or ``None`` is refused, so none of them opens the server."""
+    with pytest.raises(InvalidInputError, match="api_keys: it is not a list of keys"):
+        create_app(InMemoryStorage(), api_keys=api_keys)
+
+
+def test_a_key_is_unicode_text() -> None:
+    """Other bytes in the environment variable are refused, without the key in the message."""
+    with pytest.raises(InvalidInputError, match=r"^api_keys: a key is not UTF-8; set another$"):
+        create_app(InMemoryStorage(), api_keys=["a key \udcff"])
 
 
 @pytest.mark.parametrize("storage", ["sqlite:///users.db", None])

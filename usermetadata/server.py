@@ -11,6 +11,7 @@ import hmac
 import ipaddress
 import logging
 import re
+from collections.abc import Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -44,7 +45,7 @@ from usermetadata.exceptions import (
 from usermetadata.validation import check_user_id, copy_metadata
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+    from collections.abc import AsyncGenerator, Awaitable, Callable
 
     from starlette.types import Receive, Scope, Send
 
@@ -101,8 +102,8 @@ def create_app(
 
     Raises:
         InvalidInputError: ``storage`` is not a storage, but for example a URL, or one of its
-            methods is missing or wrong; ``api_keys`` is not a collection of keys, or one of them is
-            empty.
+            methods is missing or wrong; ``api_keys`` is not a collection of keys, for example an
+            iterator, or one of them is empty or not text.
 
     Example:
         >>> from usermetadata import InMemoryStorage
@@ -111,11 +112,7 @@ def create_app(
     SuperTokens documents the paths and answers as "Core Driver Interface".
     """
     check_storage(storage)
-    if isinstance(api_keys, str) or not all(key.strip() for key in api_keys):
-        raise InvalidInputError(
-            "api_keys: an empty key, or a text instead of a list of keys; pass a list of keys"
-        )
-    server = _Server(storage, api_keys, max_body_size, max_metadata_size)
+    server = _Server(storage, _encode_keys(api_keys), max_body_size, max_metadata_size)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None, None]:
@@ -156,11 +153,11 @@ class _Server:
     def __init__(
         self,
         storage: Storage,
-        api_keys: Collection[str],
+        api_keys: list[bytes],
         max_body_size: int,
         max_metadata_size: int,
     ) -> None:
-        self._api_keys = [key.encode() for key in api_keys]
+        self._api_keys = api_keys
         self._max_body_size = max_body_size
         self._max_metadata_size = max_metadata_size
         self._runner = AsyncioRunner(storage)
@@ -313,6 +310,18 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _encode_keys(api_keys: Collection[str]) -> list[bytes]:
+    # Without this check, an iterator would be used up here, and the server would have no keys.
+    if not isinstance(api_keys, Collection) or isinstance(api_keys, (str, bytes)):
+        raise InvalidInputError("api_keys: it is not a list of keys; pass a list")
+    if not all(isinstance(key, str) and key.strip() for key in api_keys):
+        raise InvalidInputError("api_keys: an empty key, or one that is not text; set another")
+    try:
+        return [key.encode() for key in api_keys]
+    except UnicodeEncodeError:  # it quotes the key
+        raise InvalidInputError("api_keys: a key is not UTF-8; set another") from None
 
 
 def _check_origin(request: Request) -> None:
