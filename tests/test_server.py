@@ -22,7 +22,13 @@ from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from usermetadata import InMemoryStorage, InvalidInputError, SQLiteStorage, StorageBusyError
+from usermetadata import (
+    Index,
+    InMemoryStorage,
+    InvalidInputError,
+    SQLiteStorage,
+    StorageBusyError,
+)
 from usermetadata.changes import Merge
 from usermetadata.server import VERSIONS, create_app
 
@@ -495,6 +501,28 @@ def test_a_closed_storage_is_503() -> None:
     with served(create_app(storage)) as client:
         storage.close()
         assert client.request("GET", f"{METADATA}?userId=a").error[0] == 503
+
+
+@pytest.mark.parametrize("is_declared", [True, False])
+def test_a_value_of_another_user_is_a_conflict(database: Path, *, is_declared: bool) -> None:
+    """409 for a unique index of the database, also if this process has not declared it.
+
+    The response names the property and not the other user; nothing is written.
+    """
+    indexes = [Index("email", unique=True)]
+    with contextlib.closing(SQLiteStorage(database, indexes=indexes)) as storage:
+        storage.write([("alice", Merge({"email": "a@example.com"}))])
+    indexes = indexes if is_declared else []
+    with (
+        contextlib.closing(SQLiteStorage(database, indexes=indexes)) as storage,
+        served(create_app(storage)) as client,
+    ):
+        conflict = {"userId": "bob", "metadataUpdate": {"email": "a@example.com"}}
+        status, text = client.request("PUT", METADATA, conflict).error
+        assert status == 409
+        assert text.startswith("property 'email': another user has this value")
+        assert storage.read(["bob"]) == {}
+        assert update(client, "bob", {"email": "b@example.com"})["status"] == "OK"
 
 
 def test_rows_of_other_programs_are_answered(database: Path) -> None:

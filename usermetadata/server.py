@@ -38,6 +38,7 @@ from usermetadata.codec import encode_metadata
 from usermetadata.exceptions import (
     DamagedMetadataError,
     InvalidInputError,
+    NotUniqueError,
     OutcomeUnknownError,
     StorageError,
     UsageError,
@@ -186,6 +187,8 @@ class _Server:
             response = _text(refusal.status, refusal.text)
         except InvalidInputError as error:
             response = _text(400, str(error))
+        except NotUniqueError as error:
+            response = _text(409, str(NotUniqueError(error.name)))  # without the other user's id
         except ClientDisconnect:
             response = _text(400, "Invalid Json Input")
         except (StorageError, UsageError) as error:
