@@ -574,7 +574,10 @@ def test_a_host_is_read_exactly(port: int, host: bytes) -> None:
 
 
 def test_too_many_connections_are_one_line(database: Path) -> None:
-    """Half-sent requests keep neither a client out nor the storage from opening its file."""
+    """Half-sent requests keep neither a client out nor the storage from opening its file.
+
+    The line says how far the limit of open files is worth raising.
+    """
     options = ("--storage", f"sqlite:///{database}")
     with (
         serve_command(*options, before=FEW_DESCRIPTORS) as command,
@@ -588,6 +591,7 @@ def test_too_many_connections_are_one_line(database: Path) -> None:
             assert metadata(peer, "alice") == {"n": 2}
         assert len(command.log) == 2
         assert "connections: more than 50; those that wait longest" in command.log[1]
+        assert "(ulimit -n), to 10256 at most" in command.log[1]
 
 
 def test_a_late_request_is_told_so() -> None:

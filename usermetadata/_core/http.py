@@ -141,8 +141,9 @@ class Server:
             self._logged = now
             _log.warning(
                 "connections: more than %d; those that wait longest for a request are closed;"
-                " raise the limit of open files (ulimit -n)",
+                " raise the limit of open files (ulimit -n), to %d at most, or run a second server",
                 self.max_connections,
+                _MOST_CONNECTIONS + _MOST_RESERVED,
             )
 
     def date(self) -> bytes:
