@@ -714,6 +714,29 @@ def longest_block(storage: SQLiteStorage, body: str) -> float:
     return app.longest
 
 
+@pytest.mark.parametrize("start", ["[", '{"a":'])
+def test_a_deep_body_needs_no_large_stack(start: str) -> None:
+    """400 also if threads have small stacks, as in Alpine's images; the server goes on."""
+    with serve_command(before="import threading; threading.stack_size(2**18)") as command:
+        connection = HTTPConnection("127.0.0.1", command.port, timeout=30)
+        with contextlib.closing(connection):
+            for depth in (501, 100_000):
+                body = f'{{"userId": "a", "metadataUpdate": {{"text": "{"x" * 20_000}", "a": '
+                connection.request("PUT", METADATA, body + start * depth)
+                response = connection.getresponse()
+                assert (response.status, response.read()) == (400, b"Invalid Json Input")
+
+
+def test_brackets_in_strings_are_not_levels(client: Client) -> None:
+    """Strings may hold any number of brackets, quotes and backslashes; so may keys."""
+    text = '[{"\\' * 2000
+    for metadata in ({"a": text, "b": [[text]]}, {text: "\\", "b": '"'}, {"a": "\\", text: []}):
+        client.request("POST", f"{METADATA}/remove", {"userId": "brackets"})
+        assert update(client, "brackets", metadata)["metadata"] == metadata
+    rows = [{"a": [[]]} for _ in range(2000)]
+    assert update(client, "brackets", {"rows": rows})["metadata"]["rows"] == rows
+
+
 def test_too_many_values_are_refused(client: Client, usermetadata_storage: InMemoryStorage) -> None:
     """A body of many tiny values takes Python too long: 413."""
     body = b'{"userId": "a", "metadataUpdate": {"x": [' + b",".join([b"[]"] * 60_000) + b"]}}"
