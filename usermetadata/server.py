@@ -377,8 +377,8 @@ def _is_deep(body: bytearray) -> bool:
     if body.count(b"[") + body.count(b"{") <= _MOST_LEVELS:
         return False
     unescaped = bytes(body).replace(b"\\\\", b"").replace(b'\\"', b"")
-    pieces = unescaped.translate(None, _NO_SIGNS).split(b'"')  # every second one is in a string
-    brackets = b"".join(pieces[::2])
+    signs = unescaped.translate(None, _NO_SIGNS).replace(b'""', b"")
+    brackets = b"".join(signs.split(b'"')[::2])  # every second piece is in a string
     return max(accumulate(map(_LEVELS.__getitem__, brackets)), default=0) > _MOST_LEVELS
 
 
