@@ -733,7 +733,7 @@ def test_brackets_in_strings_are_not_levels(client: Client) -> None:
     for metadata in ({"a": text, "b": [[text]]}, {text: "\\", "b": '"'}, {"a": "\\", text: []}):
         client.request("POST", f"{METADATA}/remove", {"userId": "brackets"})
         assert update(client, "brackets", metadata)["metadata"] == metadata
-    rows = [{"a": [[]]} for _ in range(2000)]
+    rows = [{"a": [["b"]]} for _ in range(2000)]
     assert update(client, "brackets", {"rows": rows})["metadata"]["rows"] == rows
 
 
