@@ -8,6 +8,7 @@ The text that a failing test of the suite shows matches ``finds``, if a fault ha
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import fnmatch
@@ -17,8 +18,10 @@ import threading
 import time
 import unicodedata
 from collections import defaultdict
+from concurrent.futures import Future
 from functools import partial
 from itertools import islice
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from json_file_storage import JSONFileStorage
@@ -290,6 +293,20 @@ class WrapsErrors(InMemoryStorage):
             return super().write(changes)
         except LookupError as error:
             raise LookupError("a change failed") from error
+
+
+class CallsChangesInACoroutine(InMemoryStorage):
+    """Executes a write, with its changes, as one coroutine, which cannot raise StopIteration."""
+
+    finds = "(?s)coroutine raised StopIteration.*Do not call changes where.*in a coroutine"
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        write = super().write
+
+        async def execute() -> list[Metadata | None]:
+            return write(changes)
+
+        return asyncio.run(execute())
 
 
 class TakesAChangesErrorForItsOwn(InMemoryStorage):
@@ -723,6 +740,59 @@ class OpensAfterClosing(InMemoryStorage):
 # Locks, snapshots and caches. ``second`` returns the second storage.
 
 
+class CommitsInChunks(InMemoryStorage):
+    """Commits after each 10,000 changes of a write."""
+
+    finds = "20000 users are stored: a write has to be one transaction"
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        chunks = [changes[start : start + 10_000] for start in range(0, len(changes), 10_000)]
+        return [result for chunk in chunks for result in super(CommitsInChunks, self).write(chunk)]
+
+
+class StoresInChunks(InMemoryStorage):
+    """Calls all changes, and then sends 10,000 rows at a time, each time as one transaction."""
+
+    finds = "a read returned half of a write: a write has to be one transaction"
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        rows = self.read([user for user, _ in changes])
+        results = apply_in_order(
+            changes, rows, decode=lambda _, row: copy.deepcopy(row), encode=copy.deepcopy
+        )
+        stored = stored_as_they_are(rows, changes)
+        for start in range(0, len(stored), 10_000):
+            super().write(stored[start : start + 10_000])
+            threading.Event().wait(0.05)  # a reader in this pause sees the fault
+        return results
+
+
+class WritesTogether(InMemoryStorage):
+    """Stores the writes of several threads together, and all of them fail if one does."""
+
+    finds = "each has to be undone, and to raise, by itself"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: list[tuple[Sequence[tuple[str, Change]], Future[Any]]] = []
+        self._turn = threading.Lock()
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        mine: Future[list[Metadata | None]] = Future()
+        self._waiting.append((changes, mine))
+        threading.Event().wait(0.002)  # others join in this pause
+        with self._turn:
+            batch, self._waiting = self._waiting, []
+            try:
+                results = iter(super().write([each for changes, _ in batch for each in changes]))
+                for those, future in batch:
+                    future.set_result(list(islice(results, len(those))))
+            except LookupError as error:
+                for _, future in batch:
+                    future.set_exception(error)
+        return mine.result()
+
+
 class Meeting:
     """Lets two threads wait for each other, for a moment."""
 
@@ -871,6 +941,54 @@ class RepeatsOnItsOwnResults(Repeats):
     finds = "not with the results of the attempt before"
 
 
+class ComparesVersions(Twice):
+    """Compares numbers of versions when it stores, and repeats; the base of faults."""
+
+    finds = "what Replace or Clear had removed is there again"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._versions: dict[str, int] = {}
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        users = {user for user, _ in changes}
+        while True:
+            versions = {user: self._versions.get(user) for user in users}
+            rows = self.read([*users])
+            results = apply_in_order(
+                changes, rows, decode=lambda _, row: copy.deepcopy(row), encode=copy.deepcopy
+            )
+            with self._store.lock:
+                if versions == {user: self._versions.get(user) for user in users}:
+                    super().write(stored_as_they_are(rows, changes))
+                    self.number(rows, changes)
+                    return results
+
+    def number(self, rows: dict[str, Metadata], changes: Sequence[tuple[str, Change]]) -> None:
+        """Give what was stored new versions."""
+        raise NotImplementedError
+
+
+class BeginsVersionsAnew(ComparesVersions):
+    """Removes the version with the row, so that the next row has the first version again."""
+
+    def number(self, rows: dict[str, Metadata], changes: Sequence[tuple[str, Change]]) -> None:
+        for user, _ in changes:
+            if user in rows:
+                self._versions[user] = self._versions.get(user, 0) + 1
+            else:
+                self._versions.pop(user, None)
+
+
+class KeepsTheVersion(ComparesVersions):
+    """Replaces a row without a new version."""
+
+    def number(self, rows: dict[str, Metadata], changes: Sequence[tuple[str, Change]]) -> None:
+        for user, change in changes:
+            if not isinstance(change, Replace):
+                self._versions[user] = self._versions.get(user, 0) + 1
+
+
 class ShowsHalf(Twice):
     """Stores each user by itself."""
 
@@ -911,17 +1029,48 @@ class HangsInADeadlock(LocksInTheOrderOfTheCall):
     finds = r"(?s)the test hangs.*Thread 'of the test'.*hold"
 
 
+class ReplacesInTheOrderOfTheCall(LocksInTheOrderOfTheCall):
+    """Locks rows in one order, except if it need not read them."""
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        is_blind = all(isinstance(change, Replace) for _, change in changes)
+        return super().write(changes if is_blind else sorted(changes, key=itemgetter(0)))
+
+
+class KeepsResults(Repeats):
+    """Also returns the results of the attempts that were not stored."""
+
+    finds = "the results are not those of the attempt that was stored"
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        results: list[Metadata | None] = []
+
+        def keep(change: Change, old: Metadata | None) -> Metadata | None:
+            results.append(change(old))
+            return results[-1]
+
+        super().write([(user, partial(keep, change)) for user, change in changes])
+        return results
+
+
 class ReadsInChunks(Twice):
     """Reads 1,000 users at a time, without a snapshot."""
 
     finds = "several queries need one snapshot"
+    chunk = 1000
 
     def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
         found: dict[str, Metadata] = {}
-        for start in range(0, len(user_ids), 1000):
-            found.update(super().read(user_ids[start : start + 1000]))
+        for start in range(0, len(user_ids), self.chunk):
+            found.update(super().read(user_ids[start : start + self.chunk]))
             threading.Event().wait(0.002)  # other writes in this pause are the fault
         return found
+
+
+class ReadsInLongChunks(ReadsInChunks):
+    """Reads as many users at a time as a statement of SQLite has parameters."""
+
+    chunk = 32_000
 
 
 class LeaksWhenClosed(InMemoryStorage):
@@ -972,6 +1121,28 @@ class Caches(Twice):
         for user, _ in changes:
             self._cache.pop((self.app_id, user), None)
         return super().write(changes)
+
+
+class FillsItsCacheLate(Twice):
+    """Puts into a cache what it has read, though a write may have removed it from there."""
+
+    finds = "was an older row put into a cache"
+
+    def begin(self) -> None:
+        self._cache: dict[str, Metadata] = {}
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        cached = dict(self._cache)
+        if not cached.keys() >= {*user_ids}:
+            cached = super().read(user_ids)
+            threading.Event().wait(0.002)  # a write in this pause is not noticed
+            self._cache = dict(cached)
+        return {user: copy.deepcopy(cached[user]) for user in user_ids if user in cached}
+
+    def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
+        results = super().write(changes)
+        self._cache = {}
+        return results
 
 
 class ReadsFromASnapshot(Twice):
@@ -1549,3 +1720,28 @@ class LeaksErrorsOfReads(Remote):
         if self._next_break()[0]:
             raise TimeoutError
         return super().read(user_ids)
+
+
+class LeaksErrorsOfConnecting(Remote):
+    """Connects, after a break, outside of what translates the driver's errors."""
+
+    finds = "ConnectionRefusedError came through"
+    _is_connected = True
+
+    @contextlib.contextmanager
+    def break_connection(
+        self, phase: Phase, number: int, meanwhile: Callable[[], object]
+    ) -> Generator[None, None, None]:
+        with super().break_connection(phase, number, meanwhile):
+            yield
+        if phase == "after the answer":
+            self._is_connected = False
+
+    def read(self, user_ids: Sequence[str]) -> dict[str, Metadata]:
+        self._connect()
+        return super().read(user_ids)
+
+    def _connect(self) -> None:
+        if not self._is_connected and self._breaks:
+            raise ConnectionRefusedError
+        self._is_connected = True

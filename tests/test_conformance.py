@@ -15,8 +15,10 @@ from faulty_storages import (
     AnswersWhatWasDropped,
     AnswersWithoutWaiting,
     BeginsPagesWithTheLast,
+    BeginsVersionsAnew,
     BoundToOneThread,
     Caches,
+    CallsChangesInACoroutine,
     ChecksEachChange,
     ChecksNothing,
     ClearsToEmpty,
@@ -24,6 +26,7 @@ from faulty_storages import (
     ClosesItsOwnAppOnly,
     ClosesOnce,
     CommitsEachUser,
+    CommitsInChunks,
     ComparesEmojiAlike,
     CountsWrites,
     CutsApps,
@@ -38,6 +41,7 @@ from faulty_storages import (
     ErasesOneApp,
     ErasesWithoutALock,
     FailsOnNothing,
+    FillsItsCacheLate,
     FindsByDoubles,
     FindsByEquality,
     FindsByText,
@@ -59,7 +63,10 @@ from faulty_storages import (
     JoinsTheIdsByAControlCharacter,
     JoinsTheIdsByASlash,
     KeepsABrokenConnection,
+    KeepsResults,
+    KeepsTheVersion,
     KnowsOnlyItsChanges,
+    LeaksErrorsOfConnecting,
     LeaksErrorsOfReads,
     LeaksTheDriversErrors,
     LeaksWhenClosed,
@@ -94,6 +101,7 @@ from faulty_storages import (
     ReadsFewUsers,
     ReadsFromASnapshot,
     ReadsInChunks,
+    ReadsInLongChunks,
     ReadsManyFromAllApps,
     ReadsOneByOne,
     Remote,
@@ -101,6 +109,7 @@ from faulty_storages import (
     RepeatsOnItsOwnResults,
     RepeatsWhatWasDone,
     ReplaceMerges,
+    ReplacesInTheOrderOfTheCall,
     RoundsNumbers,
     RoundsWhatIsMerged,
     RoundsWhatIsThere,
@@ -113,6 +122,7 @@ from faulty_storages import (
     SharesWithin,
     ShowsHalf,
     StopsItsThread,
+    StoresInChunks,
     StoresWhatWasInterrupted,
     TakesAChangesErrorForItsOwn,
     TakesAnyApp,
@@ -123,6 +133,7 @@ from faulty_storages import (
     WritesElsewhere,
     WritesFewUsers,
     WritesFromItsCache,
+    WritesTogether,
 )
 from json_file_storage import JSONFileStorage
 from postgres_proxy import address_of
@@ -131,8 +142,9 @@ from psycopg.conninfo import make_conninfo
 from sqlite_utils import Database
 
 from usermetadata import InMemoryStorage, PostgresStorage, SQLiteStorage
-from usermetadata.changes import Merge
+from usermetadata.changes import Merge, Replace
 from usermetadata.testing import BreakingProxy, StorageConformance
+from usermetadata.testing.conformance.atomicity import BLIND_WRITES
 from usermetadata.testing.conformance.connections import ConnectionConformance
 from usermetadata.testing.conformance.finding import FindingConformance
 from usermetadata.testing.conformance.suite import Suite
@@ -293,9 +305,13 @@ PLANTED_FAULTS: dict[str, list[type[Any]]] = {
         WrapsErrors,
         TakesAChangesErrorForItsOwn,
         StoresWhatWasInterrupted,
+        CallsChangesInACoroutine,
     ],
+    "test_a_write_of_many_users_is_whole": [CommitsInChunks, StoresInChunks],
+    "test_a_failing_write_fails_alone": [WritesTogether],
     "test_a_storage_works_after_a_failed_write": [LeavesItselfLocked],
     "test_no_write_comes_between": [Unlocked],
+    "test_no_blind_write_comes_between": [BeginsVersionsAnew, KeepsTheVersion],
     "test_a_reader_sees_all_of_a_write_or_nothing": [HalfLocked],
     "test_any_thread_may_use_the_storage": [BoundToOneThread],
     "test_what_was_acknowledged_is_stored": [
@@ -312,7 +328,7 @@ PLANTED_FAULTS: dict[str, list[type[Any]]] = {
     "test_what_a_change_returned_is_its_own": [SharesObjects],
     "test_what_a_change_is_given_is_its_own": [SharesObjects],
     "test_two_first_merges_both_survive": [MergesByItself],
-    "test_a_read_is_of_one_moment": [ReadsOneByOne],
+    "test_a_read_is_of_one_moment": [ReadsOneByOne, FillsItsCacheLate],
     "test_apps_are_told_apart": [
         JoinsTheIds,
         JoinsTheIdsByAColon,
@@ -334,15 +350,23 @@ PLANTED_FAULTS: dict[str, list[type[Any]]] = {
     "test_functions_in_opposite_order_do_not_deadlock": [
         LocksInTheOrderOfTheCall,
         HangsInADeadlock,
+        KeepsResults,
     ],
-    "test_writes_in_opposite_order_do_not_deadlock": [LocksInTheOrderOfTheCall],
-    "test_a_read_of_many_users_is_of_one_moment": [ReadsInChunks],
+    "test_writes_in_opposite_order_do_not_deadlock": [
+        LocksInTheOrderOfTheCall,
+        ReplacesInTheOrderOfTheCall,
+    ],
+    "test_a_read_of_many_users_is_of_one_moment": [ReadsInChunks, ReadsInLongChunks],
     "test_closing_leaks_no_other_error": [LeaksWhenClosed],
     "test_closing_in_the_middle_of_a_write": [StopsItsThread],
     "test_a_second_storage_reads_what_was_acknowledged": [Caches, ReadsFromASnapshot],
     "test_a_second_storage_has_the_same_apps": [NumbersApps],
     "test_each_change_is_given_what_the_other_storage_wrote": [WritesFromItsCache],
     "test_no_write_of_a_second_storage_comes_between": [LocksOneInstance, LocksOneProcess],
+    "test_no_blind_write_of_a_second_storage_comes_between": [
+        BeginsVersionsAnew,
+        KeepsTheVersion,
+    ],
     "test_every_user_is_locked_for_a_second_storage": [LocksTheFirstUser],
     "test_a_change_that_meets_a_second_storage_starts_anew": [RepeatsOnItsOwnResults],
     "test_a_second_storage_sees_all_of_a_write_or_nothing": [ShowsHalf],
@@ -394,6 +418,7 @@ PLANTED_FAULTS: dict[str, list[type[Any]]] = {
     "test_a_broken_connection_writes_all_or_nothing": [CommitsEachUser, SaysThatNothingWasDone],
     "test_what_may_have_been_done_is_not_repeated": [RepeatsMerges],
     "test_a_read_survives_a_broken_connection": [LeaksErrorsOfReads],
+    "test_an_error_while_connecting_is_translated": [LeaksErrorsOfConnecting],
     "test_threads_count_what_was_done": [RepeatsWhatWasDone],
 }
 # The arguments besides the storages, if a test has any.
@@ -401,6 +426,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "test_values_come_back_exactly": {"values": [2**53 + 1, [], {}]},
     "test_no_write_comes_between": {"row": True},
     "test_no_write_of_a_second_storage_comes_between": {"row": False},
+    "test_no_blind_write_comes_between": {"changes": BLIND_WRITES["clear and merge"]},
+    "test_no_blind_write_of_a_second_storage_comes_between": {
+        "changes": BLIND_WRITES["clear and merge"]
+    },
+    "test_a_read_of_many_users_is_of_one_moment": {"between": 3000},
     "test_every_user_of_a_write_is_locked": {"which": "the last user"},
     "test_every_user_is_locked_for_a_second_storage": {"which": "a user whose change comes later"},
     "test_writes_in_opposite_order_do_not_deadlock": {"change": Merge({"m": 1})},
@@ -413,11 +443,16 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "test_a_broken_connection_does_nothing_twice": {"phase": "after sending"},
     "test_a_broken_connection_writes_all_or_nothing": {"phase": "after sending", "change": Merge},
     "test_a_read_survives_a_broken_connection": {"phase": "after sending"},
+    "test_an_error_while_connecting_is_translated": {"method": "read"},
 }
 # The arguments with which only one fault is found.
 SPECIAL: dict[Any, dict[str, Any]] = {
     StoresWhatWasInterrupted: {"error": KeyboardInterrupt()},
     TakesAChangesErrorForItsOwn: {"error": ConnectionResetError()},
+    CallsChangesInACoroutine: {"error": StopIteration()},
+    KeepsTheVersion: {"changes": BLIND_WRITES["replace"]},
+    ReplacesInTheOrderOfTheCall: {"change": Replace({"m": 1})},
+    ReadsInLongChunks: {"between": 70_000},
     AnswersWithoutWaiting: {"phase": "before sending"},
 }
 

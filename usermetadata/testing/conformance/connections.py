@@ -118,6 +118,24 @@ class ConnectionConformance(Suite):
             assert found in ([], [{"alice": {"n": 1}}])
             assert _read_again(storage, ["alice"]) == {"alice": {"n": 1}}
 
+    @pytest.mark.parametrize("method", ["read", "write"])
+    def test_an_error_while_connecting_is_translated(
+        self, storage: Storage, break_connection: BreakConnection, method: str
+    ) -> None:
+        """A call that cannot connect works after another attempt, or raises ``StorageError``."""
+        storage.write([("alice", Merge({"n": 1}))])
+        calls: dict[str, Callable[[], object]] = {
+            "read": lambda: storage.read(["alice"]),
+            "write": lambda: storage.write([("alice", Merge({"n": 1}))]),
+        }
+        for number in range(_ROUND_TRIPS):
+            _break(break_connection, "after the answer", 0, calls["read"])
+            with break_connection("before sending", number, lambda: None):
+                # The first call may only find out that the connection is lost.
+                for _ in range(3):
+                    _outcome(f"connecting again, round trip {number}", calls[method])
+            assert _read_again(storage, ["alice"]) == {"alice": {"n": 1}}
+
     def test_threads_count_what_was_done(
         self, storage: Storage, break_connection: BreakConnection
     ) -> None:

@@ -9,6 +9,8 @@ import pytest
 from usermetadata.changes import Clear, Merge, Replace
 from usermetadata.exceptions import UsageError
 from usermetadata.testing.conformance.atomicity import (
+    BLIND_WRITES,
+    IN_OPPOSITE_ORDER,
     ROW_OR_NOT,
     WHICH_USER,
     check_a_reader_sees_all_or_nothing,
@@ -16,6 +18,7 @@ from usermetadata.testing.conformance.atomicity import (
     check_every_user_is_locked,
     check_first_merges_survive,
     check_functions_do_not_deadlock,
+    check_no_blind_write_comes_between,
     check_nothing_comes_between,
     check_nothing_counts_twice,
     check_orders_do_not_deadlock,
@@ -87,6 +90,13 @@ class ProcessConformance(Suite):
         """A write of the second storage during a change is not lost, with a row or without."""
         check_nothing_comes_between(self, storage, second_storage, row=row)
 
+    @pytest.mark.parametrize("changes", BLIND_WRITES.values(), ids=BLIND_WRITES)
+    def test_no_blind_write_of_a_second_storage_comes_between(
+        self, storage: Storage, second_storage: Storage, changes: list[Change]
+    ) -> None:
+        """The same applies to ``Replace`` and ``Clear`` of the second storage."""
+        check_no_blind_write_comes_between(self, storage, second_storage, changes)
+
     @WHICH_USER
     def test_every_user_is_locked_for_a_second_storage(
         self, storage: Storage, second_storage: Storage, which: str
@@ -110,7 +120,7 @@ class ProcessConformance(Suite):
         """They can write ``[a, b]``, ``[b, a]`` and ``[b]`` at the same time, with functions."""
         check_functions_do_not_deadlock(self, storage, second_storage)
 
-    @pytest.mark.parametrize("change", [Merge({"m": 1}), COUNT], ids=["merge", "modify"])
+    @IN_OPPOSITE_ORDER
     def test_two_storages_do_not_deadlock_with_many_users(
         self, storage: Storage, second_storage: Storage, change: Change
     ) -> None:
@@ -129,7 +139,7 @@ class ProcessConformance(Suite):
         """If both merge into a user without a row at once, no write is lost."""
         check_first_merges_survive(self, storage, second_storage)
 
-    @pytest.mark.parametrize("between", [0, 3000])
+    @pytest.mark.parametrize("between", [0, 3000, 70_000])
     def test_a_read_is_of_one_moment_of_a_second_storage(
         self, storage: Storage, second_storage: Storage, between: int
     ) -> None:
