@@ -825,7 +825,7 @@ class Twice(InMemoryStorage):
 class LocksTheFirstUser(Twice):
     """Locks the first user of a write, reads all, calls the changes, and stores."""
 
-    finds = "the last user of a write was not locked"
+    finds = "a user of a write was not locked, nor compared"
 
     def __init__(self) -> None:
         super().__init__()
@@ -875,7 +875,7 @@ class LocksOneInstance(Twice):
 class LocksOneInstanceLong(LocksOneInstance):
     """Takes a while between reading and storing."""
 
-    finds = ""
+    finds = "writes are lost: a write has to hold the lock"
 
     def __init__(self) -> None:
         super().__init__()

@@ -122,8 +122,9 @@ def fail_with_stacks(seconds: float) -> None:
     texts = [stacks(), *(each.stacks() for each in other_processes)]
     pytest.fail(
         f"the test hangs: something in it has not ended within {seconds:g} s. A lock that is"
-        " never released is the likely cause, or two writes that wait for each other. Each"
-        " thread's last line shows what it waits for.\n\n" + "\n".join(texts)
+        " never released is the likely cause, or two writes that wait for each other, or a thread"
+        " that an exception has ended: pytest warns of it below. Each thread's last line shows what"
+        " it waits for.\n\n" + "\n".join(texts)
     )
 
 

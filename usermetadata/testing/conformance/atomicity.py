@@ -47,9 +47,21 @@ _ALONE = (
     " storage stores several writes together, each has to be undone, and to raise, by itself."
 )
 _ORDERS = (
-    "Writes of the same users in different orders have to end: lock all users of a write in one"
-    " order, or repeat a write that the database has ended because of a deadlock."
+    "It was raised while threads wrote the same users in different orders. If the database has"
+    " ended a deadlock, lock all users of a write in one order, or repeat the write. Otherwise the"
+    " lock may not exclude other writers."
 )
+_TOGETHER = (
+    "It was raised while several threads wrote. If the database has ended a deadlock, lock all"
+    " users of a write in one order, or repeat the write. Otherwise the lock may not exclude other"
+    " writers."
+)
+_LOST = (
+    "writes are lost: a write has to hold the lock of all its users, against other threads and"
+    " processes, from before it reads them until their rows are stored, or to compare when it"
+    " stores"
+)
+_HALF = "a read during a write returned half of it, or rows that were not stored yet"
 _RESULTS = "the results are not those of the attempt that was stored"
 _CLOSING = (
     "A call that is under way when another thread closes the storage has to return, or to raise an"
@@ -339,7 +351,7 @@ def check_every_user_is_locked(suite: Suite, storage: Storage, other: Storage, w
     assert storage.read(["alice", "bob"]) == {
         "alice": {"old": 1, "mine": 1},
         "bob": {"old": 1, "mine": 1, "other": 1},
-    }, "the last user of a write was not locked"
+    }, "a user of a write was not locked, nor compared when it was stored"
 
 
 def check_nothing_counts_twice(suite: Suite, storage: Storage, other: Storage) -> None:
@@ -382,7 +394,8 @@ def check_a_reader_sees_all_or_nothing(suite: Suite, storage: Storage, other: St
 
     storage.write([("alice", Merge({"n": 2})), ("bob", Modify(change))])
     meanwhile.finish()
-    assert seen[0] in ({user: {"n": 1} for user in users}, {user: {"n": 2} for user in users})
+    both = ({user: {"n": 1} for user in users}, {user: {"n": 2} for user in users})
+    assert seen[0] in both, _HALF
 
 
 def check_functions_do_not_deadlock(suite: Suite, storage: Storage, other: Storage) -> None:
@@ -405,7 +418,7 @@ def check_functions_do_not_deadlock(suite: Suite, storage: Storage, other: Stora
     ]
     with explained(_ORDERS):
         results = [thread.result() for thread in [suite.start(write) for write in writes]]
-    assert storage.read(["alice", "bob"]) == {"alice": {"n": 2}, "bob": {"n": 3}}
+    assert storage.read(["alice", "bob"]) == {"alice": {"n": 2}, "bob": {"n": 3}}, _LOST
     counted = [[result and result["n"] for result in each] for each in results]
     of_bob = [counted[0][1:], counted[1][:1], counted[2]]
     assert [len(each) for each in counted] == [2, 2, 1], (
@@ -431,7 +444,7 @@ def check_orders_do_not_deadlock(
             rounds,
         )
     last = storage.read([users[-1]])[users[-1]]
-    assert last == ({"n": 4 * rounds} if change is COUNT else {"m": 1})
+    assert last == ({"n": 4 * rounds} if change is COUNT else {"m": 1}), _LOST
 
 
 def check_all_are_kept(suite: Suite, storages: list[Storage], number: int) -> None:
@@ -443,23 +456,27 @@ def check_all_are_kept(suite: Suite, storages: list[Storage], number: int) -> No
             storage.write([("bob", Merge({f"{thread}:{each}": True}))])
 
     threads = [suite.start(partial(write, at, each)) for at, each in enumerate(storages)]
-    for thread in threads:
-        thread.result()
-    assert storages[0].read(["alice"]) == {"alice": {"n": len(storages) * number}}
-    assert len(storages[0].read(["bob"])["bob"]) == len(storages) * number
+    with explained(_TOGETHER):
+        for thread in threads:
+            thread.result()
+    assert storages[0].read(["alice"]) == {"alice": {"n": len(storages) * number}}, _LOST
+    assert len(storages[0].read(["bob"])["bob"]) == len(storages) * number, _LOST
 
 
 def check_first_merges_survive(suite: Suite, storage: Storage, other: Storage) -> None:
     """Merge into users without a row, in two threads at once."""
-    suite.in_rounds(
-        [
-            lambda number: storage.write([(f"user {number}", Merge({"left": True}))]),
-            lambda number: other.write([(f"user {number}", Merge({"right": True}))]),
-        ],
-        50,
-    )
+    with explained(_TOGETHER):
+        suite.in_rounds(
+            [
+                lambda number: storage.write([(f"user {number}", Merge({"left": True}))]),
+                lambda number: other.write([(f"user {number}", Merge({"right": True}))]),
+            ],
+            50,
+        )
     found = storage.read([f"user {number}" for number in range(50)])
-    assert list(found.values()) == [{"left": True, "right": True}] * 50
+    assert list(found.values()) == [{"left": True, "right": True}] * 50, (
+        f"{_LOST}, also for users without a row"
+    )
 
 
 def check_reads_are_of_one_moment(
@@ -479,7 +496,8 @@ def check_reads_are_of_one_moment(
         last = acknowledged[0]
         found = storage.read(users)
         assert found["alice"] == found["bob"], (
-            "one read returned rows of two moments: several queries need one snapshot"
+            "one read returned rows of two moments: several queries need one snapshot, and"
+            " rows that are read one by one need a lock that excludes writers"
         )
         assert found["alice"]["n"] >= last, (
             f"a read returned {found['alice']} after {last} was acknowledged: was an older row put"
