@@ -1126,7 +1126,7 @@ class Caches(Twice):
 class FillsItsCacheLate(Twice):
     """Puts into a cache what it has read, though a write may have removed it from there."""
 
-    finds = "was an older row put into a cache"
+    finds = "did a read that met the write put it into a cache"
 
     def begin(self) -> None:
         self._cache: dict[str, Metadata] = {}

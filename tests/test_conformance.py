@@ -329,6 +329,7 @@ PLANTED_FAULTS: dict[str, list[type[Any]]] = {
     "test_what_a_change_is_given_is_its_own": [SharesObjects],
     "test_two_first_merges_both_survive": [MergesByItself],
     "test_a_read_is_of_one_moment": [ReadsOneByOne, FillsItsCacheLate],
+    "test_a_read_does_not_bring_an_old_row_back": [FillsItsCacheLate],
     "test_apps_are_told_apart": [
         JoinsTheIds,
         JoinsTheIdsByAColon,
