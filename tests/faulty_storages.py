@@ -743,7 +743,7 @@ class OpensAfterClosing(InMemoryStorage):
 class CommitsInChunks(InMemoryStorage):
     """Commits after each 10,000 changes of a write."""
 
-    finds = "20000 users are stored: a write has to be one transaction"
+    finds = "10000 users are stored: a write has to be one transaction"
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         chunks = [changes[start : start + 10_000] for start in range(0, len(changes), 10_000)]

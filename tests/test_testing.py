@@ -413,6 +413,16 @@ def test_a_hang_ends(pytester: pytest.Pytester) -> None:
     )
 
 
+def test_a_test_with_many_users_has_more_time(pytester: pytest.Pytester) -> None:
+    """On a busy machine a large write takes longer, and is no hang."""
+    hanging = HANGING.replace("0.5", "0.1").replace("def for_app", "def read")
+    pytester.makepyfile(hanging.replace("self, app_id", "self, user_ids"))
+    result = pytester.runpytest_subprocess(*QUICK, "-k", "read_takes or removes_the_row")
+    assert result.parseoutcomes()["failed"] == 2
+    result.stdout.fnmatch_lines(["E*not ended within 0.1 s.*"])
+    result.stdout.fnmatch_lines(["E*not ended within 0.5 s.*"])
+
+
 def test_an_exception_of_a_thread_fails_the_test(pytester: pytest.Pytester) -> None:
     """The thread's traceback is shown."""
     pytester.makepyfile(

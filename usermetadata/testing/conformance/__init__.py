@@ -40,7 +40,7 @@ class StorageConformance(
 
     Attributes:
         timeout: seconds after which a test, including its fixtures, counts as hanging and fails
-            with the stacks of all threads.
+            with the stacks of all threads; five times as many for a test with thousands of users.
         moment: seconds within which a concurrent call ends unless the storage makes it wait. Raise
             it if a write takes longer.
         indexes: the indexes that an ``IndexedStorage`` has to declare in the fixtures.

@@ -13,7 +13,7 @@ import pytest
 
 from usermetadata.changes import Clear, Merge, Modify, Replace
 from usermetadata.exceptions import StorageBusyError, UsageError, UserMetadataError
-from usermetadata.testing.conformance.suite import COUNT, Suite, explained
+from usermetadata.testing.conformance.suite import COUNT, Suite, explained, with_many_users
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -120,9 +120,10 @@ class AtomicityConformance(Suite):
             self.in_thread(lambda: storage.write([("alice", Merge({"m": 1}))]))
         assert storage.read(["alice"]) == {"alice": {"n": 1, "m": 1}}
 
+    @with_many_users
     def test_a_write_of_many_users_is_whole(self, storage: Storage) -> None:
-        """All of a write of 25,000 users is stored at once, or nothing if the last change fails."""
-        users = [f"user {number:05}" for number in range(25_000)]
+        """All of a write of 12,000 users is stored at once, or nothing if the last change fails."""
+        users = [f"user {number:05}" for number in range(12_000)]
 
         def fail(old: Metadata | None) -> Metadata:
             raise LookupError
@@ -234,6 +235,7 @@ class AtomicityConformance(Suite):
         """If two users are always written together, a reader sees both changes or neither."""
         check_reads_are_of_one_moment(self, storage, storage, 0)
 
+    @with_many_users
     @pytest.mark.parametrize("between", [3000, 70_000])
     def test_a_read_of_many_users_is_of_one_moment(self, storage: Storage, between: int) -> None:
         """The same applies if thousands of others are read with them, even in several queries."""

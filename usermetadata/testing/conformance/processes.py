@@ -24,7 +24,7 @@ from usermetadata.testing.conformance.atomicity import (
     check_orders_do_not_deadlock,
     check_reads_are_of_one_moment,
 )
-from usermetadata.testing.conformance.suite import COUNT, Suite
+from usermetadata.testing.conformance.suite import COUNT, Suite, with_many_users
 
 if TYPE_CHECKING:
     from usermetadata.changes import Change
@@ -139,6 +139,7 @@ class ProcessConformance(Suite):
         """If both merge into a user without a row at once, no write is lost."""
         check_first_merges_survive(self, storage, second_storage)
 
+    @with_many_users
     @pytest.mark.parametrize("between", [0, 3000, 70_000])
     def test_a_read_is_of_one_moment_of_a_second_storage(
         self, storage: Storage, second_storage: Storage, between: int

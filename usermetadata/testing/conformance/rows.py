@@ -9,7 +9,7 @@ import pytest
 
 from usermetadata.changes import Clear, Merge, Modify, Replace
 from usermetadata.exceptions import UsageError
-from usermetadata.testing.conformance.suite import COUNT, Suite, explained, spoil
+from usermetadata.testing.conformance.suite import COUNT, Suite, explained, spoil, with_many_users
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,6 +49,7 @@ class RowConformance(Suite):
 
     # Reading and writing.
 
+    @with_many_users
     def test_read_takes_any_number_of_users(self, storage: Storage) -> None:
         """``read`` takes no ids, one, the same id twice, thousands, and 100,000 ids."""
         user_ids = [f"user {number}" for number in range(2000)]
@@ -61,6 +62,7 @@ class RowConformance(Suite):
             found = storage.read(["user 0", *absent, "user 2"])
         assert found == {user_id: {"id": user_id} for user_id in ("user 0", "user 2")}
 
+    @with_many_users
     def test_write_takes_any_number_of_users(self, storage: Storage) -> None:
         """A write of 35,000 users is one write."""
         absent = [f"absent {number}" for number in range(35_000)]

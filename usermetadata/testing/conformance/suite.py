@@ -21,8 +21,18 @@ if TYPE_CHECKING:
     from usermetadata.testing.proxy import Phase
 
 T = TypeVar("T")
+C = TypeVar("C", bound="Callable[..., object]")
 
 COUNT = Modify(lambda metadata: {**metadata, "n": metadata.get("n", 0) + 1})
+
+_PATIENCE = 5
+_WITH_MANY_USERS: set[str] = set()
+
+
+def with_many_users(test: C) -> C:
+    """Give a test more time: on a busy machine a large write to a server takes a minute."""
+    _WITH_MANY_USERS.add(test.__name__)
+    return test
 
 
 class Suite:
@@ -30,7 +40,7 @@ class Suite:
 
     Attributes:
         timeout: seconds after which a test, including its fixtures, counts as hanging and fails
-            with the stacks of all threads.
+            with the stacks of all threads; five times as many for a test with thousands of users.
         moment: seconds within which a concurrent call ends unless the storage makes it wait.
         indexes: the indexes that an ``IndexedStorage`` has to declare in the fixtures.
     """
@@ -52,8 +62,9 @@ class Suite:
         pytest.skip("define the fixture break_connection, if the storage uses a connection")
 
     @pytest.fixture(autouse=True)
-    def _ends(self) -> Generator[None, None, None]:
-        with limited(self.timeout):
+    def _ends(self, request: pytest.FixtureRequest) -> Generator[None, None, None]:
+        is_long = request.function.__name__ in _WITH_MANY_USERS
+        with limited(self.timeout * (_PATIENCE if is_long else 1)):
             yield
 
     def start(self, function: Callable[[], T]) -> Running[T]:
