@@ -42,7 +42,8 @@ READ = (  # one moment for all chunks
     "START TRANSACTION WITH CONSISTENT SNAPSHOT",
 )
 # Locks a user; one without a row gets "new", which other transactions do not see before COMMIT.
-HOLD = """INSERT INTO user_metadata VALUES (%s, %s, 'new')
+# PyMySQL sends many rows in one statement if all values are parameters; others one by one.
+HOLD = """INSERT INTO user_metadata VALUES (%s, %s, %s)
     ON DUPLICATE KEY UPDATE user_id = VALUES(user_id)"""
 STORE = """INSERT INTO user_metadata VALUES (%s, %s, %s)
     ON DUPLICATE KEY UPDATE metadata = VALUES(metadata)"""
@@ -123,7 +124,7 @@ class MariaDBStorage:
 
         def work(cursor: Cursor) -> list[Metadata | None]:
             with our_errors():
-                cursor.executemany(HOLD, [(app_id, user_id) for user_id in user_ids])
+                cursor.executemany(HOLD, [(app_id, user_id, "new") for user_id in user_ids])
             found = self._texts(cursor, user_ids)
             texts = {user_id: text for user_id, text in found.items() if text != "new"}
             results = apply_in_order(changes, texts, decode=decode, encode=encode_metadata)

@@ -96,9 +96,10 @@ class TestCitus(StorageConformance):
         """
         check_that_a_write_that_returned_is_read(storage, USERS)
 
-    def test_a_read_of_many_users_is_of_one_moment(self, storage: Storage) -> None:
+    @pytest.mark.parametrize("between", [3000, 70_000])
+    def test_a_read_of_many_users_is_of_one_moment(self, storage: Storage, between: int) -> None:
         """The same, if thousands of others are read with them."""
-        absent = [f"absent {number}" for number in range(3000)]
+        absent = [f"absent {number}" for number in range(between)]
         check_that_a_write_that_returned_is_read(storage, [*absent, *USERS])
 
 
