@@ -136,6 +136,7 @@ class AtomicityConformance(Suite):
         ends = [users[0], users[-1]]
         writing = self.start(lambda: storage.write(changes))
         while writing.is_alive:
+            writing.give_time(0.005)  # reads without a pause would slow it down
             with contextlib.suppress(StorageBusyError):  # it may have waited for all of the write
                 stored = storage.read(ends)
             assert len(stored) in {0, 2}, f"a read returned half of a write: {_WHOLE}"
