@@ -390,6 +390,16 @@ class WritesElsewhere(InMemoryStorage):
         return super().write(changes)
 
 
+class CreatesATableForEachApp(InMemoryStorage):
+    """Creates a table for an app at once, which waits for the server."""
+
+    finds = "for_app waits"
+
+    def for_app(self, app_id: str) -> Self:
+        time.sleep(0.001)
+        return super().for_app(app_id)
+
+
 class SharesWithin(InMemoryStorage):
     """Returns one list where two that are equal were stored."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from typing import TYPE_CHECKING
 
@@ -219,6 +220,12 @@ class RowConformance(Suite):
             # sleeps.
             waits = statistics.median(_waits(call) for _ in range(21))
             assert waits == 0, "it waits, on the event loop"
+
+    def test_for_app_does_not_block(self, storage: Storage) -> None:
+        """``for_app`` is called on event loops, and waits for no disk and no network."""
+        names = (f"app {number}" for number in itertools.count())
+        waits = statistics.median(_waits(lambda: storage.for_app(next(names))) for _ in range(21))
+        assert waits == 0, "for_app waits, on the event loop: connect or create tables later"
 
 
 def _count_if_there(old: Metadata | None) -> Metadata | None:
