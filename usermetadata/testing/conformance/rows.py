@@ -213,7 +213,7 @@ class RowConformance(Suite):
         if getattr(storage, "writes_in_flight", 1) == 0:
             calls.append(lambda: storage.write([("alice", Merge({"n": 1}))]))
         if not calls:
-            pytest.skip("the storage may wait")
+            pytest.skip("the storage may wait: neither reads_in_flight nor writes_in_flight is 0")
         storage.write([("alice", Merge({"n": 0}))])
         for call in calls:
             # The system may interrupt any thread, and a short wait may end before the thread
