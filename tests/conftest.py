@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import os
 import resource
+import shutil
 import sqlite3
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 from hypothesis import HealthCheck, settings
-from postgres_server import empty_schema, server_url, server_version, stop_servers
+from postgres_server import TEMPLATE, empty_schema, server_url, server_version, stop_servers
 from psycopg.sql import SQL, Identifier
 from sqlite_utils import Database
 
@@ -51,6 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make the import of msgspec fail; the library imports it with the first object."""
     # Otherwise each worker and each program of a test compiles the same modules anew: 40 s in all.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    if not hasattr(config, "workerinput"):
+        os.environ[TEMPLATE] = tempfile.mkdtemp()
     if config.getoption("without_msgspec"):
         sys.modules["msgspec"] = None  # type: ignore[assignment]
 
@@ -61,9 +65,11 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"sqlite: {sqlite3.sqlite_version}, postgresql: {server_version()}, msgspec: {msgspec}"
 
 
-def pytest_unconfigure() -> None:
+def pytest_unconfigure(config: pytest.Config) -> None:
     """Stop the database server."""
     stop_servers()
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(TEMPLATE))
 
 
 @contextlib.contextmanager

@@ -170,10 +170,10 @@ class Storages(Suite):
     @pytest.fixture
     def opened(
         self,
+        request: pytest.FixtureRequest,
         storage_kind: str,
         tmp_path: Path,
         usermetadata_process: OtherProcess,
-        proxy: BreakingProxy,
     ) -> Generator[Opened, None, None]:
         with contextlib.ExitStack() as stack:
             kind, _, indexed = storage_kind.partition(", ")
@@ -194,8 +194,11 @@ class Storages(Suite):
             elif kind.startswith("postgres"):
                 arguments["statements"] = kind.partition(" ")[2] or None
                 arguments["schema"] = stack.enter_context(empty_schema())
+                # What passes through the proxy costs this process more than the rest of a test.
+                breaks = "break_connection" in request.fixturenames
+                proxy = request.getfixturevalue("proxy") if breaks else None
                 opened = Opened(
-                    PostgresStorage(through(proxy), **arguments),
+                    PostgresStorage(through(proxy) if proxy else server_url(), **arguments),
                     lambda: usermetadata_process.open(PostgresStorage, server_url(), **arguments),
                     proxy,
                 )
