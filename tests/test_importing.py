@@ -427,19 +427,25 @@ def test_an_import_of_another_format_is_resumed(database: Path, name: str) -> No
 @pytest.mark.parametrize("name", ["auth0", "csv"])
 def test_lines_are_read_one_after_the_other(tmp_path: Path, name: str) -> None:
     """A file that is larger than the memory can be imported, also from gzip."""
-    text = "x" * 10_000
+    text = "x" * 3000
     line = {
         "auth0": f'{{"user_id": "a", "app_metadata": {{"n": "{text}"}}}}\n',
         "csv": f"a,{text}\n",
     }[name]
     with gzip.open(tmp_path / "large.gz", "wt", compresslevel=1) as file:
         file.write("user_id,n\n" if name == "csv" else "")
-        for _ in range(20):
-            file.write(line * 1000)  # 200 MB in all
-    program = (
-        "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**28, 2**28));"
-        "from usermetadata.cli import main; main()"
-    )
+        for _ in range(16):
+            file.write(line * 1000)  # 48 MB in all
+    program = """
+import resource
+from usermetadata import SQLiteStorage
+from usermetadata.cli import main
+
+with open("/proc/self/statm") as mapped:
+    limit = int(mapped.read().split()[0]) * resource.getpagesize() + 32 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+main()
+"""
     arguments = ["import", "large.gz", "--format", name, "--storage", "users.db"]
     finished = subprocess.run(
         [sys.executable, "-c", program, *arguments],
@@ -449,4 +455,4 @@ def test_lines_are_read_one_after_the_other(tmp_path: Path, name: str) -> None:
         cwd=tmp_path,
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},  # numpy's threads have memory of their own
     )
-    assert (finished.returncode, finished.stderr) == (0, "20000 users\n")
+    assert (finished.returncode, finished.stderr) == (0, "16000 users\n")
