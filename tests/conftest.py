@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 from hypothesis import HealthCheck, settings
-from postgres_server import TEMPLATE, empty_schema, server_url, server_version, stop_servers
+from postgres_server import RUN_FOLDER, empty_schema, server_url, server_version, stop_servers
 from psycopg.sql import SQL, Identifier
+from sdk_programs import SDKPrograms
 from sqlite_utils import Database
 
 import usermetadata
@@ -53,8 +54,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make the import of msgspec fail; the library imports it with the first object."""
     # Otherwise each worker and each program of a test compiles the same modules anew: 40 s in all.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    if not hasattr(config, "workerinput"):
-        os.environ[TEMPLATE] = tempfile.mkdtemp()
+    is_worker = hasattr(config, "workerinput")
+    if not is_worker:
+        os.environ[RUN_FOLDER] = tempfile.mkdtemp()
+        (Path(os.environ[RUN_FOLDER]) / "numpy.py").write_text("raise ImportError")
+    if is_worker or config.getoption("dist", "no") == "no":
+        # sqlite-utils imports numpy if it is there: 0.1 s for each program that a test starts.
+        path = [os.environ[RUN_FOLDER], *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(path)
     if config.getoption("without_msgspec"):
         sys.modules["msgspec"] = None  # type: ignore[assignment]
 
@@ -69,7 +76,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Stop the database server."""
     stop_servers()
     if not hasattr(config, "workerinput"):
-        shutil.rmtree(os.environ.pop(TEMPLATE))
+        shutil.rmtree(os.environ.pop(RUN_FOLDER))
 
 
 @contextlib.contextmanager
@@ -173,6 +180,14 @@ FACADES: dict[str, Any] = {
 def facade(request: pytest.FixtureRequest) -> Any:
     """Both facades in turn, called without ``await``."""
     return FACADES[request.param]
+
+
+@pytest.fixture(scope="session")
+def sdk_programs() -> Generator[SDKPrograms, None, None]:
+    """What runs programs that use SuperTokens' SDK."""
+    programs = SDKPrograms()
+    yield programs
+    programs.close()
 
 
 CLIENTS = Path(__file__).parent / "clients"

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 servers: list[OwnServer] = []
 
-# Names the folder in which the processes of a test run keep the data of a server that never ran.
-TEMPLATE = "USERMETADATA_TEST_TEMPLATE"
+RUN_FOLDER = "USERMETADATA_TEST_FOLDER"  # names a folder that all processes of a test run share
 
 # Waiting for the disk is of use only if the machine itself crashes. A commit still writes the log,
 # so it survives a crash of the server.
@@ -59,11 +58,11 @@ class OwnServer:
     def _fill_folder(self) -> None:
         """Copy the data of a new server, which ``initdb`` takes eight times as long to make."""
         with contextlib.ExitStack() as stack:
-            template = os.environ.get(TEMPLATE)
-            if template is None:
-                template = stack.enter_context(tempfile.TemporaryDirectory())
-            made = Path(template) / "made"
-            lock = stack.enter_context((Path(template) / "lock").open("w"))
+            shared = os.environ.get(RUN_FOLDER)
+            if shared is None:
+                shared = stack.enter_context(tempfile.TemporaryDirectory())
+            made = Path(shared) / "postgres"
+            lock = stack.enter_context((Path(shared) / "lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
             if made.exists():
                 # It keeps the owner, which may be another user.

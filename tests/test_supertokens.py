@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +20,7 @@ from usermetadata.changes import Merge
 
 if TYPE_CHECKING:
     import pytest
+    from sdk_programs import SDKPrograms
     from starlette.requests import Request
 
     from usermetadata import InMemoryStorage
@@ -64,28 +63,22 @@ assert blocking.get_user_metadata("bob").metadata == {}
 """
 
 
-def run(program: str, *arguments: object) -> str:
-    """Run a program in a new process, because the SDK can be initialised only once."""
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
-
-
-def test_the_sdk_keeps_its_calls_and_moves_the_data(database: Path) -> None:
+def test_the_sdk_keeps_its_calls_and_moves_the_data(
+    database: Path, sdk_programs: SDKPrograms
+) -> None:
     """With the override, both facades of the SDK use the storage, not a core."""
     program = """
 from usermetadata.supertokens import use_storage
 usermetadata.init(sys.argv[1])
 init_sdk("http://localhost:1", recipe.UserMetadataOverrideConfig(functions=use_storage))
 """
-    run(INIT + program + CALLS + "usermetadata.UserMetadataRecipe.reset()", database)
+    sdk_programs.run(INIT + program + CALLS + "usermetadata.UserMetadataRecipe.reset()", database)
     storage = SQLiteStorage(database)
     assert storage.read(["alice", "bob"]) == {"alice": {"theme": "dark"}}
     storage.close()
 
 
-def test_the_dashboard_edits_the_storage(database: Path) -> None:
+def test_the_dashboard_edits_the_storage(database: Path, sdk_programs: SDKPrograms) -> None:
     """The metadata editor of the SDK's dashboard shows and changes the stored metadata."""
     program = """
 from fastapi import FastAPI
@@ -106,7 +99,7 @@ usermetadata.UserMetadataRecipe.reset()
 """
     storage = SQLiteStorage(database)
     storage.write([("alice", Merge({"theme": "dark", "old": True}))])
-    shown = run(INIT + program, database).splitlines()
+    shown = sdk_programs.run(INIT + program, database).splitlines()
     assert shown == [
         "{'status': 'OK', 'data': {'theme': 'dark', 'old': True}}",
         "{'status': 'OK'}",
@@ -117,14 +110,16 @@ usermetadata.UserMetadataRecipe.reset()
 
 
 def test_the_sdk_as_it_is_uses_the_server(
-    usermetadata_server: str, usermetadata_storage: InMemoryStorage
+    usermetadata_server: str, usermetadata_storage: InMemoryStorage, sdk_programs: SDKPrograms
 ) -> None:
     """Without any override: the server is the SDK's ``connection_uri``, in place of a core."""
-    run(INIT + "init_sdk(sys.argv[1])" + CALLS, usermetadata_server)
+    sdk_programs.run(INIT + "init_sdk(sys.argv[1])" + CALLS, usermetadata_server)
     assert usermetadata_storage.read(["alice", "bob"]) == {"alice": {"theme": "dark"}}
 
 
-def test_the_user_of_a_session(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_user_of_a_session(
+    database: Path, monkeypatch: pytest.MonkeyPatch, sdk_programs: SDKPrograms
+) -> None:
     """In the guide's program with ``verify_session()`` the session's user reads and writes."""
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     public = {**RSAAlgorithm.to_jwk(key.public_key(), as_dict=True), "kid": "d-1", "alg": "RS256"}
@@ -156,7 +151,7 @@ with TestClient(app) as client:
     monkeypatch.setenv("USERMETADATA_URL", f"sqlite:///{database}")
     with serve(Starlette(routes=[Route("/.well-known/jwks.json", keys)])) as port:
         monkeypatch.setenv("SUPERTOKENS_URI", f"http://127.0.0.1:{port}")
-        shown = run(program, examples, token)
+        shown = sdk_programs.run(program, examples, token)
     assert shown.splitlines() == [
         "401",
         "{'message': 'successfully updated user metadata'}",

@@ -16,7 +16,6 @@ import pytest
 from asgi_server import serve
 from conftest import CLIENTS
 from supertokens_core import Core
-from test_supertokens import run
 
 from usermetadata import SQLiteStorage
 from usermetadata.changes import Merge
@@ -24,6 +23,8 @@ from usermetadata.server import create_app
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
+
+    from sdk_programs import SDKPrograms
 
 END = "-----END CERTIFICATE-----"
 INIT = """
@@ -67,10 +68,11 @@ usermetadata.UserMetadataRecipe.reset()
 class World:
     """A core with users, and our storage with metadata for the same ids as the core's table."""
 
-    def __init__(self, core: Core, uri: str, database: Path) -> None:
+    def __init__(self, core: Core, uri: str, database: Path, programs: SDKPrograms) -> None:
         self.core = core
         self.uri = uri
         self.database = database
+        self.programs = programs
 
     def add(self, *accounts: str, external: tuple[str, ...] = ()) -> None:
         """Add a user whose accounts are linked to the first; map some to ``{id}-external``."""
@@ -86,7 +88,7 @@ class World:
 
     def run(self, program: str, *arguments: object) -> str:
         """Run a program that uses the SDK with both overrides."""
-        return run(INIT + program, self.uri, self.database, *arguments)
+        return self.programs.run(INIT + program, self.uri, self.database, *arguments)
 
     def left(self) -> set[str]:
         """Return the ids that have metadata here."""
@@ -96,7 +98,7 @@ class World:
 
 @pytest.fixture
 def world(
-    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sdk_programs: SDKPrograms
 ) -> Generator[World, None, None]:
     """An empty core, which is running, and an empty storage."""
     # The SDK makes an HTTP client for each request. Loading all public certificates takes 45 ms.
@@ -106,7 +108,7 @@ def world(
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     core = Core()
     with serve(core.app()) as port:
-        yield World(core, f"http://127.0.0.1:{port}", database)
+        yield World(core, f"http://127.0.0.1:{port}", database, sdk_programs)
 
 
 ONLY, ALL = False, True  # whether the linked accounts are deleted as well
