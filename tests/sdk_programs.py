@@ -10,13 +10,14 @@ import tempfile
 from pathlib import Path
 
 SERVER = """
-import json, os, signal, sys
+import gc, json, os, signal, sys
 import fastapi.testclient, httpcore, usermetadata.storage.sqlite, usermetadata.supertokens
 from supertokens_python import asyncio, syncio
 from supertokens_python.framework import fastapi
 from supertokens_python.recipe import accountlinking, dashboard, session
 from supertokens_python.recipe.usermetadata import asyncio, syncio
 
+gc.freeze()  # a child does not look through all modules when it ends
 for line in sys.stdin:
     program, arguments, environment, folder, outputs = json.loads(line)
     child = os.fork()

@@ -207,11 +207,17 @@ def test_a_full_disk_is_an_error(shell: Shell, command: str) -> None:
 def test_a_line_that_does_not_fit_in_memory(shell: Shell, tmp_path: Path) -> None:
     """One line and the exit code 2, not a traceback."""
     with (tmp_path / "huge.jsonl").open("wb") as file:
-        file.truncate(2**29)  # one line without an end, on a sparse file
-    program = (
-        "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 * 2**27, 3 * 2**27));"
-        "from usermetadata.cli import main; main()"
-    )
+        file.truncate(2**26)  # one line without an end, on a sparse file
+    program = """
+import resource
+from usermetadata import SQLiteStorage
+from usermetadata.cli import main
+
+with open("/proc/self/statm") as mapped:
+    limit = int(mapped.read().split()[0]) * resource.getpagesize() + 2**25
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+main()
+"""
     for arguments in (["import", "huge.jsonl"], ["set", "a"]):
         with (tmp_path / "huge.jsonl").open("rb") as stdin:
             finished = subprocess.run(

@@ -62,15 +62,15 @@ for n in range(int(sys.argv[3])):
 
 
 def test_processes_lose_no_update(database: Path) -> None:
-    """8 processes that create the file together and update one user 200 times each lose nothing."""
-    processes = [start(UPDATE, database, number, 200) for number in range(8)]
+    """8 processes that create the file together and update one user 100 times each lose nothing."""
+    processes = [start(UPDATE, database, number, 100) for number in range(8)]
     for process in processes:
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
     for process in processes:
         finish(process)
-    expected = {f"{number}:{n}": n for number in range(8) for n in range(200)}
+    expected = {f"{number}:{n}": n for number in range(8) for n in range(100)}
     assert read(database, "alice") == expected
     assert is_sound(database)
 
