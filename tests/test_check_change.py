@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import psycopg
 import pytest
+from conftest import PATCH_ALL
 from postgres_server import server_url
 from protected_roles import protect_roles
 
@@ -348,9 +349,9 @@ def test_a_repeated_init_calls_no_override() -> None:
     assert len(calls) == 1
 
 
-GEVENT = """
-from gevent import monkey
-monkey.patch_all()
+GEVENT = (
+    PATCH_ALL
+    + """
 import sys
 sys.path.insert(0, sys.argv[1])
 from protected_roles import protect_roles
@@ -361,6 +362,7 @@ try:
 except PermissionError as error:
     print(error)
 """
+)
 
 
 def test_a_refusal_prints_nothing_under_gevent() -> None:

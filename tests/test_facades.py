@@ -11,11 +11,12 @@ import re
 import subprocess
 import sys
 import threading
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import trio
-from conftest import FUNCTIONS, STORAGES
+from conftest import FUNCTIONS, PATCH_ALL, STORAGES
 from postgres_server import server_url, with_parameters
 
 import usermetadata
@@ -482,9 +483,9 @@ def test_the_facades_are_the_same(name: str) -> None:
     assert without_await.replace("await ", "").replace(".asyncio.", ".syncio.") == blocking.__doc__
 
 
-GEVENT = """
-from gevent import monkey
-monkey.patch_all()
+GEVENT = (
+    PATCH_ALL
+    + """
 import asyncio, sys
 import gevent
 import usermetadata
@@ -523,6 +524,7 @@ metadata = get_user_metadata("alice").metadata
 assert metadata.pop("paused") == 80, metadata
 assert len(metadata) == 80, metadata
 """
+)
 
 
 @pytest.mark.parametrize("kind", ["sqlite file", "postgres"])
@@ -585,13 +587,11 @@ else:
 """
 
 
-PATCHED_AFTER_INIT = """
+PATCHED_AFTER_INIT = (
+    f"def patch():{indent(PATCH_ALL, '    ')}"
+    + """
 import os, sys
 _, url, patched = sys.argv
-
-def patch():
-    from gevent import monkey
-    monkey.patch_all()
 
 if patched == "first":
     patch()
@@ -624,6 +624,7 @@ if child == 0:
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
 """
+)
 
 
 @pytest.mark.parametrize("patched", ["first", "in the worker"])
