@@ -93,6 +93,8 @@ class Newcomer:
         # Any free port; .curlrc makes it the one that the page names.
         self.environment = kept | {"PATH": path, "UVICORN_PORT": "0", "CURL_HOME": str(folder)}
         self.environment["COLUMNS"] = "80"  # pytest prints lines of this width
+        # Hypothesis would be imported at pytest's end, which takes 0.5 s.
+        self.environment["PYTEST_ADDOPTS"] = "-p no:hypothesispytest"
         if url:
             self.environment["USERMETADATA_URL"] = url
 
