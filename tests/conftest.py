@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import sys
 import tempfile
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,19 @@ settings.register_profile(
 settings.load_profile("any load")
 
 
+# They have few tests, so pytest-xdist would begin them last, when other workers have ended.
+LONG_FILES = {
+    "test_against_core.py",
+    "test_backup.py",
+    "test_other_languages.py",
+    "test_processes.py",
+    "test_stateful.py",
+    "test_supertokens_deletion.py",
+    "test_testing.py",
+    "test_tutorial.py",
+}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option with which the tests of JSON run a second time."""
     parser.addoption("--without-msgspec", action="store_true", help="as if it were not installed")
@@ -62,8 +76,16 @@ def pytest_configure(config: pytest.Config) -> None:
         # sqlite-utils imports numpy if it is there: 0.1 s for each program that a test starts.
         path = [os.environ[RUN_FOLDER], *filter(None, [os.environ.get("PYTHONPATH")])]
         os.environ["PYTHONPATH"] = os.pathsep.join(path)
+    if config.pluginmanager.hasplugin("xdist"):
+        config.option.loadscopereorder = False  # the order is that of pytest_collection_modifyitems
     if config.getoption("without_msgspec"):
         sys.modules["msgspec"] = None  # type: ignore[assignment]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take long; the others follow by their number of tests."""
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in LONG_FILES, -sizes[item.path], item.path))
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -589,7 +589,7 @@ else:
 
 PATCHED_AFTER_INIT = (
     f"def patch():{indent(PATCH_ALL, '    ')}"
-    + """
+    """
 import os, sys
 _, url, patched = sys.argv
 
