@@ -43,11 +43,12 @@ settings.register_profile(
 settings.load_profile("any load")
 
 
-# They have few tests, so pytest-xdist would begin them last, when other workers have ended.
+# For their time they have few tests, so pytest-xdist would begin them last and wait for one worker.
 LONG_FILES = {
     "test_against_core.py",
     "test_backup.py",
     "test_other_languages.py",
+    "test_postgres_connections.py",
     "test_processes.py",
     "test_stateful.py",
     "test_supertokens_deletion.py",
