@@ -265,6 +265,16 @@ def test_the_quickstart_prints_what_it_promises(capsys: pytest.CaptureFixture[st
         assert capsys.readouterr().out == f"alice: {alice}\nbob: {{}}\n"
 
 
+def test_each_of_the_two_commands_of_the_readme_is_one_line() -> None:
+    """One runs the quickstart, one all tests, after the installation of all that they need."""
+    lines = README.read_text(encoding="utf-8").splitlines()
+    commands = [line for line in lines if line.startswith("pip install")]
+    assert commands == [
+        "pip install . && python docs/examples/quickstart.py",
+        "pip install '.[test]' && pytest -n 4 --dist loadfile",
+    ]
+
+
 def test_the_readme_shows_it_by_line_40() -> None:
     """The first 40 lines show how to install and run the library, and results."""
     start = "\n".join(README.read_text(encoding="utf-8").splitlines()[:40])
