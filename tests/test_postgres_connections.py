@@ -22,7 +22,7 @@ from postgres_server import OwnServer, empty_schema, server_url, waiting_for_loc
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.sql import SQL, Literal
 from psycopg_pool import ConnectionPool
-from test_processes import WORK
+from test_processes import FORK, WORK
 
 import usermetadata
 from usermetadata import (
@@ -681,7 +681,7 @@ storage.close()
 def test_a_fork_that_python_is_not_told_of(schema: str) -> None:
     """After a fork by C code, without Python's hooks, each side has its own connections."""
     program = """
-import asyncio, ctypes, os, sys
+import asyncio, os, sys
 import usermetadata
 from usermetadata import PostgresStorage, asyncio as asynchronous, syncio
 
@@ -700,7 +700,7 @@ def gather(who):
 
 for update in (block, gather):
     update(f"before {update}")
-    child = ctypes.PyDLL(None).fork()
+    child = fork()
     update(f"{child > 0} {update}")
     if child == 0:
         os._exit(0)
@@ -708,7 +708,7 @@ for update in (block, gather):
 print(len(syncio.get_user_metadata("alice").metadata))
 usermetadata.UserMetadataRecipe.reset()
 """
-    assert run(program, server_url(), schema) == "120\n"
+    assert run(FORK + program, server_url(), schema) == "120\n"
 
 
 def test_a_borrowed_pool_stays_with_its_process(schema: str) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from usermetadata.changes import Clear, Merge, Modify, Replace
-from usermetadata.testing.running import other_processes, stacks
+from usermetadata.testing.running import Running, other_processes, stacks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -95,17 +95,23 @@ class OtherProcess:
 
     def stacks(self) -> str:
         """Return the stacks of all threads of the process."""
-        with contextlib.closing(self._connect()) as connection:
-            connection.send((0, "stacks", ()))
-            if not connection.poll(_SECONDS_FOR_STACKS):
-                return "The other process does not answer.\n"
-            return f"In the other process:\n{connection.recv()[1]}"
+        asking = Running(self._ask_for_stacks, _SECONDS_FOR_STACKS)
+        asking.give_time(_SECONDS_FOR_STACKS)
+        if asking.is_alive:
+            return "The other process does not answer.\n"
+        return f"In the other process:\n{asking.result()}"
 
     def close(self) -> None:
         """End the process."""
         for connection in self._idle:
             connection.close()
         self._process.communicate()
+
+    def _ask_for_stacks(self) -> str:
+        with contextlib.closing(self._connect()) as connection:
+            connection.send((0, "stacks", ()))
+            text: str = connection.recv()[1]
+            return text
 
     def _connect(self) -> Connection:
         from multiprocessing.connection import Client
@@ -212,8 +218,8 @@ def serve(key: bytes) -> None:
     """Serve the parent process until it ends or closes the standard input."""
     from multiprocessing.connection import Listener
 
-    listener = Listener(authkey=key, backlog=64)
-    served = _Served()
+    listener = Listener(backlog=64)
+    served = _Served(key)
     threading.Thread(target=served.accept, args=(listener,), daemon=True).start()
     sys.stdout.write(json.dumps(listener.address) + "\n")
     sys.stdout.flush()
@@ -225,7 +231,8 @@ def serve(key: bytes) -> None:
 class _Served:
     """The storages that are open in this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: bytes) -> None:
+        self._key = key
         self._storages: list[Any] = [None]
         self._lock = threading.Lock()
 
@@ -235,7 +242,12 @@ class _Served:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: Connection) -> None:
+        from multiprocessing.connection import answer_challenge, deliver_challenge
+
         with contextlib.suppress(EOFError, OSError):
+            # Here, and not in the listener: a client that hangs meanwhile keeps out no other.
+            deliver_challenge(connection, self._key)
+            answer_challenge(connection, self._key)
             while True:
                 request = connection.recv_bytes()
                 try:
