@@ -851,7 +851,7 @@ def test_the_command_of_the_page_finds_the_writer(place: Place) -> None:
 
 
 def test_the_query_of_the_page_finds_the_writer(place: Place) -> None:
-    """It returns who waits for a row, and whose transaction has it."""
+    """It returns the session that waits for a row, and the session whose transaction has it."""
     [query] = re.findall(r"```sql\n(.*?)```", SYMPTOMS.read_text(encoding="utf-8"), re.DOTALL)
     users = place.with_alice(timeout=20)
     waiting = threading.Thread(target=users.syncio.update_user_metadata, args=("alice", {}))
@@ -860,8 +860,8 @@ def test_the_query_of_the_page_finds_the_writer(place: Place) -> None:
         while not (rows := place.direct.execute(query.encode()).fetchall()):
             assert waiting.is_alive()
     waiting.join()
-    [(_, who, _, whose, state, *_)] = rows
-    assert (who, whose, state) == ("usermetadata", "usermetadata", "idle in transaction")
+    [(_, waits, _, blocks, state, *_)] = rows
+    assert (waits, blocks, state) == ("usermetadata", "usermetadata", "idle in transaction")
 
 
 def test_a_lock_of_the_table_is_waited_for_without_the_timeout(place: Place) -> None:
