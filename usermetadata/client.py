@@ -351,6 +351,17 @@ def within(
     Raises:
         InvalidInputError: as for that method.
         UsageError: as for that method; or ``init`` was not called.
+
+    Example:
+        >>> import sqlite3
+        >>> connection = sqlite3.connect("shop.db")
+        >>> init("sqlite:///shop.db")
+        >>> with within(connection) as metadata:
+        ...     metadata.update_user_metadata("alice", {"plan": "pro"}).metadata
+        {'plan': 'pro'}
+        >>> connection.commit()
+        >>> connection.close()
+        >>> close()
     """
     return UserMetadataRecipe.get_instance().within(connection)
 
@@ -363,5 +374,11 @@ def close() -> None:
 
     Raises:
         UsageError: a function given to ``modify_user_metadata`` calls it.
+
+    Example:
+        >>> init("memory://")
+        >>> close()
+        >>> init("sqlite:///users.db")
+        >>> close()
     """
     UserMetadataRecipe.reset()

@@ -12,7 +12,11 @@ class InvalidInputError(UserMetadataError, ValueError):
 
 
 class UsageError(UserMetadataError, RuntimeError):
-    """A call at the wrong time: before ``init``, after ``close``, inside a modifying function."""
+    """The configuration, or the place or time of the call, does not allow the call.
+
+    For example, ``init`` was not called, a function given to ``modify_user_metadata`` makes the
+    call, or no property of a search is indexed. The message says what to change.
+    """
 
 
 class StorageError(UserMetadataError):

@@ -99,7 +99,8 @@ class AsyncioUserMetadata(Generic[M, U]):
             >>> (await update_user_metadata("alice", {"todos": None})).metadata
             {'theme': 'dark'}
 
-        SuperTokens has the same rule; its page is "Storing data about a user".
+        SuperTokens has the same rule: `updating metadata
+        <https://supertokens.com/docs/post-authentication/user-management/user-metadata>`_.
         """
         context = {} if user_context is None else user_context
         # Overrides are written for the SDK's type, and nearly always get it.

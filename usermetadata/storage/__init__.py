@@ -110,7 +110,10 @@ class Storage(Protocol):
         so it must not do I/O.
 
         Args:
-            app_id: any valid app id; a storage starts with ``"public"``.
+            app_id: 1 to 64 characters, without U+0000; a storage starts with ``"public"``.
+
+        Returns:
+            The storage for the app.
 
         Raises:
             InvalidInputError: the app id is not valid.
@@ -185,7 +188,10 @@ class JoiningStorage(Storage, Protocol):
         methods raise ``UsageError``.
 
         Args:
-            connection: the caller's connection.
+            connection: the caller's connection; which kinds are supported is up to the storage.
+
+        Returns:
+            The context manager. It does not close the connection.
 
         Raises:
             InvalidInputError: the connection is not supported, or is connected to another database.
@@ -227,7 +233,13 @@ class IndexedStorage(ListingStorage, Protocol):
         ...
 
     def count(self, where: Mapping[str, Value] | None) -> int:
-        """Return the number of users with these values; without ``where``, of all users.
+        """Return the number of users with these values, or of all users.
+
+        Args:
+            where: as for ``find``; ``None`` means all users.
+
+        Returns:
+            The number of users. A user whose metadata is ``{}`` counts.
 
         Raises:
             StorageError: as for ``read``.
@@ -235,7 +247,11 @@ class IndexedStorage(ListingStorage, Protocol):
         ...
 
     def stored_indexes(self) -> tuple[Index, ...]:
-        """Return the indexes that exist in the database, declared or not."""
+        """Return the indexes that exist in the database, declared or not.
+
+        Raises:
+            StorageError: as for ``read``.
+        """
         ...
 
     def build_indexes(self, progress: Callable[[int, int], None] | None = None) -> list[str]:
@@ -248,9 +264,19 @@ class IndexedStorage(ListingStorage, Protocol):
         Returns:
             One line for each row whose value cannot be indexed or is not unique. If there are such
             rows, nothing is changed.
+
+        Raises:
+            StorageError: as for ``write``.
         """
         ...
 
     def drop_index(self, name: str) -> None:
-        """Remove an index from the database; no error if none has this name."""
+        """Remove an index from the database; no error if none has this name.
+
+        Args:
+            name: the property of the index.
+
+        Raises:
+            StorageError: as for ``write``.
+        """
         ...

@@ -96,8 +96,9 @@ class PostgresStorage(OfOneApp):
             has its own limit.
         timeout: seconds that a call waits for a connection, and a write waits for row locks, before
             it raises ``StorageBusyError``.
-        indexes: the properties by which users can be found. They are built on first use if the
-            table has at most 10,000 rows.
+        indexes: the properties by which users can be found. A missing index is built at the first
+            call if the table has at most 10,000 rows. With a larger table, calls raise
+            ``UsageError`` until ``python -m usermetadata index`` has built it.
         statements: ``"portable"`` selects statements that all engines with PostgreSQL's protocol
             execute. They are selected automatically for a table that Citus distributes or manages,
             for CockroachDB and for YugabyteDB.

@@ -99,7 +99,8 @@ class SyncioUserMetadata(Generic[M, U]):
             >>> update_user_metadata("alice", {"todos": None}).metadata
             {'theme': 'dark'}
 
-        SuperTokens has the same rule; its page is "Storing data about a user".
+        SuperTokens has the same rule: `updating metadata
+        <https://supertokens.com/docs/post-authentication/user-management/user-metadata>`_.
         """
         context = {} if user_context is None else user_context
         return self._functions.blocking.update_user_metadata(user_id, metadata_update, context)
