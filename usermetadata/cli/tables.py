@@ -15,7 +15,7 @@ from usermetadata.exceptions import UsageError
 @click.option("--distributed", is_flag=True, help="Let Citus distribute it over its servers.")
 @storage_option
 def create_table(url: str, *, distributed: bool) -> None:
-    """Create the table, and let Citus distribute it.
+    """Create the table; --distributed is for Citus.
 
     The first write also creates it. With --distributed, Citus keeps the rows on its workers, by
     user id. Existing rows are moved; writers wait until that is done.

@@ -169,9 +169,9 @@ class JoinedConnection(Connections):
         ours = theirs and self._storages.file()
         if theirs and not (ours and _is_same(theirs, ours)):
             raise InvalidInputError(
-                f"connection: its database is {theirs!r}, and that of the storage"
-                f" {ours or self._storages.name!r}; pass a connection to that file, or make a"
-                " storage of the other"
+                f"connection: its database is {theirs!r}, but the storage's is"
+                f" {ours or self._storages.name!r}; pass a connection to the storage's file, or make"
+                " a storage with the connection's file"
             )
 
 
