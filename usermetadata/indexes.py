@@ -56,7 +56,7 @@ class Index:
         if not isinstance(self.unique, bool):
             raise InvalidInputError(
                 f"Index({name!r}): unique is of type {type(self.unique).__name__}; pass True or"
-                " False, and declare each property as an Index of its own"
+                " False, and declare each property as a separate Index"
             )
 
 

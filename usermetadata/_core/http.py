@@ -70,7 +70,7 @@ def connection_limits() -> tuple[int, int]:
 
 
 class Server:
-    """Serves an application until it is told to stop.
+    """Serves an application until it is asked to stop.
 
     Args:
         app: the application.
