@@ -170,8 +170,8 @@ class JoinedConnection(Connections):
         if theirs and not (ours and _is_same(theirs, ours)):
             raise InvalidInputError(
                 f"connection: its database is {theirs!r}, but the storage's is"
-                f" {ours or self._storages.name!r}; pass a connection to the storage's file, or make"
-                " a storage with the connection's file"
+                f" {ours or self._storages.name!r}; pass a connection to the storage's file, or"
+                " make a storage with the connection's file"
             )
 
 
