@@ -328,6 +328,15 @@ def test_no_page_shows_a_key_in_a_command() -> None:
             assert not re.search(r"://\w+:[^@\s]+@", block), page.name
 
 
+def test_the_commands_that_ci_takes_from_pages_are_there() -> None:
+    """``.ci/run`` executes commands as pages show them; without the command it would stop."""
+    commands = re.findall(r"grep -F '(.+?)' ([\w/]+\.md)", (ROOT / ".ci/run").read_text("utf-8"))
+    assert commands
+    for command, page in commands:
+        lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+        assert len([line for line in lines if command in line]) == 1, command
+
+
 def test_one_file_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the quickstart, ``init()`` and the command line find what it has stored."""
     monkeypatch.delenv("USERMETADATA_URL", raising=False)
