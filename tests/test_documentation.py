@@ -328,6 +328,7 @@ def test_no_page_shows_a_key_in_a_command() -> None:
             assert not re.search(r"://\w+:[^@\s]+@", block), page.name
 
 
+@pytest.mark.skipif(not (ROOT / ".ci").exists(), reason="a source distribution has no .ci")
 def test_the_commands_that_ci_takes_from_pages_are_there() -> None:
     """``.ci/run`` executes commands as pages show them; without the command it would stop."""
     commands = re.findall(r"grep -F '(.+?)' ([\w/]+\.md)", (ROOT / ".ci/run").read_text("utf-8"))
