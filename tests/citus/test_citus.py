@@ -104,6 +104,23 @@ class TestCitus(StorageConformance):
         times = 30 if between < 10_000 else 3
         check_that_a_write_that_returned_is_read(storage, [*absent, *USERS], times)
 
+    def test_a_write_of_many_users_is_whole(self, storage: Storage) -> None:
+        """All of a write of 12,000 users is stored, or nothing if the last change fails.
+
+        A read at the same time may see it on one server only.
+        """
+        users = [f"user {number:05}" for number in range(12_000)]
+        changes: list[tuple[str, Change]] = [(user, Merge({})) for user in users]
+
+        def fail(_: Metadata | None) -> Metadata:
+            raise LookupError
+
+        with pytest.raises(LookupError):
+            storage.write([*changes[:-1], (users[-1], fail)])
+        assert storage.read(users) == {}
+        storage.write(changes)
+        assert storage.read(users) == {user: {} for user in users}
+
 
 def check_that_a_write_that_returned_is_read(
     storage: Storage, users: list[str], times: int
