@@ -88,21 +88,31 @@ def url_of(cluster: Cluster) -> str:
 class TestCitus(StorageConformance):
     """The storage keeps the promises of a storage on a distributed table, except one."""
 
+    @pytest.fixture
+    def second_storage(self, distributed: str) -> Generator[PostgresStorage, None, None]:
+        """Another storage on the same table."""
+        with contextlib.closing(PostgresStorage(distributed)) as second:
+            yield second
+
     def test_a_read_is_of_one_moment(self, storage: Storage) -> None:
         """The one that Citus cannot keep: its servers share no snapshot.
 
         A read may see a write of several users on one server, and not yet on another. Once the
         write has returned, every read sees all of it.
         """
-        check_that_a_write_that_returned_is_read(storage, USERS, 50)
+        check_that_a_write_that_returned_is_read(storage, storage, 0)
 
     @pytest.mark.parametrize("between", [3000, 70_000])
     def test_a_read_of_many_users_is_of_one_moment(self, storage: Storage, between: int) -> None:
         """The same, if thousands of others are read with them."""
-        absent = [f"absent {number}" for number in range(between)]
-        # Citus takes two seconds to plan the longer read.
-        times = 30 if between < 10_000 else 3
-        check_that_a_write_that_returned_is_read(storage, [*absent, *USERS], times)
+        check_that_a_write_that_returned_is_read(storage, storage, between)
+
+    @pytest.mark.parametrize("between", [0, 3000])
+    def test_a_read_is_of_one_moment_of_a_second_storage(
+        self, storage: Storage, second_storage: Storage, between: int
+    ) -> None:
+        """The same for two storages, as in two processes."""
+        check_that_a_write_that_returned_is_read(storage, second_storage, between)
 
     def test_a_write_of_many_users_is_whole(self, storage: Storage) -> None:
         """All of a write of 12,000 users is stored, or nothing if the last change fails.
@@ -123,12 +133,14 @@ class TestCitus(StorageConformance):
 
 
 def check_that_a_write_that_returned_is_read(
-    storage: Storage, users: list[str], times: int
+    storage: Storage, reader: Storage, between: int
 ) -> None:
     """Write a few users together, then read them among others."""
-    for number in range(times):
+    users = [*(f"absent {number}" for number in range(between)), *USERS]
+    # Citus takes two seconds to plan the longest read.
+    for number in range(50 if not between else 30 if between < 10_000 else 3):
         storage.write([(user, Merge({"n": number})) for user in USERS])
-        assert storage.read(users) == {user: {"n": number} for user in USERS}
+        assert reader.read(users) == {user: {"n": number} for user in USERS}
 
 
 # Concurrency.
@@ -547,7 +559,7 @@ def test_a_table_may_have_any_name(cluster: Cluster) -> None:
 
 
 def test_a_table_that_cannot_be_distributed_says_why(cluster: Cluster) -> None:
-    """It has indexes, is distributed by something else, is a view, or no server takes it."""
+    """It has indexes, is another program's, is a view, or no server takes it, for example."""
     url = url_of(cluster)
     with contextlib.closing(PostgresStorage(url, table="t", indexes=[Index("plan")])) as storage:
         storage.write([("alice", Merge({"plan": "pro"}))])
@@ -565,6 +577,20 @@ def test_a_table_that_cannot_be_distributed_says_why(cluster: Cluster) -> None:
     with (
         contextlib.closing(PostgresStorage(url, table="seen")) as storage,
         pytest.raises(UsageError, match=r"it is a view .* name the table behind it"),
+    ):
+        storage.distribute()
+    cluster.execute("CREATE TABLE apps (app_id varchar(64) PRIMARY KEY)")
+    cluster.execute("SELECT create_reference_table('apps')")  # Citus would distribute the next one
+    cluster.execute("CREATE TABLE of_core (LIKE t INCLUDING ALL)")
+    cluster.execute("ALTER TABLE of_core ADD FOREIGN KEY (app_id) REFERENCES apps")
+    with (
+        contextlib.closing(PostgresStorage(url, table="of_core")) as storage,
+        pytest.raises(UsageError, match=r"it is a SuperTokens core's.* a table of your own"),
+    ):
+        storage.distribute()
+    with (
+        contextlib.closing(PostgresStorage(cluster.workers[0].url, table="new")) as storage,
+        pytest.raises(UsageError, match=r"is a worker .*; connect to the coordinator"),
     ):
         storage.distribute()
     takes = "SELECT citus_set_node_property(nodename, nodeport, 'shouldhaveshards', %s::boolean)"

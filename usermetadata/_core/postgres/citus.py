@@ -12,6 +12,7 @@ from usermetadata._core.postgres.statements import CREATE_BY_USER
 from usermetadata.exceptions import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import LiteralString
 
     from psycopg import Connection
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from usermetadata._core.postgres.statements import Table
 
 _EXTENSION = "SELECT count(*) FROM pg_extension WHERE extname = 'citus'"
+_IS_WORKER = "SELECT groupid <> 0 FROM pg_dist_local_group"
 _KIND = """
 SELECT distribution_column, citus_table_type FROM citus_tables
 WHERE table_name = {name}::regclass AND citus_table_type <> 'local'
@@ -57,15 +59,11 @@ def distribute(connection: Connection[Any], table: Table) -> list[str]:
     def ask(query: LiteralString) -> tuple[Any, ...]:
         return cursor.execute(SQL(query).format(**parts)).fetchone() or ()
 
-    if ask(_EXTENSION) == (0,):
+    _check_server(ask, title)
+    if table.is_shared:
         raise UsageError(
-            f"{title}: this database has no extension citus, so there are no other servers to"
-            " distribute it over; run CREATE EXTENSION citus on each server"
-        )
-    if ask(_HAS_SERVERS) != (True,):
-        raise UsageError(
-            f"{title}: no server of this cluster takes shards; add one with SELECT"
-            " citus_add_node('host', 5432)"
+            f"{title}: it is a SuperTokens core's, whose locks work on one server only; use a table"
+            " of your own"
         )
     exists = table.user_id_length > 0
     if not table.is_plain:
@@ -98,3 +96,21 @@ def distribute(connection: Connection[Any], table: Table) -> list[str]:
     done.append(f"{title}: {how} by user_id: {shards} shards on {servers} servers")
     table.forget()
     return done
+
+
+def _check_server(ask: Callable[[LiteralString], tuple[Any, ...]], title: str) -> None:
+    if ask(_EXTENSION) == (0,):
+        raise UsageError(
+            f"{title}: this database has no extension citus, so there are no other servers to"
+            " distribute it over; run CREATE EXTENSION citus on each server"
+        )
+    if ask(_IS_WORKER) == (True,):
+        raise UsageError(
+            f"{title}: this server is a worker of Citus, and only the coordinator distributes"
+            " tables; connect to the coordinator"
+        )
+    if ask(_HAS_SERVERS) != (True,):
+        raise UsageError(
+            f"{title}: no server of this cluster takes shards; add one with SELECT"
+            " citus_add_node('host', 5432)"
+        )
