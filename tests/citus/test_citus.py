@@ -114,6 +114,16 @@ class TestCitus(StorageConformance):
         """The same for two storages, as in two processes."""
         check_that_a_write_that_returned_is_read(storage, second_storage, between)
 
+    def test_a_reader_sees_all_of_a_write_or_nothing(self, storage: Storage) -> None:
+        """A read during a write sees, of each user, the old row or the new one."""
+        check_that_a_read_during_a_write_sees_whole_rows(storage, storage)
+
+    def test_a_second_storage_sees_all_of_a_write_or_nothing(
+        self, storage: Storage, second_storage: Storage
+    ) -> None:
+        """The same for two storages."""
+        check_that_a_read_during_a_write_sees_whole_rows(storage, second_storage)
+
     def test_a_write_of_many_users_is_whole(self, storage: Storage) -> None:
         """All of a write of 12,000 users is stored, or nothing if the last change fails.
 
@@ -141,6 +151,22 @@ def check_that_a_write_that_returned_is_read(
     for number in range(50 if not between else 30 if between < 10_000 else 3):
         storage.write([(user, Merge({"n": number})) for user in USERS])
         assert reader.read(users) == {user: {"n": number} for user in USERS}
+
+
+def check_that_a_read_during_a_write_sees_whole_rows(storage: Storage, reader: Storage) -> None:
+    """Read users of both workers while they are written together."""
+    storage.write([(user, Replace({"n": 0, "m": 0})) for user in USERS])
+    with ThreadPoolExecutor(1) as executor:
+        for number in range(1, 20):
+            change = Merge({"n": number, "m": number})
+            writing = executor.submit(storage.write, [(user, change) for user in USERS])
+            found = [reader.read(USERS)]
+            while not writing.done():
+                found.append(reader.read(USERS))
+            assert writing.result() == [{"n": number, "m": number}] * len(USERS)
+            rows = [row for stored in found for row in stored.values()]
+            assert len(rows) == len(found) * len(USERS)
+            assert all(row["n"] == row["m"] and row["n"] in {number - 1, number} for row in rows)
 
 
 # Concurrency.
