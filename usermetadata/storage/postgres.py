@@ -10,11 +10,11 @@ from weakref import WeakKeyDictionary
 
 try:
     from psycopg import DataError
-    from psycopg.errors import UniqueViolation
+    from psycopg.errors import DivisionByZero, UniqueViolation
 
     from usermetadata._core.postgres import finding
     from usermetadata._core.postgres import indexes as indexing
-    from usermetadata._core.postgres.batches import rows_in, rows_of
+    from usermetadata._core.postgres.batches import KEEPS_ROWS, rows_in, rows_of
     from usermetadata._core.postgres.citus import distribute
     from usermetadata._core.postgres.connections import Connections
     from usermetadata._core.postgres.joined import JoinedConnection
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 _MIN_TIMEOUT, _MAX_TIMEOUT = 0.001, 1_000_000  # seconds
 _NATIVE_TYPES = (Merge, Replace, Clear)
 _NATIVE = set(_NATIVE_TYPES)
+_BLIND = {Replace, Clear}
 _MOST_STATEMENTS = 3  # more of them take longer in one round trip than holding the rows does in two
 _NAME = re.compile("[^\0\ud800-\udfff]+\\Z")
 # The placeholder in a row that is locked before it is written. It is JSON, because a constraint or
@@ -315,7 +316,7 @@ class PostgresStorage(OfOneApp):
     ) -> Sequence[str | Metadata | None]:
         changes = self._checked(transaction, changes)
         if transaction.table.is_portable:
-            return self._apply_holding(transaction, changes)
+            return self._apply_portably(transaction, changes)
         is_native = {type(change) for _, change in changes} <= _NATIVE
         groups = list(_grouped(changes)) if is_native else []
         taken: finding.Taken | None = None
@@ -371,6 +372,32 @@ class PostgresStorage(OfOneApp):
             return new
 
         return indexed
+
+    def _apply_portably(
+        self, transaction: Transaction, changes: Sequence[tuple[str, Change]]
+    ) -> Sequence[str | Metadata | None]:
+        table = transaction.table
+        if len(changes) == 1 and type(changes[0][1]) in _BLIND and not table.may_drop:
+            try:
+                return [self._apply_alone(transaction, *changes[0])]
+            except DivisionByZero:
+                table.may_drop = True
+            transaction.undo()
+        return self._apply_holding(transaction, changes)
+
+    def _apply_alone(self, transaction: Transaction, user_id: str, change: Change) -> str | None:
+        """Replace or remove one row without holding it first, in one round trip."""
+        rows = rows_in(transaction, self._app_id)
+        new = change(None)
+        store = (
+            rows.remove([user_id]) if new is None else rows.store({user_id: encode_metadata(new)})
+        )
+        answers = transaction.write_at_once([rows.statement(KEEPS_ROWS), *store])
+        if new is None:
+            return None
+        rows.check(answers[1:], [user_id])
+        text: str = answers[-1].rows[0][1]
+        return text
 
     def _apply_natively(
         self,

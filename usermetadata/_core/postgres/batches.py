@@ -120,11 +120,12 @@ _ERASE = "DELETE FROM {table} WHERE user_id = %(user_id)s RETURNING app_id, user
 _LEFT = "SELECT app_id FROM {table} WHERE user_id = %(user_id)s"
 # A trigger or a policy may drop a row without an error. This query does not see those of a table
 # behind a view.
-_MAY_DROP = """
-SELECT relrowsecurity, relrowsecurity OR relkind <> 'r' OR EXISTS (
-    SELECT FROM pg_trigger WHERE tgrelid = pg_class.oid AND NOT tgisinternal)
-FROM pg_class WHERE oid = {name}::regclass
-"""
+_DROPS = """relrowsecurity OR relkind <> 'r' OR EXISTS (
+    SELECT FROM pg_trigger WHERE tgrelid = pg_class.oid AND NOT tgisinternal)"""
+_OF_TABLE = " FROM pg_class WHERE oid = {name}::regclass"
+_MAY_DROP = "SELECT relrowsecurity, " + _DROPS + _OF_TABLE
+KEEPS_ROWS = "SELECT 1 / (NOT (" + _DROPS + "))::integer" + _OF_TABLE
+"""Divides by zero if the table may drop a row without an error."""
 _MOST_ROWS = 30_000  # a statement has at most 65,535 parameters
 
 

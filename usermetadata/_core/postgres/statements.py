@@ -274,6 +274,7 @@ class Table:
         check: a statement that fails if the table's name now means another table, or none.
         is_shared: whether it belongs to a SuperTokens core.
         is_plain: whether it is a table, partitioned or not.
+        may_drop: whether it is known that it may drop a row without an error.
         engine: the engine that executes only portable statements on it; ``None`` if it is
             PostgreSQL.
         is_portable: whether only portable statements are used.
@@ -345,6 +346,7 @@ class Table:
     def forget(self) -> None:
         """Let the next call describe the table anew, because it may have been changed."""
         self.user_id_length = 0
+        self.may_drop = False
         self.check = b""
         self.indexes: frozenset[Index] = frozenset()
         self.index_checks: list[Statement] = []

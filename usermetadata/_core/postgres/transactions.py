@@ -113,6 +113,10 @@ class Transaction(ABC):
     def at_once(self, statements: Sequence[Statement]) -> list[Answer]:
         """Begin, execute the statements and commit."""
 
+    def write_at_once(self, statements: Sequence[Statement]) -> list[Answer]:
+        """Do the same, and limit the waits for locks of portable statements."""
+        return self.at_once(statements)
+
     @abstractmethod
     def begin(self, statements: Sequence[Statement]) -> list[Answer]:
         """Begin and execute the statements."""
@@ -147,6 +151,11 @@ class PooledTransaction(Transaction):
             cursors = self._execute(statements)
         return [answer(cursor) for cursor in cursors]
 
+    def write_at_once(self, statements: Sequence[Statement]) -> list[Answer]:
+        """Execute the statements between BEGIN and COMMIT, in one pipeline."""
+        first = [Statement(b"BEGIN"), *self.table.limits(self.timeout)]
+        return self._commit([*first, *statements])[len(first) :]
+
     def begin(self, statements: Sequence[Statement]) -> list[Answer]:
         """Begin; an error before ``end`` leaves a transaction, which ``Connections`` rolls back."""
         with before_commit(), pipeline(self._connection):
@@ -172,6 +181,14 @@ class PooledTransaction(Transaction):
             with before_commit():
                 self._connection.execute("SELECT 1")  # its error is the server's reason
             raise UncommittedError
+        return self._commit(statements)
+
+    def undo(self) -> None:
+        """Roll back a transaction that a pooler has left open."""
+        with before_commit():
+            self._connection.rollback()
+
+    def _commit(self, statements: Sequence[Statement]) -> list[Answer]:
         try:
             with pipeline(self._connection):
                 cursors = self._execute(statements)
@@ -183,11 +200,6 @@ class PooledTransaction(Transaction):
             raise
         check_committed(committed.statusmessage)
         return [answer(cursor) for cursor in cursors]
-
-    def undo(self) -> None:
-        """Roll back a transaction that a pooler has left open."""
-        with before_commit():
-            self._connection.rollback()
 
     def _execute(self, statements: Sequence[Statement]) -> list[Cursor[tuple[Any, ...]]]:
         # Ignore a borrowed pool's cursor and row factories.
