@@ -548,6 +548,7 @@ def test_a_table_may_be_distributed_while_it_is_used(
             ]
         assert used.write(changes) == results[-1]
         connection.commit()
+        storage.write([("alice", Replace({}))])
         with psycopg.connect(url) as locking, storage.within(locking) as holding:
             holding.write([("alice", Replace({}))])
             with pytest.raises(StorageBusyError):
