@@ -64,18 +64,6 @@ WHEN 'false' THEN 'false'
 END END"""
 
 
-class Conflict(Exception):  # noqa: N818 - nothing is wrong yet
-    """A unique index has refused a row; the conflict may end with the rows stored after it.
-
-    Attributes:
-        name: the property.
-    """
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.name = name
-
-
 class _RowsInTheWay(Exception):  # noqa: N818 - never leaves this module
     def __init__(self, lines: list[str]) -> None:
         super().__init__(lines)
@@ -251,33 +239,31 @@ def drop_index(connection: sqlite3.Connection, name: str) -> None:
     connection.execute(f"DROP INDEX IF EXISTS {_sqls_name(Index(name).name)}")
 
 
-def conflict_of(error: Exception) -> Conflict | None:
-    """Return which unique index has refused a row; ``None`` if that is not the error's cause."""
+def refused_by(error: Exception) -> str | None:
+    """Return the name of the unique index that has refused a row; ``None`` if no index has."""
     found = _CONFLICT.search(str(error))
-    if found is None:
-        return None
-    return Conflict(_unmarked(found[1].replace("''", "'")))  # SQLite quotes it
+    return found and _unmarked(found[1].replace("''", "'"))  # SQLite quotes it
 
 
 def not_unique(
-    cursor: sqlite3.Cursor, conflict: Conflict, key: tuple[str, str], text: object
+    cursor: sqlite3.Cursor, index: str, key: tuple[str, str], text: object
 ) -> NotUniqueError:
     """Return the error of a user whose new metadata has the value of another.
 
     Args:
         cursor: in the transaction.
-        conflict: what the index has reported.
+        index: the name of the unique index that has refused the row.
         key: the app and the user.
         text: the user's new metadata.
     """
     app_id, user_id = key
-    value = _value(conflict.name)
+    value = _value(index)
     found = cursor.execute(
         f"SELECT user_id FROM user_metadata WHERE app_id = ? AND {value} = (SELECT {value} FROM"  # noqa: S608 - of constants and a quoted name
         " (SELECT ? AS user_metadata)) AND user_id <> ?",
         (app_id, text, user_id),
     ).fetchone()
-    return NotUniqueError(conflict.name, found[0] if found else None)
+    return NotUniqueError(index, found[0] if found else None)
 
 
 @lru_cache

@@ -17,7 +17,7 @@ from usermetadata._core.sqlite.errors import (
     not_stored,
     still_open,
 )
-from usermetadata._core.sqlite.indexes import conflict_of, ensure_indexes, not_unique
+from usermetadata._core.sqlite.indexes import ensure_indexes, not_unique, refused_by
 from usermetadata.changes import BLIND, Merge, apply_in_order
 from usermetadata.codec import encode_metadata
 from usermetadata.exceptions import DamagedMetadataError
@@ -252,7 +252,7 @@ def _store(cursor: sqlite3.Cursor, texts: dict[Key, object]) -> int:
     try:
         cursor.executemany(_STORE, [(*key, text) for key, text in texts.items()])
     except cursor.connection.IntegrityError as error:
-        if conflict_of(error) is None:
+        if refused_by(error) is None:
             raise
     else:
         return cursor.rowcount
@@ -264,10 +264,10 @@ def _store(cursor: sqlite3.Cursor, texts: dict[Key, object]) -> int:
         try:
             cursor.execute(_STORE, (*key, text))
         except cursor.connection.IntegrityError as error:
-            conflict = conflict_of(error)
-            if conflict is None:
+            index = refused_by(error)
+            if index is None:
                 raise
-            raise ChangeError(not_unique(cursor, conflict, key, text)) from error
+            raise ChangeError(not_unique(cursor, index, key, text)) from error
         count += cursor.rowcount
     return count
 
