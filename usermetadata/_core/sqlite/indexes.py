@@ -169,14 +169,11 @@ def ensure_indexes(connection: sqlite3.Connection, name: str, indexes: Sequence[
             ours.indexed_schema = version
         return
     check_few_rows(connection, missing)
-    lines = _rows_in_the_way(connection, name, missing, None)
-    if not lines:
-        try:
-            _create_all(connection, missing)
-        except _RowsInTheWay as found:
-            lines = found.lines
-    if lines:
-        raise cannot_be_built(missing, lines[0])
+    try:
+        _check_rows(connection, name, missing)
+        _create_all(connection, missing)
+    except _RowsInTheWay as found:
+        raise cannot_be_built(missing, found.lines[0]) from None
 
 
 def check_few_rows(connection: sqlite3.Connection, missing: Sequence[Index]) -> None:
@@ -212,18 +209,14 @@ def build_indexes(
     # Other processes may write while the rows are read. If one did, the rows are read again under
     # the lock.
     version = _data_version(connection)
-    lines = _rows_in_the_way(connection, name, missing, progress)
-    if lines:
-        return lines
 
     def create() -> None:
         if _data_version(connection) != version:
-            later = _rows_in_the_way(connection, name, missing, None)
-            if later:
-                raise _RowsInTheWay(later)
+            _check_rows(connection, name, missing)
         _create_all(connection, missing)
 
     try:
+        _check_rows(connection, name, missing, progress)
         transact(create)
     except _RowsInTheWay as found:
         return found.lines
@@ -316,16 +309,16 @@ def _schema_version(connection: sqlite3.Connection) -> int:
     return int(version)
 
 
-def _rows_in_the_way(
+def _check_rows(
     connection: sqlite3.Connection,
     name: str,
     missing: Sequence[Index],
-    progress: Callable[[int, int], None] | None,
-) -> list[str]:
-    """Return a line for each row with a value that cannot be indexed.
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Check that all values can be indexed; SQLite itself finds repeated values.
 
-    If there are such rows, also a line for each repeated value. Otherwise SQLite finds repeated
-    values itself.
+    Raises:
+        _RowsInTheWay: some cannot; it also has the rows with repeated values.
     """
     [(total,)] = connection.execute("SELECT count(*) FROM user_metadata").fetchall()
     lines: list[str] = []
@@ -340,7 +333,8 @@ def _rows_in_the_way(
         connection.text_factory = before
     if progress is not None and done % _PROGRESS_EVERY:
         progress(done, total)
-    return lines and lines + _repeats(connection, missing)
+    if lines:
+        raise _RowsInTheWay(lines + _repeats(connection, missing))
 
 
 def _faults(name: str, key: Sequence[Any], text: object, indexes: Sequence[Index]) -> list[str]:
