@@ -111,10 +111,8 @@ def _from_sqlalchemy(connection: Any) -> DriversConnection:
                 "connection: it was lost; roll the transaction back and repeat it"
             )
         pooled = connection.connection
-        if connection.dialect.is_async:
-            found = _from_driver(pooled.driver_connection, pooled.dbapi_connection)
-        else:
-            found = _from_driver(pooled.dbapi_connection)
+        adapter = pooled.dbapi_connection if connection.dialect.is_async else None
+        found = _from_driver(pooled.driver_connection, adapter)
         return found._replace(invalidate=connection.invalidate)
 
 

@@ -72,20 +72,20 @@ class JoinedConnection(Connections):
         def fetch_if_table(connection: Any) -> list[Row]:
             if not self._has_table(connection):
                 return []
-            nonlocal query
-            if without_hint(query) != query:
-                missing = missing_indexes(connection, self.indexes)
-                if missing:
-                    # A read does not build indexes: it must not take the write lock for the caller.
-                    check_few_rows(connection, missing)
-                    query = without_hint(query)
-            return fetch(connection, query, parameters, sift)
+            slow_query = without_hint(query)
+            missing = slow_query != query and missing_indexes(connection, self.indexes)
+            if missing:
+                # A read does not build indexes: it must not take the write lock for the caller.
+                check_few_rows(connection, missing)
+            return fetch(connection, slow_query if missing else query, parameters, sift)
 
         with self.batches.turn:
             return self._run(fetch_if_table)
 
     def _write_together(self, calls: Sequence[Call]) -> list[Results]:
         def write(connection: Any) -> list[Results]:
+            if not any(calls):
+                return [[] for _ in calls]
             joins = connection.in_transaction
             try:
                 return write_together(
@@ -103,8 +103,6 @@ class JoinedConnection(Connections):
                     ) from error
                 raise
 
-        if not any(calls):
-            return self._run(lambda _: [[] for _ in calls])
         return self._run(write)
 
     def administer(self, work: Callable[[Any], T]) -> T:
