@@ -50,6 +50,27 @@ if TYPE_CHECKING:
     from usermetadata.testing.proxy import Phase
 
 
+class Meeting:
+    """Lets two threads wait for each other, for a moment."""
+
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(2)
+
+    def wait(self) -> None:
+        """Wait until the other one is here, but only for a moment and once."""
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self._barrier.wait(timeout=1)
+
+    def before(self, changes: Sequence[tuple[str, Change]]) -> list[tuple[str, Change]]:
+        """Return changes that wait first."""
+
+        def meet(change: Change, old: Metadata | None) -> Metadata | None:
+            self.wait()
+            return change(old)
+
+        return [(user, partial(meet, change)) for user, change in changes]
+
+
 class AbsentIsEmpty(InMemoryStorage):
     """Returns ``{}`` for a user without a row."""
 
@@ -261,15 +282,10 @@ class LetsWritersMeet(Unlocked):
 
     def __init__(self) -> None:
         super().__init__()
-        self._meeting = threading.Barrier(2)
+        self._meeting = Meeting()
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
-        def meet(change: Change, old: Metadata | None) -> Metadata | None:
-            with contextlib.suppress(threading.BrokenBarrierError):
-                self._meeting.wait(timeout=1)
-            return change(old)
-
-        return super().write([(user_id, partial(meet, change)) for user_id, change in changes])
+        return super().write(self._meeting.before(changes))
 
 
 class LeavesItselfLocked(InMemoryStorage):
@@ -515,22 +531,18 @@ class StoresWhatWasInterrupted(Unlocked):
 class MergesByItself(InMemoryStorage):
     """Executes ``Merge`` in two steps, a read and a write."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._meeting = Meeting()
+
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         if [type(change) for _, change in changes] != [Merge]:
             return super().write(changes)
         [(user_id, change)] = changes
         old = self.read([user_id]).get(user_id)
-        self._meet()
+        self._meeting.wait()
         new = change(old)
         return super().write([(user_id, Replace(new or {}))])
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._meeting = threading.Barrier(2)
-
-    def _meet(self) -> None:
-        with contextlib.suppress(threading.BrokenBarrierError):
-            self._meeting.wait(timeout=1)
 
 
 class ClosesItsOwnAppOnly(InMemoryStorage):
@@ -767,9 +779,7 @@ class StoresInChunks(InMemoryStorage):
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
         rows = self.read([user for user, _ in changes])
-        results = apply_in_order(
-            changes, rows, decode=lambda _, row: copy.deepcopy(row), encode=copy.deepcopy
-        )
+        results = applied(changes, rows)
         stored = stored_as_they_are(rows, changes)
         for start in range(0, len(stored), 10_000):
             super().write(stored[start : start + 10_000])
@@ -803,18 +813,6 @@ class WritesTogether(InMemoryStorage):
         return mine.result()
 
 
-class Meeting:
-    """Lets two threads wait for each other, for a moment."""
-
-    def __init__(self) -> None:
-        self._barrier = threading.Barrier(2)
-
-    def wait(self) -> None:
-        """Wait until the other one is here, but only for a moment and once."""
-        with contextlib.suppress(threading.BrokenBarrierError):
-            self._barrier.wait(timeout=1)
-
-
 class Twice(InMemoryStorage):
     """The base of faults that two storages over the same rows have; it has none itself."""
 
@@ -846,6 +844,15 @@ class LocksTheFirstUser(Twice):
             return write_in_steps(self, changes)
 
 
+def applied(
+    changes: Sequence[tuple[str, Change]], rows: dict[str, Metadata]
+) -> list[Metadata | None]:
+    """Apply the changes to the rows, and return the results."""
+    return apply_in_order(
+        changes, rows, decode=lambda _, row: copy.deepcopy(row), encode=copy.deepcopy
+    )
+
+
 def stored_as_they_are(
     rows: dict[str, Metadata], changes: Sequence[tuple[str, Change]]
 ) -> list[tuple[str, Change]]:
@@ -862,9 +869,7 @@ def write_in_steps(
 ) -> list[Metadata | None]:
     """Read, call the changes, and store, without a lock."""
     rows = InMemoryStorage.read(storage, [user for user, _ in changes])
-    results = apply_in_order(
-        changes, rows, decode=lambda _, row: copy.deepcopy(row), encode=copy.deepcopy
-    )
+    results = applied(changes, rows)
     InMemoryStorage.write(storage, stored_as_they_are(rows, changes))
     return results
 
@@ -892,11 +897,7 @@ class LocksOneInstanceLong(LocksOneInstance):
         self._meeting = Meeting()
 
     def write(self, changes: Sequence[tuple[str, Change]]) -> list[Metadata | None]:
-        def meet(change: Change, old: Metadata | None) -> Metadata | None:
-            self._meeting.wait()
-            return change(old)
-
-        return super().write([(user, partial(meet, change)) for user, change in changes])
+        return super().write(self._meeting.before(changes))
 
 
 _process_lock = threading.Lock()
@@ -925,9 +926,7 @@ class Repeats(Twice):
             before = self.read(users)
             if self.starts_anew:
                 staged = copy.deepcopy(before)
-            results = apply_in_order(
-                changes, staged, decode=lambda _, row: copy.deepcopy(row), encode=copy.deepcopy
-            )
+            results = applied(changes, staged)
             if self._swap(before, staged, changes):
                 return results
 
@@ -965,9 +964,7 @@ class ComparesVersions(Twice):
         while True:
             versions = {user: self._versions.get(user) for user in users}
             rows = self.read([*users])
-            results = apply_in_order(
-                changes, rows, decode=lambda _, row: copy.deepcopy(row), encode=copy.deepcopy
-            )
+            results = applied(changes, rows)
             with self._store.lock:
                 if versions == {user: self._versions.get(user) for user in users}:
                     super().write(stored_as_they_are(rows, changes))
