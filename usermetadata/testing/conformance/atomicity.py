@@ -48,11 +48,6 @@ _ALONE = (
     "Changes of other writes raised exceptions at the same time: if the storage stores several"
     " writes together, each has to be undone, and to raise, by itself."
 )
-_ORDERS = (
-    "It was raised while threads wrote the same users in different orders. If the database has"
-    " ended a deadlock, lock all users of a write in one order, or repeat the write. Otherwise the"
-    " lock may not exclude other writers."
-)
 _TOGETHER = (
     "It was raised while several threads wrote. If the database has ended a deadlock, lock all"
     " users of a write in one order, or repeat the write. Otherwise the lock may not exclude other"
@@ -323,14 +318,7 @@ def check_nothing_comes_between(
         other.write([("alice", Merge({"merged": 1}))])
         other.write([("alice", Modify(lambda metadata: {**metadata, "modified": 1}))])
 
-    meanwhile = suite.meanwhile(write)
-
-    def change(metadata: Metadata) -> Metadata:
-        meanwhile()
-        return {**metadata, "mine": 1}
-
-    storage.write([("alice", Modify(change))])
-    meanwhile.finish()
+    _change_while(suite, storage, write)
     expected = {"old": 1} if row else {}
     assert storage.read(["alice"]) == {
         "alice": {**expected, "mine": 1, "merged": 1, "modified": 1}
@@ -347,6 +335,17 @@ def check_no_blind_write_comes_between(
         for each in changes:
             other.write([("alice", each)])
 
+    _change_while(suite, storage, write)
+    stored = storage.read(["alice"]).get("alice", {})
+    assert "old" not in stored, (
+        "what Replace or Clear had removed is there again: they have to wait for a lock like other"
+        " writes, or a write that met them has to notice that the row is another one (a version"
+        " must not begin anew)"
+    )
+
+
+def _change_while(suite: Suite, storage: Storage, write: Callable[[], object]) -> None:
+    """Change alice, and call ``write`` in another thread while the change runs."""
     meanwhile = suite.meanwhile(write)
 
     def change(metadata: Metadata) -> Metadata:
@@ -355,12 +354,6 @@ def check_no_blind_write_comes_between(
 
     storage.write([("alice", Modify(change))])
     meanwhile.finish()
-    stored = storage.read(["alice"]).get("alice", {})
-    assert "old" not in stored, (
-        "what Replace or Clear had removed is there again: they have to wait for a lock like other"
-        " writes, or a write that met them has to notice that the row is another one (a version"
-        " must not begin anew)"
-    )
 
 
 def check_every_user_is_locked(suite: Suite, storage: Storage, other: Storage, which: str) -> None:
@@ -446,15 +439,12 @@ def check_functions_do_not_deadlock(suite: Suite, storage: Storage, other: Stora
         lambda: other.write([("bob", meeting("bob", "alice")), ("alice", COUNT)]),
         lambda: other.write([("bob", COUNT)]),
     ]
-    with explained(_ORDERS):
+    with explained(_TOGETHER):
         results = [thread.result() for thread in [suite.start(write) for write in writes]]
     assert storage.read(["alice", "bob"]) == {"alice": {"n": 2}, "bob": {"n": 3}}, _LOST
-    counted = [[result and result["n"] for result in each] for each in results]
-    of_bob = [counted[0][1:], counted[1][:1], counted[2]]
-    assert [len(each) for each in counted] == [2, 2, 1], (
-        f"{_RESULTS}: {[len(each) for each in counted]} results of writes of 2, 2 and 1 changes"
-    )
-    assert sorted(of_bob) == [[1], [2], [3]], f"{_RESULTS}: bob was counted to {of_bob}"
+    with explained(_RESULTS):
+        [_, first], [second, _], [third] = results
+        assert sorted(each["n"] for each in (first, second, third) if each) == [1, 2, 3]
 
 
 def check_orders_do_not_deadlock(
@@ -464,7 +454,7 @@ def check_orders_do_not_deadlock(
     # No function of the test can hold up a Replace, so its writes have to be long to meet.
     number, rounds = (500, 5) if isinstance(change, Replace) else (20, 15)
     users = [f"user {each:03}" for each in range(number)]
-    with explained(_ORDERS):
+    with explained(_TOGETHER):
         suite.in_rounds(
             [
                 lambda _: storage.write([(user, change) for user in users]),
@@ -516,15 +506,15 @@ def check_reads_are_of_one_moment(
     """Read two users, the first and the last of many, who are written together all the time."""
     users = ["alice", *(f"absent {number}" for number in range(between)), "bob"]
     storage.write([(user_id, Merge({"n": 0})) for user_id in ("alice", "bob")])
-
-    acknowledged = [0]
+    acknowledged = 0
 
     def write(number: int) -> None:
+        nonlocal acknowledged
         other.write([(user_id, Merge({"n": number})) for user_id in ("alice", "bob")])
-        acknowledged[0] = number
+        acknowledged = number
 
     def read() -> None:
-        last = acknowledged[0]
+        last = acknowledged
         found = storage.read(users)
         assert found["alice"] == found["bob"], (
             "one read returned rows of two moments: several queries need one snapshot, and"
@@ -532,7 +522,7 @@ def check_reads_are_of_one_moment(
         )
         assert found["alice"]["n"] >= last, _CACHED
 
-    call_while_writing(suite, write, read, 100 if not between else 30 if between < 10_000 else 5)
+    call_while_writing(suite, write, read, {0: 100, 3000: 30}.get(between, 5))
 
 
 def call_while_writing(
