@@ -376,7 +376,7 @@ def _parse(body: bytearray) -> dict[str, Any]:
 def _is_deep(body: bytearray) -> bool:
     if body.count(b"[") + body.count(b"{") <= _MOST_LEVELS:
         return False
-    unescaped = bytes(body).replace(b"\\\\", b"").replace(b'\\"', b"")
+    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     signs = unescaped.translate(None, _NO_SIGNS).replace(b'""', b"")
     brackets = b"".join(signs.split(b'"')[::2])  # every second piece is in a string
     return max(accumulate(map(_LEVELS.__getitem__, brackets)), default=0) > _MOST_LEVELS

@@ -89,8 +89,7 @@ class BlockingFunctions:
         user_context: dict[str, Any],
     ) -> EraseUserResult[Any]:
         user_id = check_user_id(user_id)
-        everywhere = check_all_apps(all_apps)
-        erased = self._runner.erase(user_id, user_context, all_apps=everywhere)
+        erased = self._runner.erase(user_id, user_context, all_apps=check_all_apps(all_apps))
         return EraseUserResult(erased.get(self._runner.app_id, {}), erased)
 
     def list_user_metadata(

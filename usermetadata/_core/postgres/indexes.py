@@ -216,8 +216,7 @@ def build_in_pages(
     Returns:
         A line for each row that cannot be indexed. If there are any, nothing is built.
     """
-    faults: list[str] = []
-    faults = connections.run(partial(_faults_of_a_change, declared), faults)
+    faults: list[str] = connections.run(partial(_faults_of_a_change, declared), absent=[])
     if faults:
         return faults
     build = uuid.uuid4().hex
