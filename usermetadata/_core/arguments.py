@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
-from usermetadata._core.reentry import ChangeError, call_guarded
+from usermetadata._core.reentry import ChangeError, call_guarded, is_awaitable
 from usermetadata.changes import Merge, Modify
 from usermetadata.exceptions import InvalidInputError
 from usermetadata.validation import check_user_id, copy_metadata
@@ -91,9 +91,7 @@ def _result_of(result: object) -> Metadata:
         raise InvalidInputError(
             "the function's result: None is not a mapping; end the function with `return metadata`"
         )
-    if isinstance(result, Awaitable):
-        if isinstance(result, Coroutine):
-            result.close()  # otherwise Python warns that it was never awaited
+    if is_awaitable(result):
         raise InvalidInputError(
             "the function's result: nothing can be awaited inside the storage's lock; pass a"
             " function without `async`, and await what it needs before the call"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Coroutine
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from usermetadata._core.reentry import ChangeError, call_guarded
+from usermetadata._core.reentry import ChangeError, call_guarded, is_awaitable
 from usermetadata.changes import BLIND
 from usermetadata.codec import decode_metadata, encode_metadata
 from usermetadata.exceptions import InvalidInputError
@@ -123,9 +122,7 @@ class _CheckedChange:
 
 
 def _refuse_awaitable(returned: object, name: str) -> None:
-    if isinstance(returned, Awaitable):
-        if isinstance(returned, Coroutine):
-            returned.close()  # otherwise Python warns that it was never awaited
+    if is_awaitable(returned):
         refusal = InvalidInputError(
             f"{name}: it returned something to await, and nothing can be awaited inside the"
             " storage's lock; make it a function without `async`"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Coroutine
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, NoReturn, cast
 from weakref import WeakSet
@@ -13,6 +12,7 @@ from usermetadata._core.blocking_functions import BlockingFunctions
 from usermetadata._core.checks import Checks, validator_of
 from usermetadata._core.forking import ForkHooks, watch
 from usermetadata._core.loops import call_outside
+from usermetadata._core.reentry import is_awaitable
 from usermetadata._core.runners import AsyncioRunner, BlockingOverride, BlockingRunner
 from usermetadata.exceptions import InvalidInputError, UsageError
 from usermetadata.interfaces import RecipeInterface, UserMetadataOverrideConfig
@@ -199,9 +199,7 @@ def _overridden(
             " that takes the original and returns a RecipeInterface"
         )
     overridden = functions(original)
-    if isinstance(overridden, Coroutine):
-        overridden.close()  # otherwise Python warns that it was never awaited
-    if not isinstance(overridden, RecipeInterface):
+    if is_awaitable(overridden) or not isinstance(overridden, RecipeInterface):
         raise InvalidInputError(
             f"override: functions returned {type(overridden).__name__}, not a RecipeInterface; make"
             " it a plain function that returns the original, or an instance of a subclass"

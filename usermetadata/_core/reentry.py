@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Coroutine
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
 
@@ -46,6 +47,13 @@ def check_outside(store: object) -> None:
             " which runs inside the storage's lock; read what the function needs before, and write"
             " the rest after"
         )
+
+
+def is_awaitable(returned: object) -> bool:
+    """Tell whether a function of the caller's has returned something to await, for an error."""
+    if isinstance(returned, Coroutine):
+        returned.close()  # otherwise Python warns that it was never awaited
+    return isinstance(returned, Awaitable)
 
 
 class ChangeError(Exception):
