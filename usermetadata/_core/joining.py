@@ -15,6 +15,7 @@ from usermetadata.exceptions import (
     StorageBusyError,
     StorageError,
     StorageUnavailableError,
+    UsageError,
 )
 
 if TYPE_CHECKING:
@@ -76,6 +77,13 @@ def unsupported(connection: object, advice: str = _WHAT_WORKS) -> InvalidInputEr
     advice = next((known for name, known in _ADVICE.items() if name in names), advice)
     return InvalidInputError(
         f"connection: {kind.__module__}.{kind.__qualname__} is not supported; pass {advice}"
+    )
+
+
+def ended(name: str) -> UsageError:
+    """Return the error of a call after the block of ``within``."""
+    return UsageError(
+        f"{name}: the block of within() has ended; use the storage itself, or a new block"
     )
 
 

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import psycopg
 from psycopg import errors
 
+from usermetadata._core.joining import ended
 from usermetadata._core.postgres.channels import open_channel
 from usermetadata._core.postgres.outcomes import (
     before_commit,
@@ -181,10 +182,7 @@ class JoinedConnection:
     def check_open(self) -> None:
         """Raise ``UsageError`` if the block has ended."""
         if self._is_closed:
-            raise UsageError(
-                f"{self.name}: the block of within() has ended; use the storage itself, or a new"
-                " block"
-            )
+            raise ended(self.name)
 
     def close(self) -> None:
         """End the block; the connection stays open."""

@@ -134,13 +134,6 @@ def closed(name: str) -> UsageError:
     return UsageError(f"{name}: this SQLiteStorage is closed; make a new one")
 
 
-def ended(name: str) -> UsageError:
-    """Return the error of a call after the block of ``within``."""
-    return UsageError(
-        f"{name}: the block of within() has ended; use the storage itself, or a new block"
-    )
-
-
 def inherited(name: str) -> StorageError:
     """Return the error of a process that has its parent's connection to the file."""
     return StorageError(

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 from sqlite_utils import Database
 from sqlite_utils.db import NoTable
 
-from usermetadata._core.joining import unsupported
+from usermetadata._core.joining import ended, unsupported
 from usermetadata._core.sqlite.connecting import Connections
-from usermetadata._core.sqlite.errors import closed, ended, translate
+from usermetadata._core.sqlite.errors import closed, translate
 from usermetadata._core.sqlite.indexes import check_few_rows, missing_indexes, without_hint
 from usermetadata._core.sqlite.schema import check_table, create_table, has_table
 from usermetadata._core.sqlite.statements import fetch, main_file, plain_rows, write_together
