@@ -100,7 +100,7 @@ def serve(  # noqa: PLR0913, PLR0917 - they are options
 
     if not api_keys and "USERMETADATA_API_KEYS" in os.environ:
         raise click.UsageError(
-            "USERMETADATA_API_KEYS: is empty; set a key, or unset the variable to serve without one"
+            "USERMETADATA_API_KEYS: it is empty; set a key, or unset it to serve without one"
         )
     if not api_keys and not is_loopback(host):
         raise click.UsageError(

@@ -34,7 +34,7 @@ class ListingConformance(Suite):
         everybody = listing.read_after("", 1000)
         assert everybody == {user_id: {"id": user_id} for user_id in _USER_IDS}
         for limit in (1, 3, len(_USER_IDS)):
-            pages = [*pages_of(lambda after, limit=limit: listing.read_after(after, limit))]  # type: ignore[misc]
+            pages = pages_of(lambda after, limit=limit: listing.read_after(after, limit))  # type: ignore[misc]
             assert max(map(len, pages)) <= limit
             found = [user_id for page in pages for user_id in page]
             assert ascii(found) == ascii([*everybody])
