@@ -38,16 +38,8 @@ class ErasureConformance(Suite):
     def test_only_that_user_is_erased(self, storage: Storage) -> None:
         """User ids are compared character by character, and separately from app ids."""
         erasing = _erasing(storage)
-        others = [
-            "Alice",
-            "alice ",
-            " alice",
-            "al%ce",
-            "al_ce",
-            "alic\u00e9",
-            "alice\u0301",
-            "b:alice",
-        ]
+        others = ["Alice", "alice ", " alice", "al%ce", "al_ce"]
+        others += ["alic\u00e9", "alice\u0301", "b:alice"]
         erased = "alice"
         storage.write([(user, Merge({"id": user})) for user in (*others, erased)])
         storage.for_app("a:b").write([(erased, Merge({"id": erased}))])

@@ -39,14 +39,8 @@ class ProcessConformance(Suite):
         self, storage: Storage, second_storage: Storage
     ) -> None:
         """Each storage reads the other's writes, regardless of its earlier reads."""
-        changes: list[Change] = [
-            Merge({"n": 1}),
-            Merge({"m": 2}),
-            Replace({"n": 3}),
-            Clear(),
-            COUNT,
-            COUNT,
-        ]
+        changes: list[Change] = [Merge({"n": 1}), Merge({"m": 2}), Replace({"n": 3}), Clear()]
+        changes += [COUNT, COUNT]
         users = ["alice", "bob"]
         stored: dict[str, Metadata] = {}
         for number, change in enumerate(changes * 2):
