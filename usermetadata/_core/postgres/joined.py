@@ -63,8 +63,7 @@ class JoinedTransaction(Transaction):
         """Send a savepoint and the statements together."""
         self._is_open = True
         first = [self._begin, *self._check()]
-        with before_commit():
-            return self._channel.exchange([*first, *statements])[len(first) :]
+        return self.go_on([*first, *statements])[len(first) :]
 
     def go_on(self, statements: Sequence[Statement]) -> list[Answer]:
         """Send the statements."""

@@ -77,6 +77,9 @@ class Statement(NamedTuple):
     parameters: Mapping[str, object] | None = None
 
 
+_BEGIN, _COMMIT = Statement(b"BEGIN"), Statement(b"COMMIT")
+
+
 def as_json(value: object) -> str:
     """Return a parameter as JSON text."""
     return json.dumps(value, ensure_ascii=False)
@@ -158,19 +161,13 @@ class PooledTransaction(Transaction):
 
     def begin(self, statements: Sequence[Statement]) -> list[Answer]:
         """Begin; an error before ``end`` leaves a transaction, which ``Connections`` rolls back."""
-        with before_commit(), pipeline(self._connection):
-            self._connection.execute("BEGIN")
-            self._execute(self.table.limits(self.timeout))
-            cursors = self._execute(statements)
-        return self._answers(cursors)
+        first = [_BEGIN, *self.table.limits(self.timeout)]
+        return self.go_on([*first, *statements])[len(first) :]
 
     def go_on(self, statements: Sequence[Statement]) -> list[Answer]:
         """Execute the statements."""
         with before_commit(), pipeline(self._connection):
             cursors = self._execute(statements)
-        return self._answers(cursors)
-
-    def _answers(self, cursors: Sequence[Cursor[tuple[Any, ...]]]) -> list[Answer]:
         if self._connection.pgconn.transaction_status != TransactionStatus.INTRANS:
             raise UncommittedError("the transaction has ended before its COMMIT")
         return [answer(cursor) for cursor in cursors]
@@ -191,8 +188,7 @@ class PooledTransaction(Transaction):
     def _commit(self, statements: Sequence[Statement]) -> list[Answer]:
         try:
             with pipeline(self._connection):
-                cursors = self._execute(statements)
-                committed = self._connection.execute("COMMIT")
+                *cursors, committed = self._execute([*statements, _COMMIT])
         except psycopg.Error as error:
             if self.table.engine == "Citus":
                 status = self._connection.pgconn.transaction_status
