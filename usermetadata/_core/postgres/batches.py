@@ -116,6 +116,10 @@ _REMOVE = """
 DELETE FROM {table} WHERE app_id = %(app_id)s AND user_id = %(user_id)s
 RETURNING user_id, user_metadata
 """
+_REMOVE_MANY = """
+DELETE FROM {table} WHERE app_id = %(app_id)s AND user_id = ANY (%(user_ids)s)
+RETURNING user_id, user_metadata
+"""
 _ERASE = "DELETE FROM {table} WHERE user_id = %(user_id)s RETURNING app_id, user_metadata"
 _LEFT = "SELECT app_id FROM {table} WHERE user_id = %(user_id)s"
 # A trigger or a policy may drop a row without an error. This query does not see those of a table
@@ -146,6 +150,9 @@ class _Portable(Rows):
         return self._upserts(_STORE, texts)
 
     def remove(self, user_ids: Sequence[str]) -> list[Statement]:
+        # Citus would send one statement for many users to all shards.
+        if len(user_ids) > 1 and self._table.engine != "Citus":
+            return [self.statement(_REMOVE_MANY, user_ids=list(user_ids))]
         return [self.statement(_REMOVE, user_id=user_id) for user_id in user_ids]
 
     def may_drop(self, held: Sequence[Answer], gone: Sequence[str]) -> bool:

@@ -156,7 +156,7 @@ class PooledTransaction(Transaction):
 
     def write_at_once(self, statements: Sequence[Statement]) -> list[Answer]:
         """Execute the statements between BEGIN and COMMIT, in one pipeline."""
-        first = [Statement(b"BEGIN"), *self.table.limits(self.timeout)]
+        first = [_BEGIN, *self.table.limits(self.timeout)]
         return self._commit([*first, *statements])[len(first) :]
 
     def begin(self, statements: Sequence[Statement]) -> list[Answer]:
