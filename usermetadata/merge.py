@@ -36,4 +36,7 @@ def merge_metadata(old: Mapping[str, Any], update: Mapping[str, Any]) -> dict[st
     <https://supertokens.com/docs/post-authentication/user-management/user-metadata>`_.
     """
     merged = {**old, **update}
-    return {name: value for name, value in merged.items() if value is not None}
+    # Few values are None, so removing those takes half the time of copying all others.
+    for name in [name for name, value in merged.items() if value is None]:
+        del merged[name]
+    return merged
