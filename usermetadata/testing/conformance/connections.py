@@ -91,7 +91,8 @@ class ConnectionConformance(Suite):
             for kind in (Merge, Replace):
                 # Others in each round: a server may do late what was sent in the one before.
                 user = f"{kind.__name__} {number}"
-                storage.write([(user, Replace({"n": 0}))])
+                second_storage.write([(user, Replace({"n": 0}))])
+                _read_again(storage, [user])  # connects; a write could meet the last break
                 written_later: list[bool] = []
 
                 def write_later(user: str = user, done: list[bool] = written_later) -> None:
@@ -103,7 +104,6 @@ class ConnectionConformance(Suite):
                 _break(break_connection, "after sending", number, write, write_later)
                 # A pool may be connecting anew: then that connection breaks, and maybe only now.
                 is_overwritten = written_later == [True]
-                # Also where it says nothing: the next round begins with a connection that works.
                 found = _read_again(storage, [user])
                 assert not is_overwritten or found == {user: {"n": 2}}, (
                     f"after sending, round trip {number}: the write was done, its answer was lost,"
