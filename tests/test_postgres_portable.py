@@ -117,7 +117,7 @@ def test_the_statements_use_nothing_but_plain_sql(
         (2, [("alice", Merge({"n": 1, "gone": None}))]),
         (1, [("alice", Replace({"n": 1}))]),
         (1, [("alice", Clear())]),
-        (1, [("nobody", Clear())]),
+        (1, [("absent", Clear())]),
         (2, [(f"user {n}", Merge({"n": n})) for n in range(100)]),
         (2, [("alice", Merge({})), ("bob", Clear()), ("carol", Replace({}))]),
         (2, [("alice", Merge({str(n): n})) for n in range(50)]),

@@ -40,7 +40,7 @@ from usermetadata._core.apps import OfOneApp
 from usermetadata._core.joining import recognise
 from usermetadata._core.reentry import ChangeError
 from usermetadata._core.rows import decode_row
-from usermetadata.changes import Clear, Merge, Replace, apply_in_order
+from usermetadata.changes import BLIND, Clear, Merge, Replace, apply_in_order
 from usermetadata.codec import encode_metadata
 from usermetadata.exceptions import (
     DamagedMetadataError,
@@ -69,7 +69,6 @@ if TYPE_CHECKING:
 _MIN_TIMEOUT, _MAX_TIMEOUT = 0.001, 1_000_000  # seconds
 _NATIVE_TYPES = (Merge, Replace, Clear)
 _NATIVE = set(_NATIVE_TYPES)
-_BLIND = {Replace, Clear}
 _MOST_STATEMENTS = 3  # more of them take longer in one round trip than holding the rows does in two
 _NAME = re.compile("[^\0\ud800-\udfff]+\\Z")
 # The placeholder in a row that is locked before it is written. It is JSON, because a constraint or
@@ -377,7 +376,7 @@ class PostgresStorage(OfOneApp):
         self, transaction: Transaction, changes: Sequence[tuple[str, Change]]
     ) -> Sequence[str | Metadata | None]:
         table = transaction.table
-        if len(changes) == 1 and type(changes[0][1]) in _BLIND and not table.may_drop:
+        if len(changes) == 1 and type(changes[0][1]) in BLIND and not table.may_drop:
             try:
                 return [self._apply_alone(transaction, *changes[0])]
             except DivisionByZero:
